@@ -1,0 +1,20 @@
+"""Shared helpers of the tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def golden():
+    """A loader of tests/golden/<name>.safetensors as a dict of tensors (see the README there for their origin)."""
+    return lambda name: load_file(Path(__file__).parent / "golden" / f"{name}.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
