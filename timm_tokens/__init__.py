@@ -1,3 +1,12 @@
-"""Better and cheaper tokens for the Vision Transformers in timm."""
+"""Better and cheaper tokens for the Vision Transformers in timm.
+
+Importing this registers the package's models with timm.
+"""
+
+from timm_tokens import models, ops
+from timm_tokens.vit import Tokens, TokenViT
+from timm_tokens.wrap import apply_dtem_merging
 
 __version__ = "0.1.0"
+
+__all__ = ["TokenViT", "Tokens", "__version__", "apply_dtem_merging", "models", "ops"]

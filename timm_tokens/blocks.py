@@ -1,0 +1,241 @@
+"""How timm's Vision Transformers are driven from outside: the only file that knows their inside.
+
+A model is driven as stem -> for each block: attend, feed -> norm -> head. `embed` is the stem; `attend` and `feed` are
+the two halves of a block, so that tokens can change in between; `head` pools tokens that stand for several patches.
+What a block does is looked up by its class's forward function, not by its class: a subclass with a forward of its own
+does something else, and is refused. A test compares every driven model with the model itself.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import AttentionPoolLatent, AttentionRope, DiffAttention
+from timm.layers.attention import Attention
+from timm.models import Eva, VisionTransformer, VisionTransformerDistilled
+from timm.models import eva as _eva
+from timm.models import vision_transformer as _vit
+from timm.models.naflexvit import NaFlexVit
+from torch import Tensor, nn
+
+from timm_tokens.ops import size_bias
+
+
+class Embedded(NamedTuple):
+    """What the stem gives: tokens (B, N, C), prefix first, and each block's rotary embedding (None without RoPE)."""
+
+    x: Tensor
+    ropes: list[Tensor] | None
+
+
+class _Halves(NamedTuple):
+    read: Callable[[Any, Tensor], Tensor]  # what the attention reads
+    attend: Callable[..., Tensor]  # (block, x, read, **attention arguments): the attention half, residual included
+    feed: Callable[[Any, Tensor], Tensor]  # the MLP half, residual included
+
+
+def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+_PRE_NORM = _Halves(
+    read=lambda block, x: block.norm1(x),
+    attend=lambda block, x, y, **kw: x + block.drop_path1(block.ls1(block.attn(y, **kw))),
+    feed=lambda block, x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
+)
+_POST_NORM = _Halves(
+    read=lambda block, x: x,
+    attend=lambda block, x, y, **kw: x + block.drop_path1(block.norm1(block.attn(y, **kw))),
+    feed=lambda block, x: x + block.drop_path2(block.norm2(block.mlp(x))),
+)
+_EVA = _Halves(
+    read=lambda block, x: block.norm1(x),
+    attend=lambda block, x, y, **kw: x + block.drop_path1(_scaled(block.gamma_1, block.attn(y, **kw))),
+    feed=lambda block, x: x + block.drop_path2(_scaled(block.gamma_2, block.mlp(block.norm2(x)))),
+)
+_HALVES = {
+    _vit.Block.forward: _PRE_NORM,
+    _vit.ResPostBlock.forward: _POST_NORM,
+    _eva.EvaBlock.forward: _EVA,
+    _eva.EvaBlockPostNorm.forward: _POST_NORM,
+}
+_WHOLE = {  # attention and MLP side by side: nothing can happen in between
+    _vit.ParallelThingsBlock.forward,
+    _vit.ParallelScalingBlock.forward,
+    _vit.DiffParallelScalingBlock.forward,
+}
+ATTENTIONS = {m.forward for m in (Attention, AttentionRope, DiffAttention, _eva.EvaAttention)}
+_MODELS = {m.forward_features for m in (VisionTransformer, Eva, NaFlexVit)}
+_SUPPORTED = (
+    "timm's VisionTransformer (ViT, DeiT, DeiT-III, CLIP, SigLIP, DINOv2, ...), Eva (EVA-02, DINOv3, PE, ROPE-ViT) and "
+    "NaFlexVit, with the blocks Block, ResPostBlock, EvaBlock and EvaBlockPostNorm"
+)
+
+
+def check(base: nn.Module, merging: bool) -> None:
+    """Refuse a model that can't be driven exactly.
+
+    Raises:
+        TypeError: If the model, one of its blocks or their attention is not known here, or (merging) if a block
+            computes attention and MLP in parallel, which leaves no place to merge tokens.
+    """
+    if getattr(type(base), "forward_features", None) not in _MODELS:
+        block = f" (blocks: {_name(base.blocks[0])})" if isinstance(getattr(base, "blocks", None), nn.Sequential) else ""
+        raise TypeError(f"{_name(base)}{block} can't be driven from outside; supported are {_SUPPORTED}")
+    for i, block in enumerate(base.blocks):
+        forward = type(block).forward
+        if forward in _WHOLE and merging:
+            raise TypeError(
+                f"block {i}, {_name(block)}, runs attention and MLP in parallel, so no tokens can be merged in between; "
+                f"merging supports {_SUPPORTED}"
+            )
+        known = forward in _WHOLE or (forward in _HALVES and type(block.attn).forward in ATTENTIONS)
+        if not known:
+            attention = f" with {_name(block.attn)}" if hasattr(block, "attn") else ""
+            raise TypeError(f"block {i}, {_name(block)}{attention}, is not known; supported are {_SUPPORTED}")
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def embed(base: nn.Module, images: Tensor) -> Embedded:
+    """Patches, position embedding, prefix tokens, patch dropout, norm: everything before the first block."""
+    if isinstance(base, NaFlexVit):
+        return _embed_naflex(base, images)
+    x = base.patch_embed(images)
+    if isinstance(base, Eva):
+        x, rope = base._pos_embed(x)
+        x = base.norm_pre(x)
+        mixed = getattr(base, "rope_mixed", False)
+        return Embedded(x, _per_block(rope, len(base.blocks), mixed))
+    return Embedded(base.norm_pre(base.patch_drop(base._pos_embed(x))), None)
+
+
+def _embed_naflex(base: NaFlexVit, images: Tensor) -> Embedded:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"NaFlexVit is supported with image tensors (B, 3, H, W), not with {type(images).__name__} batches")
+    stem = base._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
+    x, keep = stem["patches"], stem["keep_indices"]
+    ropes = _per_block(stem["rope_embeds"], len(base.blocks), base.rope_is_mixed)
+    if keep is not None and base.rope_is_mixed:  # timm leaves this gather to its own loop over the blocks
+        ropes = [rope_rows(rope, keep) for rope in ropes]
+    return Embedded(x, ropes)
+
+
+def _per_block(rope: Tensor | None, depth: int, mixed: bool) -> list[Tensor] | None:
+    if rope is None:
+        return None
+    return list(rope) if mixed else [rope] * depth
+
+
+def rope_rows(rope: Tensor, rows: Tensor | None) -> Tensor:
+    """The rotary embedding of the tokens that are left: that of patch `rows` (B, M); all if None.
+
+    Args:
+        rope: (N, D), (heads, N, D) or (B, 1 or heads, N, D).
+        rows: (B, M) int64.
+
+    Returns:
+        (B, 1 or heads, M, D).
+    """
+    if rows is None:
+        return rope
+    if rope.ndim == 2:
+        return rope[rows].unsqueeze(1)
+    if rope.ndim == 3:
+        return rope[:, rows].transpose(0, 1)
+    return rope.expand(len(rows), -1, -1, -1).gather(2, rows[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
+
+
+def read(block: nn.Module, x: Tensor) -> Tensor:
+    """What the block's attention reads: x (B, N, C), normed where the block norms first."""
+    return _HALVES[type(block).forward].read(block, x)
+
+
+def attend(block: nn.Module, x: Tensor, y: Tensor, **attention: Tensor | None) -> Tensor:
+    """The attention half of the block on x (B, N, C), given y = read(block, x)."""
+    return _HALVES[type(block).forward].attend(block, x, y, **attention)
+
+
+def feed(block: nn.Module, x: Tensor) -> Tensor:
+    """The MLP half of the block on x (B, N, C)."""
+    return _HALVES[type(block).forward].feed(block, x)
+
+
+def keys(block: nn.Module, y: Tensor) -> Tensor:
+    """The attention's keys of y = read(block, x), averaged over heads: (B, N, C) -> (B, N, head_dim)."""
+    if isinstance(block.attn.k_norm, nn.Identity):  # the average of linear maps is one small linear map
+        return nn.functional.linear(y, *mean_keys(block, block.attn.head_dim))
+    weight, bias, heads = _key_projection(block.attn)
+    return block.attn.k_norm(nn.functional.linear(y, weight, bias).unflatten(-1, (heads, -1))).mean(dim=2)
+
+
+def keys_width(block: nn.Module) -> int:
+    """How many channels `keys` computes for each token: a head's, or all of them where the keys are normed."""
+    weight, _, heads = _key_projection(block.attn)
+    return weight.shape[0] if not isinstance(block.attn.k_norm, nn.Identity) else weight.shape[0] // heads
+
+
+def mean_keys(block: nn.Module, width: int) -> tuple[Tensor | None, Tensor | None]:
+    """Weight (E, C) and bias (E,) that make the keys, averaged over as many groups of heads as give E = width channels.
+
+    The bias is None if the keys have none; the weight, too, if the heads can't be grouped to that width.
+    """
+    weight, bias, heads = _key_projection(block.attn)
+    groups, rest = divmod(width, block.attn.head_dim)
+    if rest or heads % groups:
+        return None, None
+
+    def mean(w: Tensor) -> Tensor:
+        return w.unflatten(0, (groups, heads // groups, -1)).mean(dim=1).flatten(0, 1)
+
+    return mean(weight), None if bias is None else mean(bias)
+
+
+def _key_projection(attn: nn.Module) -> tuple[Tensor, Tensor | None, int]:
+    """The weight and bias that make the keys, and how many heads they have."""
+    heads = 2 * attn.num_heads if isinstance(attn, DiffAttention) else getattr(attn, "num_kv_heads", attn.num_heads)
+    if attn.qkv is None:
+        return attn.k_proj.weight, attn.k_proj.bias, heads
+    bias = attn.qkv.bias  # EvaAttention keeps its biases apart, and has none on the keys
+    return attn.qkv.weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1], heads
+
+
+def head(base: nn.Module, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
+    """Pool normed tokens (B, N, C), each weighted by its size (B, N), and classify: (B, K)."""
+    pooling = "map" if getattr(base, "attn_pool", None) is not None else base.global_pool
+    if size is None or pooling in ("", "token") or isinstance(base, VisionTransformerDistilled):
+        return base.forward_head(x, pre_logits=pre_logits)
+    x = base.head_drop(base.fc_norm(_pool(base, x, size, pooling)))
+    return x if pre_logits else base.head(x)
+
+
+def _pool(base: nn.Module, x: Tensor, size: Tensor, pooling: str) -> Tensor:
+    # Eva's attention pooling reads the prefix tokens too
+    with_prefix = getattr(base, "pool_include_prefix", isinstance(base, Eva) and pooling == "map")
+    start = 0 if with_prefix else base.num_prefix_tokens
+    x, size = x[:, start:], size[:, start:]
+    if pooling == "map":
+        return base.attn_pool(x, attn_mask=size_bias(size).to(x.dtype))
+    if pooling == "max":
+        return x.amax(dim=1)
+    share = (size / size.sum(dim=1, keepdim=True)).unsqueeze(1).to(x.dtype)
+    mean = torch.bmm(share, x).squeeze(1)
+    return mean if pooling == "avg" else 0.5 * (mean + x.amax(dim=1))
+
+
+def pools_by_size(base: nn.Module) -> bool:
+    """Whether `head` can weigh tokens by size; otherwise it needs the tokens un-merged (PRR attention pooling)."""
+    pool = getattr(base, "attn_pool", None)
+    return pool is None or (type(pool).forward is AttentionPoolLatent.forward and pool.pos_embed is None)
+
+
+def stem(base: nn.Module) -> nn.Module:
+    """The module that turns images into patches."""
+    return base.embeds if isinstance(base, NaFlexVit) else base.patch_embed
+
+
+def grid_size(base: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches in an image of (height, width)."""
+    return stem(base).dynamic_feat_size(tuple(image_size))

@@ -1,0 +1,94 @@
+"""`token_vit`: any timm ViT by name, with parts from plain data. Every registered model is made by `build`."""
+
+from typing import Any
+
+import timm
+from timm.layers import resample_abs_pos_embed
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from torch import Tensor
+
+from timm_tokens.protocol import under_base
+from timm_tokens.vit import TokenViT
+from timm_tokens.wrap import apply_dtem_merging
+
+
+def build(
+    variant: str,
+    pretrained: bool,
+    base: str,
+    merger: dict[str, Any] | None = None,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> TokenViT:
+    """Create a TokenViT through timm's own builder.
+
+    Args:
+        variant: The registered name.
+        pretrained: Load weights: the base's own, or those of a whole TokenViT where timm found such a checkpoint
+            (`local-dir:`, `hf-hub:`).
+        base: Any timm ViT's name, with or without a tag.
+        merger: Arguments of `timm_tokens.apply_dtem_merging`, or None.
+        pretrained_cfg: A tag of the base's weights; or, from timm, the description of a whole checkpoint.
+        pretrained_cfg_overlay: Replacements in it, such as dict(file="weights.safetensors") for the base's weights.
+        kwargs: timm's arguments for the base (num_classes, img_size, drop_path_rate, features_only, ...).
+
+    Raises:
+        TypeError: If the base can't be driven. ValueError: if an argument of a part is out of range.
+    """
+    whole = pretrained_cfg is not None and not isinstance(pretrained_cfg, str)
+    if isinstance(pretrained_cfg, str):
+        base = f"{base.split('.')[0]}.{pretrained_cfg}"
+    weights = dict(pretrained=pretrained and not whole, cache_dir=kwargs.get("cache_dir"))
+    if not whole:
+        weights["pretrained_cfg_overlay"] = pretrained_cfg_overlay
+
+    def create(**base_args: Any) -> TokenViT:
+        vit = timm.create_model(base, **weights, **base_args)
+        return TokenViT(vit) if merger is None else apply_dtem_merging(vit, **merger)
+
+    return build_model_with_cfg(
+        create,
+        variant,
+        pretrained=pretrained and whole,
+        pretrained_cfg=pretrained_cfg if whole else wrapped_cfg(base) | {"architecture": variant},
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        pretrained_filter_fn=_fit_position_embedding,
+        feature_cfg=dict(out_indices=3, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+def wrapped_cfg(base: str) -> dict[str, Any]:
+    """The pretrained_cfg of a timm model, for a TokenViT around it."""
+    cfg = get_pretrained_cfg(base)
+    if cfg is None:
+        raise RuntimeError(f"Unknown base model ({base})")
+    cfg = cfg.to_dict()
+    return cfg | {key: under_base(cfg[key]) for key in ("first_conv", "classifier") if cfg.get(key)}
+
+
+def cfgs(variants: dict[str, str]) -> dict[str, Any]:
+    """timm's default_cfgs for variants {name: base}: each has all pretrained tags of its base."""
+    tags = {name: [tagged.split(".", 1)[1] for tagged in timm.list_pretrained(f"{base}.*")] for name, base in variants.items()}
+    return generate_default_cfgs(
+        {f"{name}.{tag}": wrapped_cfg(f"{base}.{tag}") for name, base in variants.items() for tag in tags[name]}
+    )
+
+
+def _fit_position_embedding(state_dict: dict[str, Tensor], model: TokenViT) -> dict[str, Tensor]:
+    """Resample a whole checkpoint's position embedding to the model's grid."""
+    own, given = getattr(model.base, "pos_embed", None), state_dict.get("base.pos_embed")
+    if own is not None and given is not None and own.shape != given.shape:
+        prefix = 0 if model.base.no_embed_class else model.num_prefix_tokens
+        grid = model.base.patch_embed.grid_size
+        state_dict["base.pos_embed"] = resample_abs_pos_embed(given, new_size=grid, num_prefix_tokens=prefix)
+    return state_dict
+
+
+@register_model
+def token_vit(pretrained: bool = False, **kwargs: Any) -> TokenViT:
+    """Any timm ViT with parts: `timm.create_model("token_vit", base="<name>", merger=dict(r=13))`."""
+    if not kwargs.get("base"):
+        raise ValueError('token_vit needs base="<the name of a timm ViT>", for example base="vit_small_patch16_224"')
+    return build("token_vit", pretrained, **kwargs)

@@ -1,0 +1,155 @@
+"""Relaxed merging: bipartite matching that is differentiable in the metric (DTEM, arXiv 2412.10569, section 3.2).
+
+No token is removed. A token that merges hands a part of itself over and its size fades; sizes weigh the attention, so
+a token of size 0 is as good as gone. Shapes: B images, N tokens, P prefix tokens, C channels, E embedding width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from timm_tokens.ops.matching import cosine_similarity, mergeable, take
+
+
+class RelaxedMatching(NamedTuple):
+    """What one relaxed merge did, for `relaxed_unmerge`.
+
+    Attributes:
+        assignment: (B, |A|, |B|) float32, the part of each token of A that went to each token of B.
+        order: (B, N) int64, the input position of each output token.
+        num_prefix_tokens: P.
+        effective: how many tokens, prefix included, took part.
+    """
+
+    assignment: Tensor
+    order: Tensor
+    num_prefix_tokens: int
+    effective: int
+
+
+def relaxed_top_k(scores: Tensor, k: int, *, tau1: float = 0.1, tau2: float = 0.1, candidates: int = 3) -> Tensor:
+    """A soft choice of the k best rows, each spread over its best columns.
+
+    Args:
+        scores: (B, |A|, |B|) similarities.
+        k: How many (row, column) pairs to choose.
+        tau1: Temperature of the scores. tau2: temperature of each of the k choices.
+        candidates: Columns considered a row.
+
+    Returns:
+        (B, |A|, |B|) float32; rows sum to at most 1, everything to at most k.
+
+    Source: DTEM (arXiv 2412.10569), equations 5 and 6. The paper iterates over all pairs. As each choice weakens whole
+    rows, the distribution within a row never changes: it is enough to iterate over one number a row, exactly.
+    """
+    columns = min(candidates, scores.shape[-1])
+    values, index = scores.float().topk(columns, dim=-1)
+    logits = values / (tau1 * tau2)
+    within = logits.softmax(dim=-1)  # (B, |A|, candidates)
+    row = logits.logsumexp(dim=-1)  # (B, |A|)
+    eps = torch.finfo(row.dtype).eps
+    chosen = torch.zeros_like(row)
+    for _ in range(k):
+        p = row.softmax(dim=-1)
+        chosen = chosen + p
+        row = row + (1 - p).clamp(min=eps).log() / tau2
+    chosen = chosen / ((chosen.detach() - 1).clamp(min=0) + 1)  # no row gives more than itself away
+    return torch.zeros_like(scores, dtype=row.dtype).scatter(-1, index, chosen.unsqueeze(-1) * within)
+
+
+def relaxed_match(
+    metric: Tensor, r: int, effective: int, *, num_prefix_tokens: int, tau1: float, tau2: float, candidates: int
+) -> Tensor:
+    """The soft counterpart of `bipartite_match`: which part of each token of A goes to each token of B.
+
+    Args:
+        metric: (B, N, E); compared by cosine, in float32.
+        r, effective, num_prefix_tokens: As in `relaxed_merge`. tau1, tau2, candidates: as in `relaxed_top_k`.
+
+    Returns:
+        (B, |A|, |B|) float32: A are the tokens P, P + 2, ..., B the tokens P + 1, P + 3, ..., below `effective`.
+    """
+    r = mergeable(r, effective, num_prefix_tokens)
+    scores = cosine_similarity(*_alternate(metric, num_prefix_tokens, effective))
+    return relaxed_top_k(scores, r, tau1=tau1, tau2=tau2, candidates=candidates)
+
+
+def relaxed_apply(
+    assignment: Tensor, x: Tensor, size: Tensor, effective: int, num_prefix_tokens: int
+) -> tuple[Tensor, Tensor, RelaxedMatching]:
+    """Hand the assigned parts over and sort the tokens that took part by size, the largest first."""
+    p, n = num_prefix_tokens, x.shape[1]
+    (xa, xb), (size_a, size_b) = _alternate(x, p, effective), _alternate(size, p, effective)
+    given = assignment * size_a.unsqueeze(2)  # (B, |A|, |B|)
+    grown = size_b + given.sum(dim=1)
+    shares = (given / grown.unsqueeze(1)).transpose(1, 2).to(x.dtype)
+    xb = torch.baddbmm(xb * (size_b / grown).unsqueeze(2).to(x.dtype), shares, xa)
+    stay = 1 - assignment.sum(dim=2)
+    stay = stay + (stay.clamp(0, 1) - stay).detach()  # the value is clamped, the gradient is not
+    sizes = torch.cat([size_a * stay, grown], dim=1)
+    order = sizes.argsort(dim=1, descending=True)  # (B, effective - P)
+    merged = take(torch.cat([xa, xb], dim=1), order)
+    x = torch.cat([x[:, :p], merged, x[:, effective:]], dim=1)
+    size = torch.cat([size[:, :p], sizes.gather(1, order), size[:, effective:]], dim=1)
+    positions = torch.arange(n, device=x.device)
+    positions = torch.cat(_alternate(positions[None], p, effective), dim=1)[0]
+    outside = torch.arange(n, device=x.device).expand(len(order), -1)
+    order = torch.cat([outside[:, :p], positions[order], outside[:, effective:]], dim=1)
+    return x, size, RelaxedMatching(assignment, order, p, effective)
+
+
+def relaxed_merge(
+    x: Tensor,
+    size: Tensor,
+    metric: Tensor,
+    r: int,
+    effective: int,
+    *,
+    num_prefix_tokens: int = 1,
+    tau1: float = 0.1,
+    tau2: float = 0.1,
+    candidates: int = 3,
+) -> tuple[Tensor, Tensor, int]:
+    """Merge r tokens softly: all N stay, but r tokens' worth of size moves into others.
+
+    Args:
+        x: (B, N, C) tokens.
+        size: (B, N) float32 sizes.
+        metric: (B, N, E) what tokens are compared by, by cosine.
+        r: Tokens to merge; at most half of the effective ones after the prefix are.
+        effective: How many tokens are still in the game, prefix included: N at first.
+        num_prefix_tokens: Leading tokens that take no part.
+        tau1, tau2, candidates: As in `relaxed_top_k`.
+
+    Returns:
+        Tokens (B, N, C) and sizes (B, N), the effective ones sorted by size, and the new effective count.
+
+    Source: DTEM (arXiv 2412.10569), section 3.2.
+    """
+    r = mergeable(r, effective, num_prefix_tokens)
+    if not r:
+        return x, size, effective
+    options = dict(num_prefix_tokens=num_prefix_tokens, tau1=tau1, tau2=tau2, candidates=candidates)
+    assignment = relaxed_match(metric, r, effective, **options)
+    x, size, _ = relaxed_apply(assignment, x, size, effective, num_prefix_tokens)
+    return x, size, effective - r
+
+
+def relaxed_unmerge(matching: RelaxedMatching, x: Tensor) -> Tensor:
+    """Give every token of before the merge its mixture of the tokens it went to: (B, N, C) -> (B, N, C)."""
+    assignment, order, p, effective = matching
+    x = take(x, order.argsort(dim=1))
+    xa, xb = _alternate(x, p, effective)
+    kept = (1 - assignment.sum(dim=2, keepdim=True)).to(x.dtype)
+    mixed = torch.baddbmm(xa * kept, assignment.to(x.dtype), xb)
+    return torch.cat([x[:, :p], _interleave(mixed, xb), x[:, effective:]], dim=1)
+
+
+def _alternate(x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    return x[:, start:stop:2], x[:, start + 1 : stop : 2]
+
+
+def _interleave(a: Tensor, b: Tensor) -> Tensor:
+    pairs = torch.stack([a[:, : b.shape[1]], b], dim=2).flatten(1, 2)  # a has as many rows as b, or one more
+    return torch.cat([pairs, a[:, b.shape[1] :]], dim=1)

@@ -1,0 +1,165 @@
+"""DTEM: learned token merging (arXiv 2412.10569), on top of bipartite soft matching (ToMe, arXiv 2210.09461)."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from timm_tokens import blocks
+from timm_tokens.ops import bipartite_match, merge, schedule
+from timm_tokens.ops.matching import Matching, mergeable, take
+from timm_tokens.ops.relaxed import RelaxedMatching, relaxed_apply, relaxed_match, relaxed_unmerge
+
+METRICS = ("learned", "keys")
+
+
+class Merged(NamedTuple):
+    """Tokens after a merge: x (B, N, C), size (B, N), how many are still in the game, and what was merged."""
+
+    x: Tensor
+    size: Tensor
+    effective: int
+    matching: Matching | RelaxedMatching
+
+
+class TokenMerger(nn.Module):
+    """Merges the most similar tokens between the attention and the MLP of each block.
+
+    A small linear map a block, the embedding, says which tokens are alike. In evaluation the r best pairs are merged
+    outright, so that every later layer has fewer tokens to compute. In training nothing is removed: tokens hand parts of
+    themselves over (relaxed merging), which makes the task's own loss a loss for the embeddings. The embeddings start as
+    the average over heads of the attention's keys, which is what training-free merging compares tokens by.
+
+    Args:
+        base: The timm ViT whose tokens are merged; only its shapes and its keys are read, it is not kept.
+        r: Tokens to merge in each block, as in `timm_tokens.ops.schedule`.
+        embed_dim: E, the width of the embedding; None: a head's width, and twice that from 1024 channels on.
+        metric: What tokens are compared by: "learned", the embeddings; "keys", the attention's keys averaged over heads,
+            which needs no training and merges outright in training too.
+        candidates: Partners considered for each token in training.
+        tau1: Temperature of the similarities in training. tau2: temperature of the choice of pairs.
+        prop_attn: Whether a token counts as many times as it has members in the attention.
+
+    Raises:
+        TypeError: If a number has the wrong type. ValueError: if a value is out of range.
+
+    Source: DTEM (arXiv 2412.10569), section 3.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int | Sequence[int] | tuple[int, float] = 8,
+        *,
+        embed_dim: int | None = None,
+        metric: str = "learned",
+        candidates: int = 3,
+        tau1: float = 0.1,
+        tau2: float = 0.1,
+        prop_attn: bool = True,
+    ) -> None:
+        super().__init__()
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
+        _check_positive(candidates=candidates, tau1=tau1, tau2=tau2, **({} if embed_dim is None else {"embed_dim": embed_dim}))
+        self.depth = len(base.blocks)
+        self.metric, self.candidates, self.tau1, self.tau2, self.prop_attn = metric, candidates, tau1, tau2, prop_attn
+        head_dim = base.blocks[0].attn.head_dim
+        self.embed_dim = embed_dim or head_dim * (2 if base.embed_dim >= 1024 else 1)
+        self.embed = None
+        if metric == "learned":
+            self.embed = nn.ModuleList(nn.Linear(base.embed_dim, self.embed_dim) for _ in base.blocks)
+            self.reset_parameters(base)
+            self.to(next(base.parameters()))
+        self.r = r
+
+    @torch.no_grad()
+    def reset_parameters(self, base: nn.Module) -> None:
+        """Start the embeddings as the keys of the base's attention, averaged over as many groups of heads as fit."""
+        for embed, block in zip(self.embed or (), base.blocks, strict=False):
+            weight, bias = blocks.mean_keys(block, self.embed_dim)
+            if weight is None:
+                continue  # no whole number of heads: the embedding keeps its random start
+            embed.weight.copy_(weight)
+            embed.bias.zero_() if bias is None else embed.bias.copy_(bias)
+
+    @property
+    def r(self) -> int | Sequence[int] | tuple[int, float]:
+        """Tokens to merge in each block. Can be set at any time: one trained merger serves every r."""
+        return self._r
+
+    @r.setter
+    def r(self, r: int | Sequence[int] | tuple[int, float]) -> None:
+        self.schedule = schedule(r, self.depth)
+        self._r = r if isinstance(r, int) else tuple(r)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that build this merger again, as plain data."""
+        names = ("embed_dim", "metric", "candidates", "tau1", "tau2", "prop_attn")
+        return dict(r=self.r if isinstance(self.r, int) else list(self.r), **{name: getattr(self, name) for name in names})
+
+    def count(self, index: int, effective: int, num_prefix_tokens: int) -> int:
+        """How many tokens block `index` merges away of so many."""
+        return mergeable(self.schedule[index], effective, num_prefix_tokens)
+
+    def flops_per_token(self, block: nn.Module) -> int:
+        """Multiply-adds to make what one token is compared by."""
+        return block.attn.proj.out_features * (self.embed_dim if self.embed is not None else blocks.keys_width(block))
+
+    def truncate(self, depth: int) -> None:
+        """Keep the first `depth` blocks only."""
+        self.schedule, self.depth = self.schedule[:depth], depth
+        if self.embed is not None:
+            self.embed = self.embed[:depth]
+
+    def forward(
+        self, index: int, block: nn.Module, x: Tensor, y: Tensor, size: Tensor | None, effective: int, num_prefix_tokens: int
+    ) -> Merged:
+        """Merge tokens in the middle of block `index`.
+
+        Args:
+            x: (B, N, C) tokens after the block's attention. y: (B, N, C) what that attention read.
+            size: (B, N) float32 sizes, None while all are 1.
+            effective: How many tokens are still in the game: N, or less after relaxed merges.
+            num_prefix_tokens: Leading tokens that don't merge.
+        """
+        r = self.count(index, effective, num_prefix_tokens)
+        if size is None:
+            size = torch.ones(x.shape[:2], device=x.device)
+        y = y.detach()  # the embedding learns from the task but never changes what the trunk learns
+        metric = blocks.keys(block, y) if self.embed is None else self.embed[index](y)
+        if self.training and self.embed is not None:
+            options = dict(tau1=self.tau1, tau2=self.tau2, candidates=self.candidates)
+            assignment = relaxed_match(metric, r, effective, num_prefix_tokens=num_prefix_tokens, **options)
+            x, size, matching = relaxed_apply(assignment, x, size, effective, num_prefix_tokens)
+        else:
+            matching = bipartite_match(metric, r, num_prefix_tokens)
+            x, size = merge(matching, x, size)
+        return Merged(x, size, effective - r, matching)
+
+
+def groups(trace: Sequence[Matching]) -> Tensor:
+    """The output token (B, N) int64 that holds each input token after all merges of the trace."""
+    position = trace[0].position
+    for matching in trace[1:]:
+        position = matching.position.gather(1, position)
+    return position
+
+
+def unmerge_all(trace: Sequence[Matching | RelaxedMatching], x: Tensor) -> Tensor:
+    """Undo the merges of the trace: every input token gets its group's token, (B, N - R, C) -> (B, N, C)."""
+    if trace and isinstance(trace[0], Matching):
+        return take(x, groups(trace))
+    for matching in reversed(trace):
+        x = relaxed_unmerge(matching, x)
+    return x
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int if name in ("candidates", "embed_dim") else (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not value > 0:
+            raise ValueError(f"{name} must be greater than 0, got {value}")
