@@ -80,7 +80,9 @@ def check(base: nn.Module, merging: bool) -> None:
             computes attention and MLP in parallel, which leaves no place to merge tokens.
     """
     if getattr(type(base), "forward_features", None) not in _MODELS:
-        block = f" (blocks: {_name(base.blocks[0])})" if isinstance(getattr(base, "blocks", None), nn.Sequential) else ""
+        block = (
+            f" (blocks: {_name(base.blocks[0])})" if isinstance(getattr(base, "blocks", None), nn.Sequential) else ""
+        )
         raise TypeError(f"{_name(base)}{block} can't be driven from outside; supported are {_SUPPORTED}")
     for i, block in enumerate(base.blocks):
         forward = type(block).forward
@@ -114,7 +116,9 @@ def embed(base: nn.Module, images: Tensor) -> Embedded:
 
 def _embed_naflex(base: NaFlexVit, images: Tensor) -> Embedded:
     if not isinstance(images, Tensor):
-        raise TypeError(f"NaFlexVit is supported with image tensors (B, 3, H, W), not with {type(images).__name__} batches")
+        raise TypeError(
+            f"NaFlexVit is supported with image tensors (B, 3, H, W), not with {type(images).__name__} batches"
+        )
     stem = base._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
     x, keep = stem["patches"], stem["keep_indices"]
     ropes = _per_block(stem["rope_embeds"], len(base.blocks), base.rope_is_mixed)
@@ -145,7 +149,9 @@ def rope_rows(rope: Tensor, rows: Tensor | None) -> Tensor:
         return rope[rows].unsqueeze(1)
     if rope.ndim == 3:
         return rope[:, rows].transpose(0, 1)
-    return rope.expand(len(rows), -1, -1, -1).gather(2, rows[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
+    return rope.expand(len(rows), -1, -1, -1).gather(
+        2, rows[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3])
+    )
 
 
 def read(block: nn.Module, x: Tensor) -> Tensor:

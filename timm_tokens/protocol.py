@@ -46,7 +46,10 @@ class TimmProtocol:
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the images that the model is made for, as far as it says."""
-        size = getattr(blocks.stem(self.base), "img_size", None) or self.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
+        size = (
+            getattr(blocks.stem(self.base), "img_size", None)
+            or self.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
+        )
         return tuple(size)
 
     @property
@@ -124,7 +127,9 @@ class TimmProtocol:
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into layers, for layer-wise learning rates: each embedding with its block."""
-        groups = {name: _patterns_under_base(patterns) for name, patterns in self.base.group_matcher(coarse=coarse).items()}
+        groups = {
+            name: _patterns_under_base(patterns) for name, patterns in self.base.group_matcher(coarse=coarse).items()
+        }
         if isinstance(groups.get("blocks"), list):
             groups["blocks"].append((r"^merger\.embed\.(\d+)", None))
         return groups
@@ -157,7 +162,7 @@ def _accept_plain_checkpoint(model: nn.Module, state_dict: dict[str, Tensor], pr
     if not own or any(name.startswith(f"{prefix}base.") for name in own):
         return
     for name in own:
-        state_dict[f"{prefix}base.{name[len(prefix):]}"] = state_dict.pop(name)
+        state_dict[f"{prefix}base.{name[len(prefix) :]}"] = state_dict.pop(name)
     for name, value in model.state_dict(prefix=prefix, keep_vars=True).items():
         if not name.startswith(f"{prefix}base."):
             state_dict[name] = value.detach()

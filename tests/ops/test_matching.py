@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from timm_tokens.ops import bipartite_match, merge, unmerge
 
 
@@ -31,6 +32,7 @@ def test_equals_the_slow_version(n, p, r):
         position, survivors = slow_match(metric[i], r, p)
         assert matching.position[i].tolist() == position
         assert matching.kept[i].tolist() == survivors
+        assert matching.order[i].sort().values.tolist() == list(range(n))
         for slot in range(len(survivors)):
             members = [j for j in range(n) if position[j] == slot]
             weights = size[i, members]

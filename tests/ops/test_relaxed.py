@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from timm_tokens.ops import relaxed_merge, relaxed_top_k
 from timm_tokens.ops.relaxed import relaxed_apply, relaxed_match, relaxed_unmerge
 

@@ -1,6 +1,7 @@
 """Schedules: every form that r can take, and the words for those it can't."""
 
 import pytest
+
 from timm_tokens.ops import schedule
 
 

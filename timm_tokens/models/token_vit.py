@@ -70,7 +70,10 @@ def wrapped_cfg(base: str) -> dict[str, Any]:
 
 def cfgs(variants: dict[str, str]) -> dict[str, Any]:
     """timm's default_cfgs for variants {name: base}: each has all pretrained tags of its base."""
-    tags = {name: [tagged.split(".", 1)[1] for tagged in timm.list_pretrained(f"{base}.*")] for name, base in variants.items()}
+    tags = {
+        name: [tagged.split(".", 1)[1] for tagged in timm.list_pretrained(f"{base}.*")]
+        for name, base in variants.items()
+    }
     return generate_default_cfgs(
         {f"{name}.{tag}": wrapped_cfg(f"{base}.{tag}") for name, base in variants.items() for tag in tags[name]}
     )

@@ -13,25 +13,28 @@ from torch import Tensor
 
 
 class Matching(NamedTuple):
-    """Which tokens stay and where the others go. Tokens that stay keep the order prefix, even, odd positions.
+    """Which tokens stay and where the others go.
 
     Attributes:
-        kept: (B, N - R) int64, the input position of each token that stays.
-        source: (B, R) int64, the input position of each token that is merged away.
+        order: (B, N) int64, the input position of each token: first the N - R that stay, in the order of the output
+            (prefix, even positions, odd positions), then the R that are merged away.
         destination: (B, R) int64, where in the output each of those is merged into.
     """
 
-    kept: Tensor
-    source: Tensor
+    order: Tensor
     destination: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """(B, N - R) int64: the input position of each output token."""
+        return self.order[:, : self.order.shape[1] - self.destination.shape[1]]
 
     @property
     def position(self) -> Tensor:
         """(B, N) int64: the output position that holds each input token."""
-        b, n = self.kept.shape[0], self.kept.shape[1] + self.source.shape[1]
-        slots = torch.arange(self.kept.shape[1], device=self.kept.device).expand(b, -1)
-        position = torch.empty((b, n), dtype=torch.int64, device=self.kept.device)
-        return position.scatter(1, self.kept, slots).scatter(1, self.source, self.destination)
+        b, left = self.kept.shape
+        slots = torch.arange(left, device=self.order.device).expand(b, -1)
+        return torch.empty_like(self.order).scatter(1, self.order, torch.cat([slots, self.destination], dim=1))
 
 
 def mergeable(r: int, num_tokens: int, num_prefix_tokens: int) -> int:
@@ -50,7 +53,7 @@ def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
     """Cosines of all pairs, (B, M, E) and (B, N, E) -> (B, M, N), in float32 also where autocast is on."""
     device = a.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(1, 2)
+        return torch.bmm(F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1).transpose(1, 2))
 
 
 def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Matching:
@@ -76,18 +79,18 @@ def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Match
     b, n = metric.shape[:2]
     r = mergeable(r, n, num_prefix_tokens)
     even, odd = split_positions(num_prefix_tokens)
+    positions = torch.arange(n, device=metric.device).expand(b, -1)
+    if not r:
+        order = torch.cat([positions[:, :num_prefix_tokens], positions[:, even::2], positions[:, odd::2]], dim=1)
+        return Matching(order, order[:, :0])
     similarity = cosine_similarity(metric[:, even::2], metric[:, odd::2])  # (B, |A|, |B|)
-    best, partner = similarity.max(dim=-1) if r else (similarity.new_zeros(similarity.shape[:2]), None)
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    chosen, rest = order[:, :r], order[:, r:].sort(dim=-1).values
-    prefix = torch.arange(num_prefix_tokens, device=metric.device).expand(b, -1)
-    odds = torch.arange(odd, max(n, odd), 2, device=metric.device).expand(b, -1)
-    first_odd = num_prefix_tokens + rest.shape[1]  # where B begins in the output
-    return Matching(
-        kept=torch.cat([prefix, even + 2 * rest, odds], dim=1),
-        source=even + 2 * chosen,
-        destination=first_odd + partner.gather(1, chosen) if r else chosen,
-    )
+    best, partner = similarity.max(dim=-1)
+    ranked = best.argsort(dim=-1, descending=True, stable=True)
+    evens = even + 2 * ranked
+    stay = evens[:, r:].sort(dim=-1).values
+    order = torch.cat([positions[:, :num_prefix_tokens], stay, positions[:, odd::2], evens[:, :r]], dim=1)
+    first_odd = num_prefix_tokens + stay.shape[1]  # where B begins in the output
+    return Matching(order, first_odd + partner.gather(1, ranked[:, :r]))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     for 384 channels on a CPU).
     """
     b, n = x.shape[:2]
-    flat = index + n * torch.arange(b, device=x.device).unsqueeze(1)
+    flat = index + torch.arange(0, b * n, n, device=x.device).unsqueeze(1)
     return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, (b, index.shape[1]))
 
 
@@ -114,17 +117,19 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
 
     Source: ToMe (arXiv 2210.09461), section 3.
     """
-    kept, source, destination = matching
+    order, destination = matching
     if size is None:
         size = torch.ones(x.shape[:2], device=x.device)
-    source_size, kept_size = size.gather(1, source), size.gather(1, kept)
+    left, gone = matching.kept.shape[1], destination.shape[1]
+    kept, source = take(x, order).split([left, gone], dim=1)
+    kept_size, source_size = size.gather(1, order).split([left, gone], dim=1)
     new_size = kept_size.scatter_add(1, destination, source_size)
     # A small matrix product adds the merged rows. Unlike a scatter_add of rows it is deterministic on every device, and
     # in half precision it accumulates in float32. Shares, not sums and a division: no intermediate exceeds the tokens.
-    slots = torch.arange(kept.shape[1], device=x.device).unsqueeze(1)
-    shares = (destination.unsqueeze(1) == slots) * source_size.unsqueeze(1) / new_size.unsqueeze(2)  # (B, N - R, R)
-    stay = take(x, kept) * (kept_size / new_size).unsqueeze(2).to(x.dtype)
-    return torch.baddbmm(stay, shares.to(x.dtype), take(x, source)), new_size
+    slots = torch.arange(left, device=x.device).unsqueeze(1)
+    shares = (destination.unsqueeze(1) == slots) * (source_size / new_size.gather(1, destination)).unsqueeze(1)
+    stay = kept * (kept_size / new_size).unsqueeze(2).to(x.dtype)
+    return torch.baddbmm(stay, shares.to(x.dtype), source), new_size  # (B, N - R, R) @ (B, R, C)
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:

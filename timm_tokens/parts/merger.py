@@ -62,7 +62,9 @@ class TokenMerger(nn.Module):
         super().__init__()
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
-        _check_positive(candidates=candidates, tau1=tau1, tau2=tau2, **({} if embed_dim is None else {"embed_dim": embed_dim}))
+        _check_positive(
+            candidates=candidates, tau1=tau1, tau2=tau2, **({} if embed_dim is None else {"embed_dim": embed_dim})
+        )
         self.depth = len(base.blocks)
         self.metric, self.candidates, self.tau1, self.tau2, self.prop_attn = metric, candidates, tau1, tau2, prop_attn
         head_dim = base.blocks[0].attn.head_dim
@@ -98,7 +100,9 @@ class TokenMerger(nn.Module):
     def config(self) -> dict[str, Any]:
         """The arguments that build this merger again, as plain data."""
         names = ("embed_dim", "metric", "candidates", "tau1", "tau2", "prop_attn")
-        return dict(r=self.r if isinstance(self.r, int) else list(self.r), **{name: getattr(self, name) for name in names})
+        return dict(
+            r=self.r if isinstance(self.r, int) else list(self.r), **{name: getattr(self, name) for name in names}
+        )
 
     def count(self, index: int, effective: int, num_prefix_tokens: int) -> int:
         """How many tokens block `index` merges away of so many."""
@@ -115,7 +119,14 @@ class TokenMerger(nn.Module):
             self.embed = self.embed[:depth]
 
     def forward(
-        self, index: int, block: nn.Module, x: Tensor, y: Tensor, size: Tensor | None, effective: int, num_prefix_tokens: int
+        self,
+        index: int,
+        block: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        size: Tensor | None,
+        effective: int,
+        num_prefix_tokens: int,
     ) -> Merged:
         """Merge tokens in the middle of block `index`.
 
@@ -159,7 +170,9 @@ def unmerge_all(trace: Sequence[Matching | RelaxedMatching], x: Tensor) -> Tenso
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int if name in ("candidates", "embed_dim") else (int, float)):
+        if isinstance(value, bool) or not isinstance(
+            value, int if name in ("candidates", "embed_dim") else (int, float)
+        ):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not value > 0:
             raise ValueError(f"{name} must be greater than 0, got {value}")
