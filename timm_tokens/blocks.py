@@ -80,15 +80,14 @@ def check(base: nn.Module, merging: bool) -> None:
             computes attention and MLP in parallel, which leaves no place to merge tokens.
     """
     if getattr(type(base), "forward_features", None) not in _MODELS:
-        block = (
-            f" (blocks: {_name(base.blocks[0])})" if isinstance(getattr(base, "blocks", None), nn.Sequential) else ""
-        )
+        inside = getattr(base, "blocks", None)
+        block = f" (blocks: {_name(inside[0])})" if isinstance(inside, (nn.Sequential, nn.ModuleList)) else ""
         raise TypeError(f"{_name(base)}{block} can't be driven from outside; supported are {_SUPPORTED}")
     for i, block in enumerate(base.blocks):
         forward = type(block).forward
         if forward in _WHOLE and merging:
             raise TypeError(
-                f"block {i}, {_name(block)}, runs attention and MLP in parallel, so no tokens can be merged in between; "
+                f"block {i}, {_name(block)}, runs attention and MLP in parallel: no tokens can be merged in between; "
                 f"merging supports {_SUPPORTED}"
             )
         known = forward in _WHOLE or (forward in _HALVES and type(block.attn).forward in ATTENTIONS)

@@ -1,6 +1,6 @@
 """Multiply-adds of a driven model, read off the shapes of its layers.
 
-Counted as the papers count them, one for a multiplication with its addition: half of what torch.utils.flop_counter says.
+Counted as the papers count them, one for a multiplication with its addition: half of what torch's flop counter says.
 """
 
 from copy import deepcopy

@@ -91,7 +91,7 @@ class TokenViT(TimmProtocol, nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens (B, P + N, C) after the final norm, un-merged: every patch has its group's token.
 
-        So `forward_head` needs to know nothing of sizes: the mean over patches is the mean over tokens weighted by size.
+        So `forward_head` needs no sizes: the mean over patches is the mean over tokens weighted by size.
         """
         stream, trace = self._encode(images)
         return unmerge_all(trace, self.base.norm(stream.x))
