@@ -9,7 +9,6 @@ does something else, and is refused. A test compares every driven model with the
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from timm.layers import AttentionPoolLatent, AttentionRope, DiffAttention
 from timm.layers.attention import Attention
 from timm.models import Eva, VisionTransformer, VisionTransformerDistilled
@@ -115,9 +114,7 @@ def embed(base: nn.Module, images: Tensor) -> Embedded:
 
 def _embed_naflex(base: NaFlexVit, images: Tensor) -> Embedded:
     if not isinstance(images, Tensor):
-        raise TypeError(
-            f"NaFlexVit is supported with image tensors (B, 3, H, W), not with {type(images).__name__} batches"
-        )
+        raise TypeError(f"NaFlexVit is supported with images as a tensor (B, 3, H, W), got a {type(images).__name__}")
     stem = base._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
     x, keep = stem["patches"], stem["keep_indices"]
     ropes = _per_block(stem["rope_embeds"], len(base.blocks), base.rope_is_mixed)
@@ -216,17 +213,21 @@ def head(base: nn.Module, x: Tensor, size: Tensor | None, pre_logits: bool = Fal
     return x if pre_logits else base.head(x)
 
 
+def pooled_from(base: nn.Module) -> int:
+    """The first token that pooling over tokens reads: the first patch, or the first prefix token."""
+    # Eva's attention pooling reads its prefix tokens too, without saying so
+    everything = getattr(base, "pool_include_prefix", isinstance(base, Eva) and base.attn_pool is not None)
+    return 0 if everything else base.num_prefix_tokens
+
+
 def _pool(base: nn.Module, x: Tensor, size: Tensor, pooling: str) -> Tensor:
-    # Eva's attention pooling reads the prefix tokens too
-    with_prefix = getattr(base, "pool_include_prefix", isinstance(base, Eva) and pooling == "map")
-    start = 0 if with_prefix else base.num_prefix_tokens
-    x, size = x[:, start:], size[:, start:]
+    x, size = x[:, pooled_from(base) :], size[:, pooled_from(base) :]
     if pooling == "map":
         return base.attn_pool(x, attn_mask=size_bias(size).to(x.dtype))
     if pooling == "max":
         return x.amax(dim=1)
-    share = (size / size.sum(dim=1, keepdim=True)).unsqueeze(1).to(x.dtype)
-    mean = torch.bmm(share, x).squeeze(1)
+    share = (size / size.sum(dim=1, keepdim=True)).unsqueeze(2).to(x.dtype)
+    mean = (x * share).sum(dim=1)
     return mean if pooling == "avg" else 0.5 * (mean + x.amax(dim=1))
 
 
