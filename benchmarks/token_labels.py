@@ -7,14 +7,10 @@ The two ways take turns, round by round; medians of the rounds and of their rati
 
 import argparse
 import platform
-import resource
 import statistics
-import sys
-import tempfile
 import time
 from collections import namedtuple
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F

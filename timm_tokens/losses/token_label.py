@@ -14,9 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from timm_tokens.ops import SparseLabels, mix_ratio
 
-# The log-sum-exp of the logits needs a temporary of their size; in this many pieces, an eighth of it.
-_PIECES = 8
-
 
 class DenseOutput(Protocol):
     """Logits of an image and of its patches: `cls` (B, K) and `tokens` (B, N, K)."""
@@ -127,8 +124,11 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, classes: Tensor, excess: Tensor, background: Tensor) -> Tensor:
         mass = logits.shape[-1] * background + excess.sum(-1)  # 1, or a little more with smoothing
+        softmax = logits.softmax(-1, dtype=torch.float32)
         ctx.save_for_backward(logits, classes, excess, background, mass)
-        lse = torch.cat([_logsumexp(piece) for piece in logits.chunk(_PIECES)])
+        ctx.softmax = softmax
+        # The softmax of the largest logit is at least 1 / K, so its logarithm loses nothing.
+        lse = logits.amax(-1) - softmax.amax(-1).log()
         chosen = (excess * logits.gather(-1, classes)).sum(-1)
         return mass * lse - chosen - background * logits.sum(-1, dtype=torch.float32)
 
@@ -136,14 +136,12 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits, classes, excess, background, mass = ctx.saved_tensors
-        out = logits.softmax(-1, dtype=torch.float32)
+        # The forward's softmax turns into the gradient in place; a second backward through a retained graph needs another.
+        out, ctx.softmax = ctx.softmax, None
+        if out is None:
+            out = logits.softmax(-1, dtype=torch.float32)
         out.mul_((grad * mass)[..., None]).sub_((grad * background)[..., None])
         return out.scatter_add_(-1, classes, -grad[..., None] * excess).to(logits.dtype), None, None, None
-
-
-def _logsumexp(logits: Tensor) -> Tensor:
-    # At the largest logit log_softmax is exact, and its kernel makes one temporary where logsumexp's makes three.
-    return logits.amax(-1) - logits.log_softmax(-1, dtype=torch.float32).amax(-1)
 
 
 def _token_cross_entropy(logits: Tensor, target: SparseLabels | Tensor, on: float, off: float) -> Tensor:

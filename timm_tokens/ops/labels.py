@@ -133,9 +133,7 @@ def crop_maps(boxes: Tensor, flip: Tensor | None = None) -> Tensor:
     return torch.stack([height, zero, top, zero, width, left, zero, zero, one], -1).unflatten(-1, (3, 3))
 
 
-def _sparse_labels(
-    values: Tensor, indices: Tensor, whole: Windows, patches: Windows, num_classes: int
-) -> SparseLabels:
+def _sparse_labels(values: Tensor, indices: Tensor, whole: Windows, patches: Windows, num_classes: int) -> SparseLabels:
     classes, scores = _scores(values, indices, whole)
     cls = scores.new_zeros(len(values), num_classes).scatter_add_(1, classes[:, 0].long(), scores[:, 0]).softmax(-1)
     classes, scores = _merge_duplicates(*_scores(values, indices, patches))
