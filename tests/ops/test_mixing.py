@@ -13,7 +13,7 @@ def test_boxes_lie_on_the_grid_and_have_the_area_of_a_uniform_lambda():
     whole = (top > 0) & (bottom < 14) & (left > 0) & (right < 10)  # not cut at the border
     shares = ((bottom - top) * (right - left) / 140)[whole]
     assert shares.max() > 0.3 and shares.min() < 0.02
-    # For a uniform lambda and centre, E[area] = integral of (r - r^2 / 4)^2 2r dr = 0.32, less what rounding down takes.
+    # Uniform lambda and centre: E[area] = integral of (r - r^2 / 4)^2 2r dr = 0.32, less what rounding down takes.
     area = (((bottom - top) * (right - left)) / 140.0).mean()
     assert 0.25 < area < 0.32
 

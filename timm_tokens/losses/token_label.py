@@ -34,8 +34,8 @@ class TokenLabelLoss(nn.Module):
     Args:
         dense_weight: weight of the tokens' term.
         cls_weight: weight of the class token's term.
-        ground_truth: mix the class token's label t with the true label y: rho t + (1 - rho) y, where rho = 0.5 if the top
-            class of t is the true one and 0.9 if not. Image targets are the truth already and are not mixed.
+        ground_truth: mix the class token's label t with the true label y: rho t + (1 - rho) y, where rho = 0.5 if the
+            top class of t is the true one and 0.9 if not. Image targets are the truth already and are not mixed.
         smoothing: s of label smoothing. Truth and image targets become (1 - s) y + s / K; token labels, as in the
             paper's code, (1 - s + s / K) t + s / K, which sums to 1 + s / K.
 
@@ -73,8 +73,8 @@ class TokenLabelLoss(nn.Module):
             logits: an object with `cls` (B, K) and `tokens` (B, N, K), the tokens' each in the place of its own image.
             target: see the class.
             labels: the true classes (B,) or their probabilities (B, K); read with `ground_truth` alone.
-            box: top, left, bottom, right of MixToken on the patch grid. The class token's target is then mixed with that
-                of the flipped batch by the box's area; the tokens' targets are not.
+            box: top, left, bottom, right of MixToken on the patch grid. The class token's target is then mixed with
+                that of the flipped batch by the box's area; the tokens' targets are not.
 
         Returns:
             A scalar.
@@ -136,7 +136,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits, classes, excess, background, mass = ctx.saved_tensors
-        # The forward's softmax turns into the gradient in place; a second backward through a retained graph needs another.
+        # The forward's softmax turns into the gradient in place; a second backward (retain_graph) makes its own.
         out, ctx.softmax = ctx.softmax, None
         if out is None:
             out = logits.softmax(-1, dtype=torch.float32)
@@ -192,7 +192,8 @@ def _check(logits: DenseOutput, target: SparseLabels | Tensor) -> None:
             raise ValueError(f"the logits are for (B, N, K) = {(B, N, K)}, the sparse target for {got}")
     elif target.shape not in {(B,), (B, K), (B, K, 1 + N)}:
         raise ValueError(
-            f"target must be SparseLabels, ({B},), {(B, K)} or (B, K, 1 + N) = {(B, K, 1 + N)}, got {tuple(target.shape)}"
+            f"target must be SparseLabels, ({B},), {(B, K)} or (B, K, 1 + N) = {(B, K, 1 + N)}, "
+            f"got {tuple(target.shape)}"
         )
     elif target.ndim == 1 and target.dtype != torch.int64:
         raise ValueError(f"classes (B,) must be int64, got {target.dtype}: convert them with .long()")

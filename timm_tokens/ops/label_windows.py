@@ -13,7 +13,7 @@ from torch import Tensor
 # The number of samples per token is ceil(cells per token). A box that spans a whole number of cells per token must not
 # get one sample more by a rounding error.
 _CEIL_SLACK = 1e-4
-# How much further than an upright view of the whole image a warped token may reach: a rotation by 45 degrees takes 1.41.
+# How much further than in an upright view of the whole image a warped token may reach: rotated by 45 degrees, 1.41.
 _WARP_REACH = 1.5
 
 
@@ -25,7 +25,7 @@ class Windows(NamedTuple):
 
 
 def crop_windows(boxes: Tensor, flip: Tensor | None, grid: tuple[int, int], size: tuple[int, int]) -> Windows:
-    """Windows of RoIAlign (torchvision's, `aligned=False`, adaptive sampling), which is separable into rows and columns.
+    """Windows of RoIAlign (torchvision's, `aligned=False`, adaptive sampling), a product of rows and columns.
 
     Args:
         boxes: (B, 4) top, left, height, width as fractions of the image.
@@ -97,7 +97,7 @@ def _align_axis(start: Tensor, length: Tensor, cells: int, tokens: int) -> tuple
 
 
 def _spread(length: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Samples of a token that is `length` (B,) cells long: places in [0, 1] and weights that sum to 1, (B, most) each."""
+    """Samples of a token `length` (B,) cells long: places in [0, 1] and weights that sum to 1, (B, most) each."""
     count = (length - _CEIL_SLACK).ceil().clamp(1, most)[:, None]
     k = torch.arange(most, device=length.device)
     # Samples beyond the count repeat the last one with weight 0, and so never widen the window.

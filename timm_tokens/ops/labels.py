@@ -63,7 +63,7 @@ def crop_token_labels(
         dense: return probabilities (B, K, 1 + N) in place of the sparse form.
 
     Returns:
-        `SparseLabels`, or with `dense` the probabilities (B, K, 1 + N): the class token's, then the patches' row by row.
+        `SparseLabels`, or with `dense` the probabilities (B, K, 1 + N): the class token's, then the patches' in rows.
 
     Raises:
         ValueError: a shape, dtype or size does not fit.
