@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -57,7 +59,7 @@ class TokenLabelStore(Mapping[str, LabelMap]):
             )
         shard, row = place
         # Copies: a view would keep the whole shard's mapping alive, and pickle it.
-        label = LabelMap(shard["values"][row].clone(), shard["indices"][row].clone())
+        label = LabelMap(shard.values[row].clone(), shard.indices[row].clone())
         low, high = (int(x) for x in label.indices.aminmax())
         if low < 0 or high >= self.num_classes:  # found here, and not as an illegal access on a GPU
             raise ValueError(
@@ -75,7 +77,7 @@ class TokenLabelStore(Mapping[str, LabelMap]):
         if self._files is None:
             return (p.relative_to(self.folder).with_suffix("").as_posix() for p in sorted(self.folder.rglob("*.pt")))
         self._open()
-        return (shard_name(self._shards[place >> 32], place & 0xFFFFFFFF) for place in sorted(self._places.tolist()))
+        return (shard.name(row) for shard, row in map(self._locate, sorted(self._places)))
 
     def __len__(self) -> int:
         if self._files is None:
@@ -98,29 +100,46 @@ class TokenLabelStore(Mapping[str, LabelMap]):
         except FileNotFoundError:
             raise KeyError(f"no label for image {name!r}: there is no {self._path(name)}") from None
 
-    def _find(self, name: str) -> tuple[dict[str, Tensor], int] | None:
+    def _find(self, name: str) -> tuple["Shard", int] | None:
         self._open()
-        key = torch.tensor(name_key(name))
-        at = int(torch.searchsorted(self._keys, key))
+        key = name_key(name)
+        at = bisect_left(self._keys, key)
         if at == len(self._keys) or self._keys[at] != key:
             return None
-        place = int(self._places[at])
-        shard, row = self._shards[place >> 32], place & 0xFFFFFFFF
-        return (shard, row) if shard_name(shard, row) == name else None
+        shard, row = self._locate(self._places[at])
+        return (shard, row) if shard.name(row) == name else None
+
+    def _locate(self, place: int) -> tuple["Shard", int]:
+        return self._shards[place >> 32], place & 0xFFFFFFFF
 
     def _open(self) -> None:
         """Map the shards and sort the keys, once a process."""
         if self._shards is not None:
             return
         shards = [load_shard(path) for path in self._files]
-        keys = [shard["keys"] for shard in shards]
+        keys = [shard.keys for shard in shards]
         places = [(i << 32) + torch.arange(len(key)) for i, key in enumerate(keys)]
         none = torch.empty(0, dtype=torch.int64)
         keys, order = torch.cat([none, *keys]).sort(stable=True)
         first = torch.ones_like(keys, dtype=torch.bool)
         first[1:] = keys[1:] != keys[:-1]  # two parts may both have annotated an image; the labels are the same
-        self._keys, self._places = keys[first], torch.cat([none, *places])[order][first]
+        self._keys = memoryview(keys[first].numpy())  # whose items are plain ints, an order faster than a tensor's
+        self._places = memoryview(torch.cat([none, *places])[order][first].numpy())
         self._shards = shards
+
+
+class Shard(NamedTuple):
+    """A shard of n maps: `values` and `indices` (n, top, H, W), `keys` (n,) and the joined names with their ends."""
+
+    values: Tensor
+    indices: Tensor
+    keys: Tensor
+    names: memoryview
+    name_ends: memoryview
+
+    def name(self, row: int) -> str:
+        """The image id of a row."""
+        return bytes(self.names[self.name_ends[row] : self.name_ends[row + 1]]).decode()
 
 
 def name_key(name: str) -> int:
@@ -128,17 +147,13 @@ def name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def shard_name(shard: dict[str, Tensor], row: int) -> str:
-    """The image id of a row of a shard."""
-    start, end = shard["name_ends"][row : row + 2].tolist()
-    return shard["names"][start:end].numpy().tobytes().decode()
-
-
-def load_shard(path: Path) -> dict[str, Tensor]:
-    """Memory-map one shard: `values`, `indices`, `keys`, `names`, `name_ends`."""
+def load_shard(path: Path) -> Shard:
+    """Memory-map one shard."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        tensors = load_file(path)
+        views = {name: memoryview(tensors.pop(name).numpy()) for name in ("names", "name_ends")}
+        return Shard(**tensors, **views)
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"label shard {path} can't be read ({error}): delete it and annotate again") from error
 
 

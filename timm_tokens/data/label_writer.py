@@ -118,8 +118,8 @@ class TokenLabelWriter:
         self._shape, self._done, self._pending = index["shape"], set(), {}
         for path in _shards(self.folder):
             shard = load_shard(path)
-            self._done.update(shard["keys"].tolist())
-            self._shape = list(shard["values"].shape[1:])
+            self._done.update(shard.keys.tolist())
+            self._shape = list(shard.values.shape[1:])
         own = [path.stem for path in _shards(self.folder) if path.name.startswith(f"labels-{self.part:05d}-")]
         self._next = 1 + max((int(stem.rsplit("-", 1)[1]) for stem in own), default=-1)
         self._journal = LabelJournal(self.folder / f"part-{self.part:05d}.journal")

@@ -140,9 +140,9 @@ def _sparse_labels(values: Tensor, indices: Tensor, whole: Windows, patches: Win
     # The softmax over K classes of which all but S score 0; the shift by the largest score keeps exp from overflowing.
     shift = scores.amax(-1, keepdim=True).clamp(min=0)
     floor = (-shift).exp()
-    excess = (scores - shift).exp() - floor
+    excess = scores.sub_(shift).exp_().sub_(floor)
     total = excess.sum(-1, keepdim=True) + num_classes * floor
-    return SparseLabels(cls, classes, excess / total, (floor / total).squeeze(-1))
+    return SparseLabels(cls, classes, excess.div_(total), (floor / total).squeeze(-1))
 
 
 def _scores(values: Tensor, indices: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ def _merge_duplicates(classes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     classes, order = classes.sort(-1)
     slot = F.pad(classes[..., 1:] != classes[..., :-1], (1, 0)).cumsum(-1)
     scores = torch.zeros_like(scores).scatter_add_(2, slot, scores.gather(2, order))
-    return torch.zeros_like(slot).scatter_(2, slot, classes.long()), scores
+    return torch.zeros_like(classes).scatter_(2, slot, classes).long(), scores
 
 
 def _check(values: Tensor, indices: Tensor, num_classes: int, size: int | tuple[int, int]) -> tuple[int, int]:
