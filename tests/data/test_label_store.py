@@ -57,6 +57,12 @@ def test_round_trip(tmp_path, shard_size):
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.journal"))
 
 
+def test_an_empty_store(tmp_path):
+    store = write(tmp_path, [])
+    check(store, [])
+    assert "a/b_0" not in store
+
+
 def test_unicode_names_and_large_classes(tmp_path):
     big = LabelMap(torch.ones(1, 2, 2).half(), torch.full((1, 2, 2), 20_841, dtype=torch.int32))
     with TokenLabelWriter(tmp_path, 21_843) as writer:

@@ -100,6 +100,12 @@ def test_labels_follow_a_crop_as_roi_align_says():
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_interpolation_reaches_every_step():
+    transform = TokenLabelTransform(32, auto_augment="rand-m9", interpolation="bilinear")
+    assert [mode.value for mode in transform.interpolations] == ["bilinear"]
+    assert {op.kwargs["resample"] for op in transform.rand_augment.ops} == {Image.Resampling.BILINEAR}
+
+
 def test_a_generator_decides_everything_and_nothing_else_moves():
     transform = TokenLabelTransform(64, auto_augment="rand-m9-mstd0.5-inc1", re_prob=1.0, re_mode="pixel")
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()

@@ -55,8 +55,8 @@ def warp_windows(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> 
         size: rows and columns of tokens.
     """
     (H, W), (rows, cols) = grid, size
-    maps = maps[:, :2].float() * maps.new_tensor([[H], [W]], dtype=torch.float32)  # to cells
-    down, right, origin = maps.unbind(-1)  # (B, 2) each: the view's two edges and its corner, as (row, column)
+    cells = torch.stack([maps[:, 0] * H, maps[:, 1] * W], 1).float()
+    down, right, origin = cells.unbind(-1)  # (B, 2) each: the view's two edges and its corner, as (row, column)
     origin = origin - 0.5
     # RoIAlign treats a side shorter than one cell as one cell long, kept at its top left.
     length_down, length_right = down.norm(dim=-1, keepdim=True), right.norm(dim=-1, keepdim=True)
