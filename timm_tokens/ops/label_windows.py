@@ -55,34 +55,49 @@ def warp_windows(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> 
         size: rows and columns of tokens.
     """
     (H, W), (rows, cols) = grid, size
-    cells = torch.stack([maps[:, 0] * H, maps[:, 1] * W], 1).float()
-    down, right, origin = cells.unbind(-1)  # (B, 2) each: the view's two edges and its corner, as (row, column)
-    origin = origin - 0.5
-    # RoIAlign treats a side shorter than one cell as one cell long, kept at its top left.
-    length_down, length_right = down.norm(dim=-1, keepdim=True), right.norm(dim=-1, keepdim=True)
-    long_down, long_right = down / length_down.clamp(1e-6, 1), right / length_right.clamp(1e-6, 1)
-    origin = origin + (down - long_down).clamp(min=0) + (right - long_right).clamp(min=0)
-    down, right = long_down / rows, long_right / cols  # of one token
+    view = _view_in_cells(maps, H, W)
+    origin, down, right = view.origin, view.down / rows, view.right / cols  # the edges of one token
 
+    # Places of the samples from the token's centre: (B, 2) -> (B, n, n, 2) -> (B, 1, n * n, 2)
     most = _WARP_REACH * max(grid) / min(size)
-    a, on_a = _spread(length_down[:, 0] / rows, math.ceil(most))
-    b, on_b = _spread(length_right[:, 0] / cols, math.ceil(most))
-    taps = _num_taps(most)
-    # (B, 2) -> (B, 1, n * n, 2) within a token; a footprint too long for the window is sampled over its middle
-    reach = (taps - 2) / 2
+    (a, on_a), (b, on_b) = (
+        _spread(view.length_down / rows, math.ceil(most)),
+        _spread(view.length_right / cols, math.ceil(most)),
+    )
     within = down[:, None, None] * (a - 0.5)[:, :, None, None] + right[:, None, None] * (b - 0.5)[:, None, :, None]
+    taps = _num_taps(most)
+    reach = (taps - 2) / 2  # a footprint too long for the window is sampled over its middle
     within = within.flatten(1, 2).clamp(-reach, reach)[:, None]
-    i, j = torch.arange(rows, device=maps.device) + 0.5, torch.arange(cols, device=maps.device) + 0.5
-    centre = down[:, None, None] * i[:, None, None] + right[:, None, None] * j[:, None]  # (B, rows, cols, 2)
-    y, x = ((origin[:, None, None] + centre).flatten(1, 2)[:, :, None] + within).unbind(-1)  # (B, N, n * n)
+    on = (on_a[:, :, None] * on_b[:, None]).flatten(1)[:, None, :, None]
 
-    first_y, tent_y = _tents(y, H, taps)
-    first_x, tent_x = _tents(x, W, taps)
-    tent_y = tent_y * (on_a[:, :, None] * on_b[:, None]).flatten(1)[:, None, :, None]
-    with torch.autocast(maps.device.type, enabled=False):  # a bfloat16 product would lose the weights' digits
-        weights = tent_y.transpose(-1, -2) @ tent_x  # (B, N, T, T)
-    y, x = _taps(first_y, tent_y)[..., :, None], _taps(first_x, tent_x)[..., None, :]
+    i, j = (torch.arange(n, device=maps.device)[:, None] + 0.5 for n in (rows, cols))
+    centres = origin[:, None, None] + down[:, None, None] * i[:, None] + right[:, None, None] * j  # (B, rows, cols, 2)
+    y, x = (centres.flatten(1, 2)[:, :, None] + within).unbind(-1)  # (B, N, n * n)
+    (first_y, tents_y), (first_x, tents_x) = _tents(y, H, taps), _tents(x, W, taps)
+    # Products and sums, not a matmul, which autocast rounds to bfloat16 and a GPU perhaps to TF32.
+    weights = torch.stack([(tent[..., None] * on * tents_x).sum(2) for tent in tents_y.unbind(-1)], 2)  # (B, N, T, T)
+    y, x = _taps(first_y, tents_y)[..., :, None], _taps(first_x, tents_x)[..., None, :]
     return Windows((y * W + x).flatten(2), weights.flatten(2))
+
+
+class _View(NamedTuple):
+    """Corner, left and top edge of a view as (row, column) in cells, (B, 2) each, and the edges' lengths (B,)."""
+
+    origin: Tensor
+    down: Tensor
+    right: Tensor
+    length_down: Tensor
+    length_right: Tensor
+
+
+def _view_in_cells(maps: Tensor, H: int, W: int) -> _View:
+    down, right, origin = torch.stack([maps[:, 0] * H, maps[:, 1] * W], 1).float().unbind(-1)
+    length_down, length_right = down.norm(dim=-1), right.norm(dim=-1)
+    # RoIAlign makes a side shorter than one cell one cell long, and keeps its top left end in place.
+    long_down = down / length_down.clamp(1e-6, 1)[:, None]
+    long_right = right / length_right.clamp(1e-6, 1)[:, None]
+    origin = origin - 0.5 + (down - long_down).clamp(min=0) + (right - long_right).clamp(min=0)
+    return _View(origin, long_down, long_right, length_down, length_right)
 
 
 def _align_axis(start: Tensor, length: Tensor, cells: int, tokens: int) -> tuple[Tensor, Tensor]:
