@@ -8,8 +8,8 @@ from timm.data import ImageDataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .label_format import LabelMap, image_id
-from .label_transforms import View
+from timm_tokens.data.label_format import LabelMap, image_id
+from timm_tokens.data.label_transforms import View
 
 
 class LabeledTarget(NamedTuple):

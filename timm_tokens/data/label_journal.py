@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .label_format import LabelMap
+from timm_tokens.data.label_format import LabelMap
 
 # A record: checksum of what follows it; bytes of the name; top, H, W; then the name, the values and the indices.
 _HEAD = struct.Struct("<I4I")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .label_format import LabelMap, read_label_file
+from timm_tokens.data.label_format import LabelMap, read_label_file
 
 INDEX = "index.json"
 FORMAT = "timm-tokens label store"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from .rand_augment import TrackedRandAugment
+from timm_tokens.data.rand_augment import TrackedRandAugment
 
 
 class View(NamedTuple):

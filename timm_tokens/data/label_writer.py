@@ -9,9 +9,9 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .label_format import LabelMap, check_label_map, write_label_file
-from .label_journal import LabelJournal
-from .label_store import FORMAT, INDEX, VERSION, TokenLabelStore, load_shard, name_key, read_index
+from timm_tokens.data.label_format import LabelMap, check_label_map, write_label_file
+from timm_tokens.data.label_journal import LabelJournal
+from timm_tokens.data.label_store import FORMAT, INDEX, VERSION, TokenLabelStore, load_shard, name_key, read_index
 
 
 class TokenLabelWriter:

@@ -1,5 +1,5 @@
 """Losses, one file each."""
 
-from .token_label import TokenLabelLoss
+from timm_tokens.losses.token_label import TokenLabelLoss
 
 __all__ = ["TokenLabelLoss"]

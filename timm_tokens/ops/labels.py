@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .label_windows import Windows, crop_windows, warp_windows
+from timm_tokens.ops.label_windows import Windows, crop_windows, warp_windows
 
 
 class SparseLabels(NamedTuple):
