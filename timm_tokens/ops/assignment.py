@@ -67,14 +67,17 @@ def mira_assign(logits: Tensor, tau: float, beta: float, iterations: int = 30) -
 
 def _solve(log_p: Tensor, anchor: Tensor, beta: float, iterations: int) -> Tensor:
     """The fixed point by two matrix-vector products an iteration. Overwrites log_p (B, K)."""
-    p, count, tiny = log_p.exp_(), batch_size(log_p), torch.finfo(log_p.dtype).tiny
-    constant = ((1 - beta) * (anchor - _log_range(beta, p.shape[1]) / 2)).exp()
+    count, tiny = batch_size(log_p), torch.finfo(log_p.dtype).tiny
+    # As a batch of products, because BLAS leaves one on one thread. (B, K) -> (8, B / 8, K)
+    p = log_p.exp_().unflatten(0, (8 if log_p.shape[0] % 8 == 0 else 1, -1))
+    constant = ((1 - beta) * (anchor - _log_range(beta, p.shape[2]) / 2)).exp()
     weight = anchor.exp()
     for _ in range(iterations + 1):  # the first gives the mean of the softmax, where the fixed point starts
-        mean = all_reduce_sum((p @ weight).reciprocal() @ p) / count
+        row = weight.expand(p.shape[0], 1, -1) @ p.mT  # (8, 1, B / 8)
+        mean = all_reduce_sum((row.reciprocal() @ p).sum((0, 1))) / count  # (K,)
         weight = constant * mean.clamp_min(tiny).pow(-beta)
-    row = p @ weight
-    return p.mul_(weight).div_(row.unsqueeze(1))
+    p.mul_(weight).div_(p.sum(2, keepdim=True))
+    return p.flatten(0, 1)
 
 
 def _solve_in_logs(log_p: Tensor, anchor: Tensor, beta: float, iterations: int) -> Tensor:
