@@ -34,10 +34,8 @@ def loss_and_gradient(loss, student, *args, **kwargs):
 @pytest.mark.parametrize("case", "012")
 def test_golden(golden, case, distance, name):
     golden = golden("dtm")
-    schedules = [
-        [r] * count
-        for r, count in zip(golden[f"{case}.r"].tolist(), golden[f"{case}.iterations"].tolist(), strict=True)
-    ]
+    merged, counts = golden[f"{case}.r"].tolist(), golden[f"{case}.iterations"].tolist()
+    schedules = [[r] * count for r, count in zip(merged, counts, strict=True)]
     criterion = DTMLoss(distance, num_prefix_tokens=1)
     value, gradient = loss_and_gradient(
         criterion, golden[f"{case}.online"], golden[f"{case}.target"], schedules=schedules

@@ -100,7 +100,7 @@ def groups_of_gram(gram: Tensor, rounds: Sequence[int], *, num_prefix_tokens: in
     positions = torch.arange(n, device=gram.device).expand(b, n)
     home = rows = positions  # the row of the Gram matrix where the group of each patch is, and that of each token left
     first_even, first_odd = num_prefix_tokens + num_prefix_tokens % 2, num_prefix_tokens + 1 - num_prefix_tokens % 2
-    for r in filter(None, rounds):
+    for r in [r for r in rounds if r]:
         even, odd = rows[:, first_even::2], rows[:, first_odd::2]
         source, destination, unmerged = _match(gram, even, odd, r)
         _add_rows_and_columns(gram, source, destination)
