@@ -30,9 +30,8 @@ def dtm_loss(
 ) -> Tensor:
     """The distance between student and teacher tokens, both morphed by the teacher's groups, averaged over schedules.
 
-    All tokens of a group are the same after morphing, so the mean over tokens is taken as a mean over groups, each
-    weighing as much as it has tokens. With processes that count different numbers of tokens, the average over processes
-    is what the joined batch gives.
+    The tokens of a group are all the same after morphing, so the mean over tokens is one over groups, weighed by their
+    sizes. Where processes count different numbers of tokens, the average over processes is the joined batch's loss.
 
     Args:
         student: (B, N, C).
@@ -42,9 +41,6 @@ def dtm_loss(
         beta: Where smooth L1 turns from quadratic to linear.
         num_prefix_tokens: P, leading tokens that stay alone.
         mask: (B, N) bool, the tokens to count; None: all. All tokens take part in the morphing.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: If shapes do not fit, schedules is empty, or as `morph_groups`.

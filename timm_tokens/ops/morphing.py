@@ -141,14 +141,8 @@ def group_means(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:
 
     In float32 at least. Differentiable in x.
     """
-    sizes = group_sizes(groups, num_groups).clamp_min(1)
-    return group_sums(_at_least_float32(x), groups, num_groups) / sizes.unsqueeze(2)
-
-
-def group_sizes(groups: Tensor, num_groups: int) -> Tensor:
-    """How many tokens each group has: (B, N) int64 -> (B, G) float32."""
-    ones = torch.ones(groups.shape, device=groups.device)
-    return group_sums(ones.unsqueeze(2), groups, num_groups).squeeze(2)
+    sizes = group_sums(torch.ones(*groups.shape, 1, device=x.device), groups, num_groups)  # (B, G, 1)
+    return group_sums(_at_least_float32(x), groups, num_groups) / sizes.clamp_min(1)
 
 
 def morph(x: Tensor, groups: Tensor) -> Tensor:
