@@ -106,7 +106,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 def _flat(index: Tensor, n: int) -> Tensor:
     """Indices (B, M) into n tokens of each image as indices (B * M,) into the flattened batch."""
-    return (index + torch.arange(0, len(index) * n, n, device=index.device).unsqueeze(1)).flatten()
+    return (index + torch.arange(0, index.shape[0] * n, n, device=index.device).unsqueeze(1)).flatten()
 
 
 def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     parts = take(x, order) * share.unsqueeze(2).to(x.dtype)
     rows = _flat(destination, left)
     merged = parts[:, :left].flatten(0, 1).index_add(0, rows, parts[:, left:].flatten(0, 1))
-    return merged.unflatten(0, (len(x), left)), new_size
+    return merged.unflatten(0, (x.shape[0], left)), new_size
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:
