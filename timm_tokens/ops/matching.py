@@ -87,7 +87,7 @@ def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Match
         return Matching(order, order[:, :0])
     similarity = cosine_similarity(metric, slice(even, None, 2), slice(odd, None, 2))  # (B, |A|, |B|)
     best, partner = similarity.max(dim=-1)
-    ranked = best.argsort(dim=-1, descending=True, stable=True)
+    ranked = best.argsort(dim=-1, descending=True)  # ONNX has no stable sort
     evens = even + 2 * ranked
     stay = evens[:, r:].sort(dim=-1).values
     order = torch.cat([positions[:, :num_prefix_tokens], stay, positions[:, odd::2], evens[:, :r]], dim=1)
