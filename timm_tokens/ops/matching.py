@@ -23,15 +23,13 @@ class Matching(NamedTuple):
     order: Tensor
     destination: Tensor
 
-    @property
     def kept(self) -> Tensor:
         """(B, N - R) int64: the input position of each output token."""
         return self.order[:, : self.order.shape[1] - self.destination.shape[1]]
 
-    @property
     def position(self) -> Tensor:
         """(B, N) int64: the output position that holds each input token."""
-        b, left = self.kept.shape
+        b, left = self.kept().shape
         slots = torch.arange(left, device=self.order.device).expand(b, -1)
         return torch.empty_like(self.order).scatter(1, self.order, torch.cat([slots, self.destination], dim=1))
 
@@ -137,4 +135,4 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:
     """Give every token of before the merge its group's token: (B, N - R, C) -> (B, N, C)."""
-    return take(x, matching.position)
+    return take(x, matching.position())
