@@ -145,7 +145,7 @@ def rope_rows(rope: Tensor, rows: Tensor | None) -> Tensor:
         return rope[rows].unsqueeze(1)
     if rope.ndim == 3:
         return rope[:, rows].transpose(0, 1)
-    return rope.expand(len(rows), -1, -1, -1).gather(
+    return rope.expand(rows.shape[0], -1, -1, -1).gather(
         2, rows[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3])
     )
 

@@ -142,7 +142,7 @@ class TokenViT(TimmProtocol, nn.Module):
 
     def _rows(self, stream: Stream, matching: Matching | RelaxedMatching) -> Tensor:
         """A merged token keeps the rotary embedding of the token that the others merged into."""
-        kept = matching.kept if isinstance(matching, Matching) else matching.order
+        kept = matching.kept() if isinstance(matching, Matching) else matching.order
         rows = kept[:, self.num_prefix_tokens :] - self.num_prefix_tokens
         return rows if stream.rows is None else stream.rows.gather(1, rows)
 

@@ -23,15 +23,13 @@ class Matching(NamedTuple):
     order: Tensor
     destination: Tensor
 
-    @property
     def kept(self) -> Tensor:
         """(B, N - R) int64: the input position of each output token."""
         return self.order[:, : self.order.shape[1] - self.destination.shape[1]]
 
-    @property
     def position(self) -> Tensor:
         """(B, N) int64: the output position that holds each input token."""
-        b, left = self.kept.shape
+        b, left = self.kept().shape
         slots = torch.arange(left, device=self.order.device).expand(b, -1)
         return torch.empty_like(self.order).scatter(1, self.order, torch.cat([slots, self.destination], dim=1))
 
@@ -87,7 +85,7 @@ def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Match
         return Matching(order, order[:, :0])
     similarity = cosine_similarity(metric, slice(even, None, 2), slice(odd, None, 2))  # (B, |A|, |B|)
     best, partner = similarity.max(dim=-1)
-    ranked = best.argsort(dim=-1, descending=True, stable=True)
+    ranked = best.argsort(dim=-1, descending=True)  # ONNX has no stable sort
     evens = even + 2 * ranked
     stay = evens[:, r:].sort(dim=-1).values
     order = torch.cat([positions[:, :num_prefix_tokens], stay, positions[:, odd::2], evens[:, :r]], dim=1)
@@ -106,7 +104,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 def _flat(index: Tensor, n: int) -> Tensor:
     """Indices (B, M) into n tokens of each image as indices (B * M,) into the flattened batch."""
-    return (index + torch.arange(0, len(index) * n, n, device=index.device).unsqueeze(1)).flatten()
+    return (index + torch.arange(0, index.shape[0] * n, n, device=index.device).unsqueeze(1)).flatten()
 
 
 def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -132,9 +130,9 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     parts = take(x, order) * share.unsqueeze(2).to(x.dtype)
     rows = _flat(destination, left)
     merged = parts[:, :left].flatten(0, 1).index_add(0, rows, parts[:, left:].flatten(0, 1))
-    return merged.unflatten(0, (len(x), left)), new_size
+    return merged.unflatten(0, (x.shape[0], left)), new_size
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:
     """Give every token of before the merge its group's token: (B, N - R, C) -> (B, N, C)."""
-    return take(x, matching.position)
+    return take(x, matching.position())

@@ -95,7 +95,7 @@ def relaxed_apply(
     size = torch.cat([size[:, :p], sizes.gather(1, order), size[:, effective:]], dim=1)
     positions = torch.arange(n, device=x.device)
     positions = torch.cat(_alternate(positions[None], p, effective), dim=1)[0]
-    outside = torch.arange(n, device=x.device).expand(len(order), -1)
+    outside = torch.arange(n, device=x.device).expand(order.shape[0], -1)
     order = torch.cat([outside[:, :p], positions[order], outside[:, effective:]], dim=1)
     return x, size, RelaxedMatching(assignment, order, p, effective)
 

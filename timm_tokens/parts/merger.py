@@ -154,9 +154,9 @@ class TokenMerger(nn.Module):
 
 def groups(trace: Sequence[Matching]) -> Tensor:
     """The output token (B, N) int64 that holds each input token after all merges of the trace."""
-    position = trace[0].position
+    position = trace[0].position()
     for matching in trace[1:]:
-        position = matching.position.gather(1, position)
+        position = matching.position().gather(1, position)
     return position
 
 
