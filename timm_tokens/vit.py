@@ -70,7 +70,9 @@ class TokenViT(TimmProtocol, nn.Module):
         TypeError: If the base can't be driven exactly; the message names its class and what is supported.
     """
 
-    def __init__(self, base: nn.Module, merger: TokenMerger | None = None) -> None:
+    aux = head = None  # parts that no model has yet
+
+    def __init__(self, base: nn.Module, *, merger: TokenMerger | None = None) -> None:
         super().__init__()
         blocks.check(base, merging=merger is not None)
         self.base = base
