@@ -1,0 +1,1 @@
+from timm_tokens.fewshot.esfr import ESFR, Adapted, prepare
