@@ -8,13 +8,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from timm_tokens.fewshot.reconstruction import DEPTH, Nets, close_gaps, glorot_uniform, unit
+from timm_tokens.fewshot.nets import DEPTH, Nets, close_gaps, unit
+from timm_tokens.fewshot.streams import drop_out, glorot_uniform
 from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
+
+# Features are padded with zeros, which stay zero, to whole vector registers: the leftover numbers of a vectorised loop
+# are rounded in another way, and which ones are left over would depend on what else is in the batch.
+_LANES = 16
 
 
 class Adapted(NamedTuple):
-    """Adapted features (T, M, D), the mean over the nets, and the updates (T, num_nets) after which each net stopped."""
+    """Adapted features (T, M, D), a mean over the nets, and the updates (T, num_nets) after which each net stopped."""
 
     features: Tensor
     updates: Tensor
@@ -99,7 +105,7 @@ class ESFR:
         """Adapts the features of T episodes.
 
         Args:
-            features: (T, M, D) in float32, the support rows first.
+            features: (T, M, D), the support rows first.
             weights: initial weights to reproduce a run, the same for all episodes: 4 tensors (num_nets, D, D), as in
                 nn.Linear; None: Glorot-uniform.
             generator: source of the initial weights and of the dropout, on any device; None: torch's default one.
@@ -113,12 +119,13 @@ class ESFR:
             ValueError: a shape does not fit, or support_weight is set and there are no labels.
         """
         labels = self._check(features, weights, support)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))  # half precision would not train
         if support is not None:
             features = prepare(features, support if labels is None else labels.shape[-1])
         device = "cpu" if generator is None else generator.device
         seeds = torch.randint(2**62, (len(features), self.num_nets), generator=generator, device=device).cpu()
         if not self.support_weight or labels is None:
-            labels = torch.empty(len(features), 0, dtype=torch.long)
+            labels = torch.empty(len(features), 0, dtype=torch.long, device=features.device)
         chunks = zip(*(t.split(self.chunk_size) for t in (features, labels, seeds)), strict=True)
         adapted = [self._adapt_chunk(x, y, s.flatten().tolist(), weights) for x, y, s in chunks]
         return Adapted(*(torch.cat(parts) for parts in zip(*adapted, strict=True)))
@@ -143,52 +150,63 @@ class ESFR:
 
     def _adapt_chunk(self, features: Tensor, labels: Tensor, seeds: list[int], weights: list[Tensor] | None) -> Adapted:
         """`adapt` for a chunk of prepared episodes, one seed for every net of every episode."""
-        streams = [torch.Generator(features.device).manual_seed(seed) for seed in seeds]
-        points, labels = (t.repeat_interleave(self.num_nets, 0) for t in (features, labels))  # (N, M, D): a copy a net
-        weights = [w.repeat(len(features), 1, 1) for w in weights] if weights else glorot_uniform(points, streams)
-        nets = Nets(weights, points.shape[1], int(labels.max()) + 1 if labels.numel() else 0, self.lr)
-        alive = torch.arange(len(points), device=points.device)
-        outputs, updates = torch.empty_like(points), torch.empty_like(alive)
-        target, last = unit(points), self._dimension(nets, points)
-        while len(alive):
-            nets.update(drop_out(points, self.dropout, streams), target, labels, self.support_weight)
-            if nets.updates < self.max_updates:
-                if nets.updates % self.period:
-                    continue
-                now = self._dimension(nets, points)
-                stop, last = now > last, now
-            else:
-                stop = torch.ones_like(alive, dtype=torch.bool)
-            stopped, going = stop.nonzero().squeeze(1), stop.logical_not().nonzero().squeeze(1)
-            if not len(stopped):
-                continue
-            outputs[alive[stopped]] = unit(nets.forward(points[stopped], nets=stopped))
-            updates[alive[stopped]] = nets.updates
-            n = len(going)
-            holes, movers = stopped[stopped < n], going[going >= n]
-            nets.drop(holes, movers, n)
-            points, target, labels, alive, last = (close_gaps(t, holes, movers, n) for t in (points, target, labels, alive, last))
-            for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
-                streams[hole] = streams[mover]
-        mean = outputs.unflatten(0, (-1, self.num_nets)).mean(1)
-        return Adapted(mean, updates.unflatten(0, (-1, self.num_nets)))
+        run = _Run(features, labels, seeds, weights, self.lr)
+        outputs, updates = torch.empty_like(run.points), torch.empty_like(run.index)
+        run.dimension = self._dimension(run)
+        while len(run.index):
+            inputs = drop_out(run.points, self.dropout, run.streams)
+            run.nets.update(inputs, run.target, run.labels, self.support_weight)
+            stopped = self._stopped(run)
+            if len(stopped):
+                outputs[run.index[stopped]] = unit(run.nets.forward(run.points[stopped], nets=stopped))
+                updates[run.index[stopped]] = run.nets.updates
+                run.drop(stopped)
+        outputs, updates = (t.unflatten(0, (len(features), self.num_nets)) for t in (outputs, updates))
+        return Adapted(outputs[..., : features.shape[-1]].mean(1), updates)
 
-    def _dimension(self, nets: Nets, points: Tensor) -> Tensor:
-        """Mean local intrinsic dimensionality (N,) of what the second layer makes of the points (N, M, D)."""
-        hidden = nets.forward(points, stop=DEPTH // 2)
-        return local_intrinsic_dimensionality(hidden, min(self.neighbours, points.shape[1])).mean(-1)
+    def _stopped(self, run: "_Run") -> Tensor:
+        """Which of the running networks have trained enough, as indices: the one moment at which the host waits."""
+        if run.nets.updates == self.max_updates:
+            return torch.arange(len(run.index), device=run.index.device)
+        if run.nets.updates % self.period:
+            return run.index[:0]
+        before, run.dimension = run.dimension, self._dimension(run)
+        return (run.dimension > before).nonzero().squeeze(1)
+
+    def _dimension(self, run: "_Run") -> Tensor:
+        """Mean local intrinsic dimensionality (N,) of what the second layer makes of the points."""
+        hidden = run.nets.forward(run.points, stop=DEPTH // 2)
+        return local_intrinsic_dimensionality(hidden, min(self.neighbours, hidden.shape[1])).mean(-1)
 
 
-def drop_out(points: Tensor, share: float, streams: list[torch.Generator]) -> Tensor:
-    """Inverted dropout of (N, M, D), the mask of each network from its own stream.
+class _Run:
+    """The networks of a chunk that have not stopped yet, and what goes with each: all of them indexed alike."""
 
-    A mask of 16 random bits an entry costs a tenth of torch's Bernoulli numbers on the CPU.
-    """
-    if not share:
-        return points
-    size = points[0].numel()
-    bits = torch.empty(len(points), -(-size // 4), dtype=torch.long, device=points.device)
-    for row, stream in zip(bits, streams, strict=False):
-        row.random_(-(2**63), None, generator=stream)
-    kept = bits.view(torch.int16)[:, :size].ge(round(share * 65536) - 32768)
-    return kept.view_as(points).to(points.dtype).mul_(points).div_(1 - share)
+    def __init__(self, features: Tensor, labels: Tensor, seeds: list[int], weights: list[Tensor] | None, lr: float):
+        copies, dim = len(seeds) // max(len(features), 1), features.shape[-1]
+        padding = -dim % _LANES
+        features = pad(features, (0, padding))
+        self.points, self.labels = (t.repeat_interleave(copies, 0) for t in (features, labels))  # (N, M, D), (N, S)
+        self.target = unit(self.points)
+        self.index = torch.arange(len(seeds), device=features.device)
+        self.streams = [torch.Generator(features.device).manual_seed(seed) for seed in seeds]
+        if weights is None:
+            weights = glorot_uniform(self.points, dim, self.streams)
+        else:
+            weights = [w.to(features).repeat(len(features), 1, 1) for w in weights]
+        weights = [pad(w, (0, padding, 0, padding)) for w in weights]
+        ways = int(labels.max()) + 1 if labels.numel() else 0
+        self.nets = Nets(weights, features.shape[1], ways, lr)
+        self.dimension = self.points.new_zeros(len(seeds))
+
+    def drop(self, stopped: Tensor) -> None:
+        """Takes networks out of the batch."""
+        going = torch.ones_like(self.index, dtype=torch.bool).index_fill_(0, stopped, False).nonzero().squeeze(1)
+        n = len(going)
+        holes, movers = stopped[stopped < n], going[going >= n]
+        self.nets.drop(holes, movers, n)
+        for name in ("points", "target", "labels", "index", "dimension"):
+            setattr(self, name, close_gaps(getattr(self, name), holes, movers, n))
+        for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
+            self.streams[hole] = self.streams[mover]
+        del self.streams[n:]

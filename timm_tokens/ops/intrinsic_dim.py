@@ -1,4 +1,4 @@
-"""How many dimensions the points around each point fill (Amsaleg et al., KDD 2015; used in arXiv 2106.11486, Section 4)."""
+"""How many dimensions the points around each point fill: Amsaleg et al., KDD 2015; used in arXiv 2106.11486."""
 
 import torch
 from torch import Tensor

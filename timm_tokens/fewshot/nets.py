@@ -21,7 +21,9 @@ def unit(x: Tensor) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_TINY)
 
 
-def reconstruction_gradient(output: Tensor, target: Tensor, out: Tensor | None = None, work: Tensor | None = None) -> Tensor:
+def reconstruction_gradient(
+    output: Tensor, target: Tensor, out: Tensor | None = None, work: Tensor | None = None
+) -> Tensor:
     """Gradient of `-mean_m cos(target_m, output_m - mean(output))` with respect to the output.
 
     Args:
@@ -48,25 +50,14 @@ def close_gaps(x: Tensor, holes: Tensor, movers: Tensor, n: int) -> Tensor:
     return x[:n]
 
 
-def glorot_uniform(points: Tensor, streams: list[torch.Generator]) -> list[Tensor]:
-    """Initial weights for points (N, M, D), each network's from its own stream: DEPTH tensors (N, D, D)."""
-    n, _, dim = points.shape
-    limit = (3 / dim) ** 0.5  # sqrt(6 / (fan in + fan out))
-    weights = [points.new_empty(n, dim, dim) for _ in range(DEPTH)]
-    for net, stream in enumerate(streams):
-        for weight in weights:
-            weight[net].uniform_(-limit, limit, generator=stream)
-    return weights
-
-
 class Nets:
-    """N networks of four D -> D layers with a ReLU after each, the last one too (arXiv 2106.11486, Section 4).
+    """N networks of four D -> D layers with a ReLU after each, the last one too (arXiv 2106.11486).
 
     Each carries a linear classifier of its output into K classes, zero at the start and unused when K = 0.
     The buffers of an update are kept from one to the next: fresh memory would cost as much as the arithmetic on it.
 
     Args:
-        weights: the layers' initial weights, DEPTH tensors (N, D, D) laid out as in nn.Linear; they are trained in place.
+        weights: the layers' initial weights, DEPTH tensors (N, D, D) laid out as in nn.Linear, trained in place.
         num_points: M, the points that each network is trained on.
         ways: K.
         lr: Adam's learning rate.
@@ -90,13 +81,13 @@ class Nets:
             x = torch.baddbmm(bias[nets], x, weight[nets].mT).relu_()
         return x
 
-    def update(self, inputs: Tensor, target: Tensor, labels: Tensor | None = None, label_weight: float = 0.0) -> None:
+    def update(self, inputs: Tensor, target: Tensor, labels: Tensor, label_weight: float) -> None:
         """One Adam step on the reconstruction loss, plus label_weight times the cross-entropy of the classifier.
 
         Args:
             inputs: the points after dropout, (N, M, D).
             target: what to reconstruct, (N, M, D), rows of unit (or zero) length.
-            labels: classes of the first S points, (N, S); None: no cross-entropy.
+            labels: classes of the first S points, (N, S); none at all for S = 0.
             label_weight: weight of the cross-entropy.
         """
         self.updates += 1
@@ -105,7 +96,7 @@ class Nets:
             weight, bias = self.weights[layer], self.biases[layer]
             torch.baddbmm(bias, outputs[layer], weight.mT, out=outputs[layer + 1]).relu_()
         reconstruction_gradient(outputs[DEPTH], target, gradient, work)
-        if labels is not None and labels.shape[1]:
+        if labels.shape[1]:
             gradient[:, : labels.shape[1]] += self._classify(outputs[DEPTH][:, : labels.shape[1]], labels, label_weight)
         for layer in reversed(range(DEPTH)):
             # Once the layer above is done only the sign of a ReLU's output is needed, and after that not even that.
@@ -146,7 +137,7 @@ class Nets:
 
 @cache
 def _bias_correction(updates: int) -> float:
-    """The factor of Adam's learning rate in the published rule, where epsilon is added before the correction, not after.
+    """The factor of Adam's learning rate in the published rule, which adds epsilon before the correction, not after.
 
     torch's own correction is switched off by a huge step number. Float32, in which 1 - 0.999^t has lost six bits, is
     part of the published rule as well: a ReLU at the edge of firing remembers the difference.
