@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from timm_tokens.fewshot import ESFR, prepare
-from timm_tokens.fewshot.nets import Nets, unit
+from timm_tokens.fewshot import ESFR, bd_cspn, cosine_centroid, nearest_centroid, prepare
+from timm_tokens.fewshot.nets import Nets
 from timm_tokens.fewshot.streams import drop_out, glorot_uniform
 from timm_tokens.ops import local_intrinsic_dimensionality
 
@@ -37,6 +37,23 @@ def test_golden_preparation_and_start(golden, case):
     torch.testing.assert_close(nets.forward(points)[0], data[f"{case}.initial_recon"], atol=1e-4, rtol=0)
     lid = local_intrinsic_dimensionality(nets.forward(points, stop=2)).mean()
     torch.testing.assert_close(lid, data[f"{case}.initial_lid"][0], atol=1e-4, rtol=0)
+
+
+CLASSIFIERS = {"nearest_centroid": nearest_centroid, "cosine_centroid": cosine_centroid, "bdcspn": bd_cspn}
+
+
+@pytest.mark.parametrize("case", [0, 1])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("kind", ["raw", "adapted"])
+def test_golden_accuracies(golden, case, name, kind):
+    data = golden("esfr")
+    rows = golden_run(data, case).features if kind == "adapted" else data[f"{case}.preprocessed"]
+    ways, shot = len(data[f"{case}.features"]), int(data[f"{case}.shot"])
+    rows = rows.view(ways, -1, rows.shape[-1])  # class by class: its support, then its queries
+    support, query = rows[None, :, :shot].flatten(1, 2), rows[None, :, shot:].flatten(1, 2)
+    scores = CLASSIFIERS[name](support, torch.arange(ways).repeat_interleave(shot), query)
+    right = scores.argmax(-1)[0] == torch.arange(ways).repeat_interleave(query.shape[1] // ways)
+    torch.testing.assert_close(right.float().mean(), data[f"{case}.accuracy.{name}.{kind}"][0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", [0, 1])
@@ -126,18 +143,17 @@ def test_generator_decides_everything():
     assert default.equal(ESFR(max_updates=4).adapt(features).features)
 
 
-def test_support_labels_pull_the_classes_apart():
+def test_support_labels_count_but_not_their_names():
     features, labels = episodes(t=3), torch.arange(3).repeat(3)
 
-    def spread(support_weight):
-        esfr = ESFR(num_nets=2, period=50, max_updates=40, support_weight=support_weight)
-        support = esfr.adapt(features, generator=seeded(), support=labels).features[:, :9]
-        same = labels[:, None] == labels
-        cosine = unit(support) @ unit(support).mT
-        return cosine[:, same].mean() - cosine[:, ~same].mean()
+    def adapt(labels, support_weight=1.0):
+        esfr = ESFR(num_nets=2, period=4, max_updates=8, support_weight=support_weight)
+        return esfr.adapt(features, generator=seeded(), support=labels).features
 
-    # rows are not grouped by these labels: only the labels can bring the groups together
-    assert spread(20.0) > spread(0.0) + 0.05
+    torch.testing.assert_close(adapt(labels), adapt((labels + 1) % 3), atol=1e-5, rtol=0)
+    assert not adapt(labels).allclose(adapt(labels.sort().values), atol=1e-3)
+    assert not adapt(labels).allclose(adapt(labels, 0.0), atol=1e-3)
+    assert adapt(labels, 0.0).equal(adapt(9, 0.0))
 
 
 def test_arguments_are_left_alone():
@@ -179,9 +195,19 @@ def test_degenerate_episodes_give_finite_features(kind, support):
         x = x[:, :3]
     else:
         x = x[..., :1]
-    adapted, updates = ESFR(num_nets=2).adapt(x, support=support)
+    adapted, updates = ESFR(num_nets=2, max_updates=20).adapt(x, support=support)
     assert adapted.isfinite().all()
-    assert updates.ge(1).all() and updates.le(100).all()
+    assert updates.ge(1).all() and updates.le(20).all()
+
+
+def test_centred_outputs():
+    features = prepare(episodes())
+    plain, centred = (
+        ESFR(num_nets=1, max_updates=2, center=c).adapt(features, generator=seeded()).features for c in (False, True)
+    )
+    assert plain.ge(0).all()  # a ReLU comes last
+    assert centred.lt(0).any()
+    torch.testing.assert_close(centred.norm(dim=-1), torch.ones(4, 30))
 
 
 def test_prepare_shifts_centres_and_scales():

@@ -62,6 +62,7 @@ class ESFR:
         max_updates: updates after which a network stops in any case.
         lr: Adam's learning rate.
         support_weight: weight of the cross-entropy of a linear classifier on the support points' reconstructions.
+        center: whether each network's outputs are centred over the episode before they are scaled to unit length.
         chunk_size: episodes that run at once; memory grows with it, as chunk_size * num_nets * 12 * D^2 floats.
 
     Raises:
@@ -78,6 +79,7 @@ class ESFR:
         lr: float = 1e-3,
         support_weight: float = 0.0,
         *,
+        center: bool = False,
         chunk_size: int = 8,
     ):
         counts = {"num_nets": num_nets, "period": period, "max_updates": max_updates, "chunk_size": chunk_size}
@@ -91,7 +93,8 @@ class ESFR:
         if support_weight < 0:
             raise ValueError(f"support_weight = {support_weight} must not be negative; 0 leaves the labels unused")
         self.num_nets, self.dropout, self.neighbours, self.period = num_nets, dropout, neighbours, period
-        self.max_updates, self.lr, self.support_weight, self.chunk_size = max_updates, lr, support_weight, chunk_size
+        self.max_updates, self.lr, self.support_weight = max_updates, lr, support_weight
+        self.center, self.chunk_size = center, chunk_size
 
     @torch.no_grad()
     def adapt(
@@ -158,7 +161,8 @@ class ESFR:
             run.nets.update(inputs, run.target, run.labels, self.support_weight)
             stopped = self._stopped(run)
             if len(stopped):
-                outputs[run.index[stopped]] = unit(run.nets.forward(run.points[stopped], nets=stopped))
+                output = run.nets.forward(run.points[stopped], nets=stopped)
+                outputs[run.index[stopped]] = prepare(output) if self.center else unit(output)
                 updates[run.index[stopped]] = run.nets.updates
                 run.drop(stopped)
         outputs, updates = (t.unflatten(0, (len(features), self.num_nets)) for t in (outputs, updates))
