@@ -63,7 +63,7 @@ class ESFR:
         lr: Adam's learning rate.
         support_weight: weight of the cross-entropy of a linear classifier on the support points' reconstructions.
         center: whether each network's outputs are centred over the episode before they are scaled to unit length.
-        chunk_size: episodes that run at once; memory grows with it, as chunk_size * num_nets * 12 * D^2 floats.
+        chunk_size: episodes that run at once; memory grows with it, as chunk_size * num_nets * 13 * D^2 floats.
 
     Raises:
         ValueError: an argument is out of range.
