@@ -8,15 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from timm_tokens.fewshot.nets import DEPTH, Nets, close_gaps, unit
-from timm_tokens.fewshot.streams import drop_out, glorot_uniform
+from timm_tokens.fewshot.nets import DEPTH, unit
+from timm_tokens.fewshot.running import Run
+from timm_tokens.fewshot.streams import drop_out
 from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
-
-# Features are padded with zeros, which stay zero, to whole vector registers: the leftover numbers of a vectorised loop
-# are rounded in another way, and which ones are left over would depend on what else is in the batch.
-_LANES = 16
 
 
 class Adapted(NamedTuple):
@@ -153,7 +149,7 @@ class ESFR:
 
     def _adapt_chunk(self, features: Tensor, labels: Tensor, seeds: list[int], weights: list[Tensor] | None) -> Adapted:
         """`adapt` for a chunk of prepared episodes, one seed for every net of every episode."""
-        run = _Run(features, labels, seeds, weights, self.lr)
+        run = Run(features, labels, seeds, weights, self.lr)
         outputs, updates = torch.empty_like(run.points), torch.empty_like(run.index)
         run.dimension = self._dimension(run)
         while len(run.index):
@@ -168,7 +164,7 @@ class ESFR:
         outputs, updates = (t.unflatten(0, (len(features), self.num_nets)) for t in (outputs, updates))
         return Adapted(outputs[..., : features.shape[-1]].mean(1), updates)
 
-    def _stopped(self, run: "_Run") -> Tensor:
+    def _stopped(self, run: Run) -> Tensor:
         """Which of the running networks have trained enough, as indices: the one moment at which the host waits."""
         if run.nets.updates == self.max_updates:
             return torch.arange(len(run.index), device=run.index.device)
@@ -177,40 +173,7 @@ class ESFR:
         before, run.dimension = run.dimension, self._dimension(run)
         return (run.dimension > before).nonzero().squeeze(1)
 
-    def _dimension(self, run: "_Run") -> Tensor:
+    def _dimension(self, run: Run) -> Tensor:
         """Mean local intrinsic dimensionality (N,) of what the second layer makes of the points."""
         hidden = run.nets.forward(run.points, stop=DEPTH // 2)
         return local_intrinsic_dimensionality(hidden, min(self.neighbours, hidden.shape[1])).mean(-1)
-
-
-class _Run:
-    """The networks of a chunk that have not stopped yet, and what goes with each: all of them indexed alike."""
-
-    def __init__(self, features: Tensor, labels: Tensor, seeds: list[int], weights: list[Tensor] | None, lr: float):
-        copies, dim = len(seeds) // max(len(features), 1), features.shape[-1]
-        padding = -dim % _LANES
-        features = pad(features, (0, padding))
-        self.points, self.labels = (t.repeat_interleave(copies, 0) for t in (features, labels))  # (N, M, D), (N, S)
-        self.target = unit(self.points)
-        self.index = torch.arange(len(seeds), device=features.device)
-        self.streams = [torch.Generator(features.device).manual_seed(seed) for seed in seeds]
-        if weights is None:
-            weights = glorot_uniform(self.points, dim, self.streams)
-        else:
-            weights = [w.to(features).repeat(len(features), 1, 1) for w in weights]
-        weights = [pad(w, (0, padding, 0, padding)) for w in weights]
-        ways = int(labels.max()) + 1 if labels.numel() else 0
-        self.nets = Nets(weights, features.shape[1], ways, lr)
-        self.dimension = self.points.new_zeros(len(seeds))
-
-    def drop(self, stopped: Tensor) -> None:
-        """Takes networks out of the batch."""
-        going = torch.ones_like(self.index, dtype=torch.bool).index_fill_(0, stopped, False).nonzero().squeeze(1)
-        n = len(going)
-        holes, movers = stopped[stopped < n], going[going >= n]
-        self.nets.drop(holes, movers, n)
-        for name in ("points", "target", "labels", "index", "dimension"):
-            setattr(self, name, close_gaps(getattr(self, name), holes, movers, n))
-        for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
-            self.streams[hole] = self.streams[mover]
-        del self.streams[n:]
