@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from timm_tokens.fewshot import ESFR, bd_cspn, cosine_centroid, nearest_centroid, prepare
 from timm_tokens.fewshot.nets import Nets
+from timm_tokens.fewshot.running import Run
 from timm_tokens.fewshot.streams import drop_out, glorot_uniform
 from timm_tokens.ops import local_intrinsic_dimensionality
 
@@ -125,9 +126,17 @@ def test_batched_equals_one_at_a_time(support_weight):
     assert len(updates.unique()) > 2
 
 
-def test_chunks_do_not_change_the_result():
-    features = episodes(t=5)
+def test_chunks_bound_the_batch_and_do_not_change_the_result(monkeypatch):
+    features, sizes = episodes(t=5), []
+
+    class Counted(Run):
+        def __init__(self, features, *rest):
+            sizes.append(len(features))
+            super().__init__(features, *rest)
+
+    monkeypatch.setattr("timm_tokens.fewshot.esfr.Run", Counted)
     whole, parts = (ESFR(max_updates=8, chunk_size=size).adapt(features, generator=seeded()) for size in (5, 2))
+    assert sizes == [5, 2, 2, 1]
     assert whole.updates.equal(parts.updates)
     torch.testing.assert_close(whole.features, parts.features, atol=1e-5, rtol=0)
 
