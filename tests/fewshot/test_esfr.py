@@ -209,6 +209,11 @@ def test_degenerate_episodes_give_finite_features(kind, support):
     assert updates.ge(1).all() and updates.le(20).all()
 
 
+def test_no_episodes():
+    adapted, updates = ESFR().adapt(torch.empty(0, 10, 4))
+    assert adapted.shape == (0, 10, 4) and updates.shape == (0, 5)
+
+
 def test_centred_outputs():
     features = prepare(episodes())
     plain, centred = (

@@ -43,4 +43,4 @@ def _squared_distances(x: Tensor) -> Tensor:
     squared = torch.baddbmm(norms[..., :, None] + norms[..., None, :], wide, wide.mT, alpha=-2)
     squared = squared.clamp_min_(0).float()
     squared.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
-    return squared.view(*x.shape[:-1], -1)
+    return squared.view(*x.shape[:-1], x.shape[-2])
