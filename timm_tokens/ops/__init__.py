@@ -2,6 +2,7 @@
 
 from timm_tokens.ops.assignment import Information, assignment_information, mira_assign
 from timm_tokens.ops.attention import size_bias
+from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
 from timm_tokens.ops.labels import SparseLabels, crop_maps, crop_token_labels, warp_token_labels
 from timm_tokens.ops.matching import Matching, bipartite_match, merge, unmerge
 from timm_tokens.ops.mixing import draw_mix_box, mix_ratio, mix_tokens
@@ -19,6 +20,7 @@ __all__ = [
     "crop_token_labels",
     "draw_mix_box",
     "draw_morph_rounds",
+    "local_intrinsic_dimensionality",
     "merge",
     "mira_assign",
     "mix_ratio",
