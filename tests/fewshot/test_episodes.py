@@ -99,3 +99,16 @@ def test_refuses_what_cannot_be_drawn(arguments, message):
 def test_refuses_a_dataset_without_labels():
     with pytest.raises(TypeError, match="cannot read class labels from object"):
         sample_episodes(object())
+
+
+def test_every_image_has_its_turn():
+    episodes = draw(ways=2, shots=1, queries=1, episodes=2000)
+    assert len(episodes.support.unique()) == len(episodes.query.unique()) == 237
+
+
+def test_unbalanced_queries_do_not_favour_large_classes():
+    labels = torch.arange(2).repeat_interleave(torch.tensor([400, 4000]))
+    generator = torch.Generator().manual_seed(0)
+    episodes = sample_episodes(labels, 2, 1, 10, 400, dirichlet=2, generator=generator)
+    large = episodes.classes.gather(1, episodes.query_labels).double().mean().item()
+    assert large == pytest.approx(0.5, abs=0.04)

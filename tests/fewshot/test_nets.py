@@ -102,3 +102,11 @@ def test_dropping_networks_leaves_the_others_as_they_were():
         part.forward(target[order][:1], nets=torch.tensor([2])),
         whole.forward(target[order][:1], nets=torch.tensor([5])),
     )
+
+
+def test_rounding_errors_do_not_become_biases():
+    nets = Nets([torch.eye(16)[None].clone() for _ in range(4)], 3)
+    nets.updates = 1
+    error = torch.tensor([1e8, 1, -1e8]).view(1, 3, 1).expand(1, 3, 16).contiguous()  # sums to 1, in float32 to 0
+    nets._step(3, torch.zeros(1, 3, 16), error)
+    torch.testing.assert_close(nets.biases[3], torch.full((1, 1, 16), -1e-3))
