@@ -19,11 +19,12 @@ FAMILIES = {
 
 def base(family="class_token", depth=2, **kwargs):
     """A plain timm ViT in evaluation mode, the same at every call."""
-    vit = FAMILIES[family](depth=depth, **kwargs).eval()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in vit.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=max(parameter[0].numel(), 3) ** -0.5, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        vit = FAMILIES[family](depth=depth, **kwargs).eval()
+        for parameter in vit.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=max(parameter[0].numel(), 3) ** -0.5)
     return vit
 
 
