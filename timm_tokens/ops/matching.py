@@ -52,7 +52,8 @@ def cosine_similarity(metric: Tensor, first: slice, second: slice) -> Tensor:
     # what F.normalize computes, in half the time for the few small tensors here
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-12)
     device = metric.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # asking about meta tensors is an error
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         return torch.bmm(metric[:, first], metric[:, second].transpose(1, 2))
 
 
