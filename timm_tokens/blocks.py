@@ -151,25 +151,10 @@ def rope_rows(rope: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def read(block: nn.Module, x: Tensor) -> Tensor:
-    """What the block's attention reads: x (B, N, C), normed where the block norms first."""
-    return _halves(block).read(block, x)
-
-
-def attend(block: nn.Module, x: Tensor, y: Tensor, **attention: Tensor | None) -> Tensor:
-    """The attention half of the block on x (B, N, C), given y = read(block, x)."""
-    return _halves(block).attend(block, x, y, **attention)
-
-
-def feed(block: nn.Module, x: Tensor) -> Tensor:
-    """The MLP half of the block on x (B, N, C)."""
-    return _halves(block).feed(block, x)
-
-
-def _halves(block: nn.Module) -> _Halves:
-    """The two halves of the block.
+    """What the block's attention reads: x (B, N, C), normed where the block norms first.
 
     Raises:
-        TypeError: If the block is wrapped: its halves would go past the wrapper.
+        TypeError: If the block is wrapped by now: to call it in halves would go past the wrapper.
     """
     halves = _HALVES.get(type(block).forward)
     if halves is None or hasattr(block, "unshard"):  # a method that FSDP2 gives to what it wraps
@@ -177,7 +162,17 @@ def _halves(block: nn.Module) -> _Halves:
             f"{_name(block)} is a wrapped block, but a block whose tokens merge is called in two halves, which would go "
             "past the wrapper; wrap its attn and mlp, or the whole model"
         )
-    return halves
+    return halves.read(block, x)
+
+
+def attend(block: nn.Module, x: Tensor, y: Tensor, **attention: Tensor | None) -> Tensor:
+    """The attention half of the block on x (B, N, C), given y = read(block, x)."""
+    return _HALVES[type(block).forward].attend(block, x, y, **attention)
+
+
+def feed(block: nn.Module, x: Tensor) -> Tensor:
+    """The MLP half of the block on x (B, N, C)."""
+    return _HALVES[type(block).forward].feed(block, x)
 
 
 def keys(block: nn.Module, y: Tensor) -> Tensor:
