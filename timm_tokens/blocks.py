@@ -159,8 +159,8 @@ def read(block: nn.Module, x: Tensor) -> Tensor:
     halves = _HALVES.get(type(block).forward)
     if halves is None or hasattr(block, "unshard"):  # a method that FSDP2 gives to what it wraps
         raise TypeError(
-            f"{_name(block)} is a wrapped block, but a block whose tokens merge is called in two halves, which would go "
-            "past the wrapper; wrap its attn and mlp, or the whole model"
+            f"{_name(block)} is a wrapped block, but a block whose tokens merge is called in two halves, past the "
+            "wrapper; wrap its attn and mlp, or the whole model"
         )
     return halves.read(block, x)
 
