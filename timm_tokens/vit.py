@@ -193,14 +193,15 @@ class TokenViT(TimmProtocol, nn.Module):
         return _pack(maps, prefix if return_prefix_tokens and self.num_prefix_tokens else None, final, output_dict)
 
     @torch.no_grad()
-    def token_groups(self, images: Tensor) -> Tensor:
+    def token_groups(self, images: Tensor, block: int | None = None) -> Tensor:
         """Which token, counted after the prefix, each patch of images (B, 3, H, W) ends in: (B, rows, columns) int64.
 
-        Tokens are merged as in evaluation, whatever mode the model is in.
+        Tokens are merged as in evaluation, whatever mode the model is in. With `block`, it is the token after so many
+        blocks.
         """
         training = self.training
         try:
-            _, trace = self.eval()._encode(images)
+            _, trace = self.eval()._encode(images, depth=block)
         finally:
             self.train(training)
         grid = blocks.grid_size(self.base, images.shape[-2:])
