@@ -20,16 +20,22 @@ if TYPE_CHECKING:
     from timm_tokens.vit import TokenViT
 
 
+def model_tokens(model: "TokenViT", r: Any = None, image_size: tuple[int, int] | None = None) -> list[int]:
+    """Tokens, prefix included, before the first block and after each; arguments as of `TokenViT.flops`."""
+    base, merger, prefix = model.base, model.merger, model.num_prefix_tokens
+    depth = len(base.blocks)
+    counts = schedule(r, depth) if r is not None else merger.schedule if merger is not None else (0,) * depth
+    rows, columns = blocks.grid_size(base, image_size or model.image_size)
+    return token_counts(counts, prefix + rows * columns, prefix)
+
+
 def model_flops(model: "TokenViT", r: Any = None, image_size: tuple[int, int] | None = None) -> int:
     """Multiply-adds of a TokenViT for one image in evaluation; see `TokenViT.flops`."""
     base, merger, prefix = model.base, model.merger, model.num_prefix_tokens
-    image_size = image_size or model.image_size
-    depth = len(base.blocks)
-    counts = schedule(r, depth) if r is not None else merger.schedule if merger is not None else (0,) * depth
-    rows, columns = blocks.grid_size(base, image_size)
-    tokens = token_counts(counts, prefix + rows * columns, prefix)
+    tokens = model_tokens(model, r, image_size)
     embed_dim = merger.embed_dim if merger is not None else 0
-    total = stem_flops(base, image_size) + head_flops(base, tokens[-1 if blocks.pools_by_size(base) else 0])
+    pooled = tokens[-1 if blocks.pools_by_size(base) else 0]
+    total = stem_flops(base, image_size or model.image_size) + head_flops(base, pooled)
     for block, before, after in zip(base.blocks, tokens, tokens[1:], strict=False):
         metric = merger.flops_per_token(block) if merger is not None else 0
         total += block_flops(block_cost(block), before, before - after, prefix, metric, embed_dim)

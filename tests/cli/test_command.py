@@ -1,0 +1,195 @@
+"""The command: its table, its errors, and what bench, draw and run do."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_tokens
+from timm_tokens.cli import COMMANDS, bench, draw, main
+from timm_tokens.cli._picture import borders, paint_groups
+
+# PIL keeps a handle of a corrupt file open until it is collected
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    pixels = torch.randint(0, 255, (160, 160, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def fails(capsys, *argv):
+    """The one line that the command prints as it fails."""
+    assert main([str(arg) for arg in argv]) == 2
+    out = capsys.readouterr()
+    assert len(out.err.strip().splitlines()) == 1
+    return out.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and command in capsys.readouterr().out
+
+
+def test_help_imports_neither_torch_nor_matplotlib_by_itself():
+    code = "import sys; from timm_tokens.cli import main; print('matplotlib' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_module_and_version():
+    result = subprocess.run(
+        [sys.executable, "-m", "timm_tokens", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == f"timm-tokens {timm_tokens.__version__}"
+
+
+def test_bench_writes_what_it_prints(tmp_path, capsys):
+    arguments = [
+        "bench",
+        "test_vit",
+        "--r",
+        "0",
+        "8",
+        "--batch-size",
+        "2",
+        "1",
+        "--rounds",
+        "2",
+        "--no-memory",
+        "--threads",
+        "1",
+        "--out",
+    ]
+    assert main([*arguments, str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    with (tmp_path / "bench.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["batch"], row["r"]) for row in rows] == [
+        ("2", ""),
+        ("2", "0"),
+        ("2", "8"),
+        ("1", ""),
+        ("1", "0"),
+        ("1", "8"),
+    ]
+    assert rows[2]["tokens"] == "53" and float(rows[2]["ideal"]) > 1.2 and float(rows[0]["speed_up"]) == 1
+    for row in rows:
+        assert f"| {float(row['images_per_second']):.1f} |" in printed
+        assert float(row["share"]) == pytest.approx(float(row["speed_up"]) / float(row["ideal"]))
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_bench_of_training_steps_trains_what_it_says():
+    rows = bench.run(model="test_vit", r=[4], batch_size=[2], rounds=1, train=True, memory=False, image_size=96)
+    assert [(row.step, row.r, row.ideal) for row in rows] == [
+        ("full", None, None),
+        ("modular", 4, None),
+        ("end-to-end", 4, None),
+    ]
+    machine = bench.Machine("test_vit", 96, "learned", False, "float32", "cpu", None)
+    model = bench._build(machine, bench.Setting("modular", 2, 4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    bench._step(machine, bench.Setting("modular", 2, 4), model)()
+    moved = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"merger"}
+
+
+def test_bench_measures_memory_in_a_process_of_its_own():
+    machine = bench.Machine("test_vit", None, "keys", False, "float32", "cpu", None)
+    small, large = (bench._grown(machine, bench.Setting("forward", batch, None)) for batch in (1, 64))
+    assert small is None or large > small + 10
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("bench no_such_vit", "timm has no model 'no_such_vit'"),
+        ("bench test_resnet --rounds 1", "can't be driven from outside"),
+        ("bench test_vit --r -1", "--r is too small: -1"),
+        ("bench test_vit --batch-size 0", "--batch-size is too small: 0"),
+    ],
+)
+def test_bench_refuses(argv, words, capsys):
+    assert words in fails(capsys, *argv.split())
+
+
+def checkpoint(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_vit").state_dict(), path)
+    return path
+
+
+def test_draw_paints_the_groups(tmp_path, photo):
+    out = tmp_path / "pictures" / "groups.png"
+    weights = checkpoint(tmp_path)
+    argv = ["draw", photo, out, "--model", "test_vit", "--checkpoint", weights, "--r", "6", "--blocks", "1", "6"]
+    assert main([str(arg) for arg in argv]) == 0
+    width, height = Image.open(out).size
+    assert width > 2.5 * height
+    panels = draw.run(image=photo, out=out, model="test_vit", checkpoint=weights, r=6, blocks=[1, 6])
+    assert [(p.block, p.tokens) for p in panels] == [(1, 94), (6, 64)]
+
+
+def test_painting_fills_each_group_with_its_mean_and_outlines_it():
+    groups = torch.tensor([[0, 0, 1], [2, 0, 1]])
+    image = torch.rand(3, 40, 60)
+    painted = paint_groups(groups, image, line=9.0)
+    left = torch.zeros(40, 60, dtype=torch.bool)
+    left[:20, :40] = left[20:, 20:40] = True
+    assert painted[:, 5, 5].numpy() == pytest.approx(image[:, left].mean(1).numpy(), abs=1e-5)
+    edge = borders(groups.repeat_interleave(20, 0).repeat_interleave(20, 1))
+    assert torch.equal((painted == 9.0).all(0), edge)
+    assert not edge[5, 20] and edge[5, 39] and edge[5, 40] and edge[19, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image": "missing.png"}, "no image"),
+        ({"image": "."}, "is a folder, not an image"),
+        ({"image": "corrupt.png"}, "can't be read as an image"),
+        ({"out": "groups.docx"}, "end its name in .png"),
+        ({"--model": "no_such_vit"}, "timm has no model"),
+        ({"--model": "test_resnet"}, "can't be driven"),
+        ({"--r": "60"}, "--r 60 is too large"),
+        ({"--r": "-1"}, "must not be negative, got -1"),
+        ({"--blocks": "7"}, "numbers from 1 to 6, the model's depth, got 7"),
+        ({"--checkpoint": "missing.pth"}, "no checkpoint file"),
+        ({"--checkpoint": "corrupt.png"}, "can't be read as a checkpoint"),
+        ({"--checkpoint": "other.pth"}, "doesn't fit the model"),
+    ],
+)
+def test_draw_refuses_and_leaves_nothing(change, words, tmp_path, photo, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corrupt.png").write_bytes(b"\x89PNG no image")
+    torch.save(timm.create_model("test_vit3").state_dict(), "other.pth")
+    checkpoint(tmp_path)
+    files = set(tmp_path.iterdir())
+    given = {"image": "photo.png", "out": "groups.png", "--model": "test_vit", "--checkpoint": "weights.pth"} | change
+    argv = [given.pop("image"), given.pop("out"), *(word for pair in given.items() for word in pair)]
+    assert words in fails(capsys, "draw", *argv)
+    assert set(tmp_path.iterdir()) == files
+
+
+def test_run_gives_timms_scripts_the_registered_models(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, timm, helper\n"
+        "if __name__ == '__main__':\n    print(sys.argv[1:], helper.x, timm.is_model('deit_tiny_dtem'))\n"
+    )
+    (tmp_path / "helper.py").write_text("x = 3")
+    before = sys.argv
+    assert main(["run", str(script), "--model", "deit_tiny_dtem", "-b", "4"]) == 0
+    assert capsys.readouterr().out.strip() == "['--model', 'deit_tiny_dtem', '-b', '4'] 3 True"
+    assert sys.argv is before
+    assert "no script" in fails(capsys, "run", tmp_path / "missing.py")
