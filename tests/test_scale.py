@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import multiprocessing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,9 +21,11 @@ needs_fsdp = pytest.mark.skipif(not FSDP_ON_CPU, reason="FSDP2 of torch 2.6 need
 PARALLEL = ["ddp", pytest.param("fsdp", marks=needs_fsdp)]
 
 
-def prepared(training, r=3):
+def prepared(training, r=3, metric="learned"):
     family = "class_token" if training == "modular" else "average"
-    model = tiny.merging(family, depth=3, r=r, tau1=0.5, tau2=0.5).train()  # low temperatures amplify rounding
+    model = tiny.merging(
+        family, depth=3, r=r, metric=metric, tau1=0.5, tau2=0.5
+    ).train()  # low temperatures amplify rounding
     return model.freeze_base(training == "modular")
 
 
@@ -48,11 +51,12 @@ def trained(model, rank=0, world=1):
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 
 
-def sharded(model, whole_blocks=False):
+def sharded(model, names=("attn", "mlp")):
+    """Wrap these modules of every block ("" is the block itself), then the whole model."""
     mesh = init_device_mesh("cpu", (WORLD,))
     for block in model.base.blocks:
-        for module in [block] if whole_blocks else [block.attn, block.mlp]:
-            fully_shard(module, mesh=mesh)
+        for name in names:
+            fully_shard(block.get_submodule(name), mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -61,7 +65,9 @@ SCENARIOS = {
     "ddp-modular": lambda: DistributedDataParallel(prepared("modular")),
     "fsdp-end_to_end": lambda: sharded(prepared("end_to_end")),
     "fsdp-modular": lambda: sharded(prepared("modular")),
-    "fsdp-whole_blocks": lambda: sharded(prepared("end_to_end"), whole_blocks=True),
+    "fsdp-keys": lambda: sharded(prepared("end_to_end", metric="keys"), ["mlp"]),
+    "fsdp-keys_of_wrapped": lambda: sharded(prepared("end_to_end", metric="keys")),
+    "fsdp-whole_blocks": lambda: sharded(prepared("end_to_end"), [""]),
     "ddp-unused": lambda: DistributedDataParallel(prepared("modular", r=[3])),
     "ddp-find_unused": lambda: DistributedDataParallel(prepared("modular", r=[3]), find_unused_parameters=True),
     "ddp-static_graph": lambda: DistributedDataParallel(prepared("modular", r=[3]), static_graph=True),
@@ -119,8 +125,27 @@ def test_ddp_with_blocks_that_merge_nothing(results, option):
 
 
 @needs_fsdp
-def test_fsdp_around_whole_blocks_is_an_error_that_says_what_to_wrap(results):
-    assert all("TypeError" in r["fsdp-whole_blocks"] and "attn and mlp" in r["fsdp-whole_blocks"] for r in results)
+def test_fsdp_trains_with_keys_if_it_leaves_the_attentions_out(results):
+    assert_trained([result["fsdp-keys"] for result in results], trained(prepared("end_to_end", metric="keys")))
+
+
+@needs_fsdp
+@pytest.mark.parametrize(
+    ("scenario", "advice"),
+    [("whole_blocks", "wrap its attn and mlp"), ("keys_of_wrapped", "wrap the MLPs and the whole model only")],
+)
+def test_fsdp_around_the_wrong_modules_is_an_error_that_says_what_to_wrap(results, scenario, advice):
+    for result in results:
+        assert result[f"fsdp-{scenario}"].startswith("TypeError")
+        assert advice in result[f"fsdp-{scenario}"]
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile], ids=["checkpoint_wrapper", "compile"])
+def test_a_wrapped_block_is_an_error_that_says_what_to_wrap(wrap):
+    model = tiny.merging()
+    model.base.blocks[0] = wrap(model.base.blocks[0])
+    with pytest.raises(TypeError, match=r"is a wrapped block.*wrap its attn and mlp, or the whole model"):
+        model(tiny.images())
 
 
 def gradients(model, checkpointing):

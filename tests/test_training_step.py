@@ -9,7 +9,7 @@ from torch import nn
 FAMILIES = list(tiny.FAMILIES)
 
 
-def train(model, images, labels, steps, lr=0.02):
+def train(model, images, labels, steps, lr=0.01):
     """The loss before each step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
@@ -22,17 +22,23 @@ def train(model, images, labels, steps, lr=0.02):
     return losses
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["class_token", "average", "rope"])
 def test_the_embeddings_learn_what_to_merge(family):
-    """The labels are the frozen base's own answers, so that all there is to learn is which tokens to keep apart."""
-    model = tiny.merging(family, r=[6, 0], embed_dim=24).freeze_base().train()
+    """The labels are the frozen base's own answers, so all there is to learn is which tokens to keep apart."""
+    model = tiny.merging(family, r=[6, 0], embed_dim=24).freeze_base()
     nn.init.normal_(model.merger.embed[0].weight, std=0.1)
     images = tiny.images(64)
     with torch.no_grad():
         labels = model.base(images).softmax(dim=1)
-    losses = train(model, images, labels, 30)
-    assert losses[-1] < losses[0]
-    assert min(losses[-5:]) < max(losses[:3])
+
+    def divergence():
+        with torch.no_grad():
+            return F.kl_div(model.eval()(images).log_softmax(dim=1), labels, reduction="batchmean")
+
+    before, best = divergence(), -(labels * labels.log()).sum(dim=1).mean()
+    losses = train(model.train(), images, labels, 40)
+    assert losses[-1] - best < 0.75 * (losses[0] - best)  # relaxed merging has learned
+    assert divergence() < before  # and outright merging is the better for it
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,7 +99,7 @@ def test_equal_tokens_give_finite_gradients(training):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["class_token", "average", "attention_pool", "rope"])
 def test_gradients_equal_finite_differences(family):
     """One merge, chosen among all pairs: there the relaxed merge is smooth and its gradient is the derivative.
 
@@ -110,7 +116,9 @@ def test_gradients_equal_finite_differences(family):
     direction = gradient / gradient.norm()
     with torch.no_grad():
         start, step = weight.clone(), 0.01 * weight.norm()
-        ahead = [weight.copy_(start + sign * step * direction) is not None and loss() for sign in (1, -1)]
-    numeric = (ahead[0] - ahead[1]) / (2 * step)
+        weight.copy_(start + step * direction)
+        ahead = loss()
+        weight.copy_(start - step * direction)
+    numeric = (ahead - loss().detach()) / (2 * step)
     assert gradient.norm() > 1e-5
     torch.testing.assert_close(numeric, gradient.norm(), rtol=0.02, atol=0)

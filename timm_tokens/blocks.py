@@ -206,7 +206,16 @@ def mean_keys(block: nn.Module, width: int) -> tuple[Tensor | None, Tensor | Non
 
 
 def _key_projection(attn: nn.Module) -> tuple[Tensor, Tensor | None, int]:
-    """The weight and bias that make the keys, and how many heads they have."""
+    """The weight and bias that make the keys, and how many heads they have.
+
+    Raises:
+        TypeError: If FSDP2 wraps the attention, which keeps its weights sharded outside its forward.
+    """
+    if hasattr(attn, "unshard"):
+        raise TypeError(
+            f"{_name(attn)} is wrapped, but its keys are computed from its weights without calling it; "
+            "wrap the MLPs and the whole model only, or merge by learned embeddings"
+        )
     heads = 2 * attn.num_heads if isinstance(attn, DiffAttention) else getattr(attn, "num_kv_heads", attn.num_heads)
     if attn.qkv is None:
         return attn.k_proj.weight, attn.k_proj.bias, heads

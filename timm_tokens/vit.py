@@ -60,7 +60,9 @@ class TokenViT(TimmProtocol, nn.Module):
     parts the outputs are the base's. Use `timm_tokens.apply_dtem_merging` to build one.
 
     FSDP must wrap the attentions and MLPs (or the whole model), not the blocks: a block whose tokens merge is called in
-    two halves, which does not fire the block's own hooks.
+    two halves, which does not fire the block's own hooks. With metric="keys" FSDP must leave out the attentions, too:
+    their weights are read from outside. DDP needs find_unused_parameters=True or static_graph=True where a block merges
+    nothing: its embedding gets no gradient.
 
     Args:
         base: A timm VisionTransformer, Eva or NaFlexVit.
