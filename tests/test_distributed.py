@@ -1,5 +1,7 @@
 """Two processes that hold parts of a batch, of different sizes, must give what one gives for the whole."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from timm_tokens.losses import DTMLoss, MIRALoss
 from timm_tokens.ops import assignment_information, mira_assign
 
 PARTS = [slice(0, 5), slice(5, 12)]
-BETAS = [0.0, 0.75, 0.95]
+BETAS = [0.0, 0.75, 0.95, 0.995]
 
 
 def batch():
@@ -54,6 +56,7 @@ def process(rank, folder):
     out["size"] = torch.tensor(distributed.world_size())
     out["sum"], out["max"] = distributed.all_reduce_sum(x), distributed.all_reduce_max(x)
     out["mean"], out["batch mean"] = distributed.all_reduce_mean(x), distributed.batch_mean(x[: rank + 1])
+    out["logmeanexp"] = distributed.batch_logmeanexp(1000 * x[: rank + 1])
     out["input"] = x
     torch.save(out, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -93,6 +96,7 @@ def test_losses_and_gradients(one, two, name, dim):
 
 def test_reductions(two):
     expected = {"size": 2, "sum": [3.0, -6.0], "mean": [1.5, -3.0], "max": [2.0, -2.0], "batch mean": -1 / 3}
+    expected["logmeanexp"] = 2000 - math.log(3)  # exp(2000) overflows
     for rank, out in enumerate(two):
         for name, value in expected.items():
             torch.testing.assert_close(out[name], torch.tensor(value))

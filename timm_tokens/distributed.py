@@ -42,6 +42,12 @@ def batch_mean(x: Tensor) -> Tensor:
     return all_reduce_sum(x.sum(0)) / batch_size(x)
 
 
+def batch_logmeanexp(x: Tensor) -> Tensor:
+    """log(batch_mean(exp(x))) of finite x, without leaving the range of its type: (B, ...) -> (...)."""
+    largest = all_reduce_max(x.amax(0))
+    return largest + batch_mean((x - largest).exp()).log()
+
+
 def batch_size(x: Tensor) -> Tensor:
     """The size of the joined batch of all processes, a scalar on the device: nothing waits for it."""
     return all_reduce_sum(torch.full((), x.shape[0], dtype=torch.float32, device=x.device))

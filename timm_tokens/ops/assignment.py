@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timm_tokens.distributed import all_reduce_max, all_reduce_sum, batch_mean, batch_size
+from timm_tokens.distributed import all_reduce_max, all_reduce_sum, batch_logmeanexp, batch_mean, batch_size
 
-_LARGEST_BATCH = 2**16  # of all processes; only the bound in _fits_float32 uses it
+_LARGEST_BATCH = 2**16  # of all processes; only the bound on the weights uses it
 
 
 class Information(NamedTuple):
@@ -45,7 +45,8 @@ def mira_assign(logits: Tensor, tau: float, beta: float, iterations: int = 30) -
         iterations: Of the fixed point; each brings it closer by about the factor beta.
 
     Returns:
-        (B, K) of float32 (float64 for float64), rows that sum to 1. No gradient passes.
+        (B, K) of float32 (float64 for float64), rows that sum to 1. No gradient passes. A beta above about 0.87 is
+        computed in float64, which needs a device that has it.
 
     Raises:
         TypeError: If logits is not floating-point, or iterations no int.
@@ -54,20 +55,22 @@ def mira_assign(logits: Tensor, tau: float, beta: float, iterations: int = 30) -
     Source: MIRA (arXiv 2211.02284), the fixed-point iteration of section 3.
     """
     _check(logits, tau, beta, iterations)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    double = logits.dtype == torch.float64
+    logits = logits.double() if double or not _fits(torch.float32, beta, logits.shape[1]) else logits.float()
     # Rows and columns of p may be divided by constants, if the weights get the columns' back: exp(anchor). With the
     # largest entry of every row and every column at 1, no logits make a row or a prototype underflow.
     log_p = (logits - logits.amax(1, keepdim=True)).div_(tau * (1 - beta))
-    anchor = all_reduce_max(log_p.amax(0)).clamp_min(-1e30)  # finite where logits differ by more than float32 can say
+    log_p.clamp_(min=torch.finfo(log_p.dtype).min / 4)  # logits may differ by more than their type can say
+    anchor = all_reduce_max(log_p.amax(0))
     log_p -= anchor
     with torch.autocast(logits.device.type, enabled=False):
-        solve = _solve if _fits_float32(beta, logits.shape[1]) else _solve_in_logs
-        return solve(log_p, anchor, beta, iterations)
+        solve = _solve if _fits(log_p.dtype, beta, logits.shape[1]) else _solve_in_logs
+        return solve(log_p, anchor, beta, iterations).to(torch.float64 if double else torch.float32)
 
 
 def _solve(log_p: Tensor, anchor: Tensor, beta: float, iterations: int) -> Tensor:
     """The fixed point by two matrix-vector products an iteration. Overwrites log_p (B, K)."""
-    count, tiny = batch_size(log_p), torch.finfo(log_p.dtype).tiny
+    count = batch_size(log_p)
     # As a batch of products, because BLAS leaves one on one thread. (B, K) -> (8, B / 8, K)
     p = log_p.exp_().unflatten(0, (8 if log_p.shape[0] % 8 == 0 else 1, -1))
     constant = ((1 - beta) * (anchor - _log_range(beta, p.shape[2]) / 2)).exp()
@@ -75,18 +78,17 @@ def _solve(log_p: Tensor, anchor: Tensor, beta: float, iterations: int) -> Tenso
     for _ in range(iterations + 1):  # the first gives the mean of the softmax, where the fixed point starts
         row = weight.expand(p.shape[0], 1, -1) @ p.mT  # (8, 1, B / 8)
         mean = all_reduce_sum((row.reciprocal() @ p).sum((0, 1))) / count  # (K,)
-        weight = constant * mean.clamp_min(tiny).pow(-beta)
+        weight = constant * mean.pow(-beta)
     p.mul_(weight).div_(p.sum(2, keepdim=True))
     return p.flatten(0, 1)
 
 
 def _solve_in_logs(log_p: Tensor, anchor: Tensor, beta: float, iterations: int) -> Tensor:
-    """The same fixed point, elementwise: slower, for a beta so near 1 that the weights outgrow float32."""
-    log_weight, tiny = anchor, torch.finfo(log_p.dtype).tiny
+    """The same fixed point, elementwise: slower, for a beta so near 1 that the weights outgrow even float64."""
+    log_weight = anchor
     for _ in range(iterations + 1):
-        marginal = batch_mean((log_p + log_weight).softmax(1)).clamp_min(tiny)
-        log_weight = (1 - beta) * anchor + beta * (log_weight - marginal.log())
-        log_weight = log_weight - log_weight.amax()  # a common factor cancels, and near 0 it rounds least
+        log_row = (log_p + log_weight).logsumexp(1, keepdim=True)
+        log_weight = (1 - beta) * anchor - beta * batch_logmeanexp(log_p - log_row)
     return (log_p + log_weight).softmax(1)
 
 
@@ -94,14 +96,15 @@ def _log_range(beta: float, num_prototypes: int) -> float:
     """The logarithm of the most by which the weights of prototypes that matter can differ.
 
     A mean is at least 1 / (B K max weight), as p has an entry of 1 in each column; and weight <= mean^(-beta). So the
-    weights lie between 1 and (B K)^(beta / (1 - beta)). Half of that, taken off in the logarithm, centres them.
+    weights lie between 1 and (B K)^(beta / (1 - beta)). Half of it, taken off in the logarithm, centres them.
     """
     return beta / (1 - beta) * math.log(_LARGEST_BATCH * num_prototypes)
 
 
-def _fits_float32(beta: float, num_prototypes: int) -> bool:
-    """Whether no sum or reciprocal in `_solve` can leave the range of float32, exp(-87) to exp(88)."""
-    return _log_range(beta, num_prototypes) / 2 + math.log(_LARGEST_BATCH * num_prototypes) < 85
+def _fits(dtype: torch.dtype, beta: float, num_prototypes: int) -> bool:
+    """Whether no sum or reciprocal in `_solve` can leave dtype's range: of 3000 prototypes and float32, beta < 0.87."""
+    largest = _log_range(beta, num_prototypes) / 2 + math.log(_LARGEST_BATCH * num_prototypes)
+    return largest < -math.log(torch.finfo(dtype).tiny) - 2
 
 
 @torch.no_grad()
