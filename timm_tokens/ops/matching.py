@@ -105,6 +105,8 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 def _flat(index: Tensor, n: int) -> Tensor:
     """Indices (B, M) into n tokens of each image as indices (B * M,) into the flattened batch."""
+    if index.shape[0] == 1:  # a single image waits for every small operation
+        return index.flatten()
     return (index + torch.arange(0, index.shape[0] * n, n, device=index.device).unsqueeze(1)).flatten()
 
 
@@ -125,12 +127,13 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     left = order.shape[1] - destination.shape[1]
     size = torch.ones(x.shape[:2], device=x.device) if size is None else size.gather(1, order)
     new_size = size[:, :left].scatter_add(1, destination, size[:, left:])
-    # Each token times its share of the token that it becomes part of, then a sum: nothing in between exceeds the
-    # tokens, as sums of size times token would in half precision.
-    share = size / torch.cat([new_size, new_size.gather(1, destination)], dim=1)
-    parts = take(x, order) * share.unsqueeze(2).to(x.dtype)
-    rows = _flat(destination, left)
-    merged = parts[:, :left].flatten(0, 1).index_add(0, rows, parts[:, left:].flatten(0, 1))
+    # The weighted mean as a step from the destination towards what it takes in: x_d + sum of share * (x_s - x_d). So
+    # only the rows that change are computed, the others are copied once, and nothing exceeds the tokens.
+    share = size[:, left:] / new_size.gather(1, destination)
+    ends = take(x, torch.cat([order[:, left:], order.gather(1, destination)], dim=1))  # (B, 2 R, C)
+    step = (ends[:, : order.shape[1] - left] - ends[:, order.shape[1] - left :]) * share.unsqueeze(2).to(x.dtype)
+    merged = x.flatten(0, 1).index_select(0, _flat(order[:, :left], x.shape[1]))
+    merged.index_add_(0, _flat(destination, left), step.flatten(0, 1))
     return merged.unflatten(0, (x.shape[0], left)), new_size
 
 
