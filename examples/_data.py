@@ -1,0 +1,106 @@
+"""Where the examples' images come from: scikit-learn's digits, or any folder of images."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import RandomAffine
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """Something the user gave can't be used; the message is one line that says what, and what to do."""
+
+
+class Data(NamedTuple):
+    """Images to learn from (augmented), images to report on, and how many classes their labels count."""
+
+    train: Dataset
+    val: Dataset
+    num_classes: int
+
+
+class Digits(Dataset):
+    """8 x 8 handwritten digits as tensors (1, size, size) in [-1, 1]."""
+
+    def __init__(self, images: Tensor, labels: Tensor, size: int, transform: nn.Module | None = None) -> None:
+        self.images = F.interpolate(images[:, None] / 8 - 1, size=(size, size), mode="bilinear")
+        self.labels, self.transform = labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index]
+        return self.transform(image) if self.transform else image, int(self.labels[index])
+
+
+def digits(size: int) -> Data:
+    """scikit-learn's 1797 handwritten digits, a quarter of each class held back to report on."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_digits()
+    images, labels = torch.from_numpy(source.images).float(), torch.from_numpy(source.target)
+    train, val = train_test_split(range(len(labels)), test_size=0.25, random_state=0, stratify=labels)
+    augment = RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1), fill=-1)
+    return Data(Digits(images[train], labels[train], size, augment), Digits(images[val], labels[val], size), 10)
+
+
+def image_folder(root: Path, model: nn.Module) -> Data:
+    """The images in root/train/<class>/ and root/val/<class>/, transformed as the model expects.
+
+    Raises:
+        InputError: If a folder is missing, a class has no images, the two differ in classes, or an image can't be read.
+    """
+    config = resolve_model_data_config(model)
+    augment = create_transform(**config, is_training=True, scale=(0.35, 1.0), color_jitter=None)
+    train = _open_folder(root / "train", augment)
+    val = _open_folder(root / "val", create_transform(**config))
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise InputError(f"{root}: train/ and val/ must have the same classes, but only one of them has {odd}")
+    check_images([path for folder in (train, val) for path, _ in folder.samples])
+    return Data(train, val, len(train.classes))
+
+
+def _open_folder(path: Path, transform: nn.Module) -> ImageFolder:
+    if not path.is_dir():
+        raise InputError(f"no folder {path}: --data-dir must have train/<class>/ and val/<class>/ with images")
+    try:
+        return ImageFolder(path, transform)
+    except FileNotFoundError as error:  # no class at all, or a class without images
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def check_images(paths: list[str]) -> None:
+    """Decode every image once, so that a broken one is met now and not after the training."""
+    with ThreadPoolExecutor() as pool:
+        for path, fault in zip(paths, tqdm(pool.map(_fault, paths), "checking images", len(paths)), strict=True):
+            if fault:
+                pool.shutdown(cancel_futures=True)
+                raise InputError(f"{path} can't be read as an image ({fault}): replace or remove it")
+
+
+def _fault(path: str) -> str | None:
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (1, 1))  # JPEGs at an eighth of their size: still reads every byte, far faster
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:  # all that PIL raises on broken files
+        return str(error).splitlines()[0].replace(f" {path!r}", "")
+    return None
+
+
+def imagenet_indices(model: nn.Module, classes: list[str]) -> list[int] | None:
+    """The model's outputs that the folders stand for, if it has an ImageNet head and they are named by WordNet ids."""
+    subset = infer_imagenet_subset(model)
+    names = ImageNetInfo(subset).label_names() if subset else []
+    return [names.index(name) for name in classes] if set(classes) <= set(names) else None
