@@ -20,11 +20,10 @@ class InputError(Exception):
 
 
 class Data(NamedTuple):
-    """Images to learn from (augmented), images to report on, and how many classes their labels count."""
+    """Images to learn from, and images to report on."""
 
     train: Dataset
     val: Dataset
-    num_classes: int
 
 
 class Digits(Dataset):
@@ -51,7 +50,7 @@ def digits(size: int) -> Data:
     images, labels = torch.from_numpy(source.images).float(), torch.from_numpy(source.target)
     train, val = train_test_split(range(len(labels)), test_size=0.25, random_state=0, stratify=labels)
     augment = RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1), fill=-1)
-    return Data(Digits(images[train], labels[train], size, augment), Digits(images[val], labels[val], size), 10)
+    return Data(Digits(images[train], labels[train], size, augment), Digits(images[val], labels[val], size))
 
 
 def image_folder(root: Path, model: nn.Module) -> Data:
@@ -68,7 +67,7 @@ def image_folder(root: Path, model: nn.Module) -> Data:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise InputError(f"{root}: train/ and val/ must have the same classes, but only one of them has {odd}")
     check_images([path for folder in (train, val) for path, _ in folder.samples])
-    return Data(train, val, len(train.classes))
+    return Data(train, val)
 
 
 def _open_folder(path: Path, transform: nn.Module) -> ImageFolder:
@@ -80,13 +79,20 @@ def _open_folder(path: Path, transform: nn.Module) -> ImageFolder:
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
 
 
+def samples(data: Data, count: int) -> Tensor:
+    """So many images of val/, from all over it, as one batch."""
+    count = min(count, len(data.val))
+    return torch.stack([data.val[i * len(data.val) // count][0] for i in range(count)])
+
+
 def check_images(paths: list[str]) -> None:
     """Decode every image once, so that a broken one is met now and not after the training."""
     with ThreadPoolExecutor() as pool:
-        for path, fault in zip(paths, tqdm(pool.map(_fault, paths), "checking images", len(paths)), strict=True):
-            if fault:
-                pool.shutdown(cancel_futures=True)
-                raise InputError(f"{path} can't be read as an image ({fault}): replace or remove it")
+        faults = list(tqdm(pool.map(_fault, paths), "checking images", len(paths)))
+    broken = [f"{path} ({fault})" for path, fault in zip(paths, faults, strict=True) if fault]
+    if broken:
+        others = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise InputError(f"can't read the image {broken[0]}{others}: replace or remove what is broken")
 
 
 def _fault(path: str) -> str | None:
