@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import RandomAffine
 from tqdm import tqdm
 
 
@@ -26,31 +25,16 @@ class Data(NamedTuple):
     val: Dataset
 
 
-class Digits(Dataset):
-    """8 x 8 handwritten digits as tensors (1, size, size) in [-1, 1]."""
-
-    def __init__(self, images: Tensor, labels: Tensor, size: int, transform: nn.Module | None = None) -> None:
-        self.images = F.interpolate(images[:, None] / 8 - 1, size=(size, size), mode="bilinear")
-        self.labels, self.transform = labels, transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.images[index]
-        return self.transform(image) if self.transform else image, int(self.labels[index])
-
-
 def digits(size: int) -> Data:
-    """scikit-learn's 1797 handwritten digits, a quarter of each class held back to report on."""
+    """scikit-learn's 1797 handwritten digits as (1, size, size) in [-1, 1]; a quarter of each class is to report on."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    source = load_digits()
-    images, labels = torch.from_numpy(source.images).float(), torch.from_numpy(source.target)
+    source = load_digits()  # 8 x 8, from 0 to 16
+    images = F.interpolate(torch.from_numpy(source.images).float()[:, None] / 8 - 1, (size, size), mode="bilinear")
+    labels = torch.from_numpy(source.target)
     train, val = train_test_split(range(len(labels)), test_size=0.25, random_state=0, stratify=labels)
-    augment = RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1), fill=-1)
-    return Data(Digits(images[train], labels[train], size, augment), Digits(images[val], labels[val], size))
+    return Data(TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val]))
 
 
 def image_folder(root: Path, model: nn.Module) -> Data:

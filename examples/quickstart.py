@@ -73,8 +73,9 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out} is a file: give a folder")
     torch.manual_seed(args.seed)
     vit, data = folder_job(args) if args.data_dir else digits_job(args)
-    rs = sorted(set(args.r or default_rs(vit)))
-    learned = timm_tokens.apply_dtem_merging(vit, r=args.train_r or rs[-2:][0]).freeze_base()
+    learned = timm_tokens.apply_dtem_merging(vit, r=0).freeze_base()
+    rs = sorted(set(args.r or default_rs(learned, samples(data, 1).to(args.device))))
+    learned.merger.r = args.train_r or (rs[-2] if len(rs) > 1 else rs[0])
     training_free = timm_tokens.apply_dtem_merging(vit, metric="keys")
     if args.merger:
         load_merger(learned, args.merger)
@@ -92,8 +93,8 @@ def digits_job(args: argparse.Namespace) -> tuple[nn.Module, Data]:
         raise InputError("--merger and --checkpoint need --data-dir: the digits' ViT is trained anew each time")
     data = digits(size=32)
     shape = dict(img_size=32, patch_size=4, in_chans=1, embed_dim=64, depth=6, num_heads=2, num_classes=10)
-    vit = VisionTransformer(**shape, class_token=False, global_pool="avg").to(args.device)
-    train(vit.train(), vit.parameters(), data, args, 20, "the digits' ViT")
+    vit = VisionTransformer(**shape).to(args.device)
+    train(vit.train(), vit.parameters(), data, args, 25, "the digits' ViT")
     return vit, data
 
 
@@ -138,10 +139,10 @@ def fit_head(vit: nn.Module, data: Data, args: argparse.Namespace) -> None:
     train(vit.eval(), head, data, args, args.epochs, "the new head")
 
 
-def default_rs(vit: nn.Module) -> list[int]:
+def default_rs(model: TokenViT, image: Tensor) -> list[int]:
     """8, 12, 16 and 20 for 12 blocks of 196 patches; as large a part of the patches for other models."""
-    full = vit.patch_embed.num_patches / len(vit.blocks)
-    return [max(1, round(share * full)) for share in (0.5, 0.73, 0.98, 1.22)]
+    most = model.token_groups(image).numel() / len(model.base.blocks)
+    return [max(1, round(share * most)) for share in (0.5, 0.73, 0.98, 1.22)]
 
 
 def load_merger(model: TokenViT, path: Path) -> None:
