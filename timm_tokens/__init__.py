@@ -3,10 +3,20 @@
 Importing this registers the package's models with timm.
 """
 
-from timm_tokens import models, ops
+from timm_tokens import data, fewshot, losses, models, ops
 from timm_tokens.vit import Tokens, TokenViT
 from timm_tokens.wrap import apply_dtem_merging
 
 __version__ = "0.1.0"
 
-__all__ = ["TokenViT", "Tokens", "__version__", "apply_dtem_merging", "models", "ops"]
+__all__ = [
+    "TokenViT",
+    "Tokens",
+    "__version__",
+    "apply_dtem_merging",
+    "data",
+    "fewshot",
+    "losses",
+    "models",
+    "ops",
+]

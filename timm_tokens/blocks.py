@@ -9,7 +9,6 @@ does something else, and is refused. A test compares every driven model with the
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from timm.layers import AttentionPoolLatent, AttentionRope, DiffAttention
 from timm.layers.attention import Attention
 from timm.models import Eva, VisionTransformer, VisionTransformerDistilled
@@ -80,15 +79,14 @@ def check(base: nn.Module, merging: bool) -> None:
             computes attention and MLP in parallel, which leaves no place to merge tokens.
     """
     if getattr(type(base), "forward_features", None) not in _MODELS:
-        block = (
-            f" (blocks: {_name(base.blocks[0])})" if isinstance(getattr(base, "blocks", None), nn.Sequential) else ""
-        )
+        inside = getattr(base, "blocks", None)
+        block = f" (blocks: {_name(inside[0])})" if isinstance(inside, (nn.Sequential, nn.ModuleList)) else ""
         raise TypeError(f"{_name(base)}{block} can't be driven from outside; supported are {_SUPPORTED}")
     for i, block in enumerate(base.blocks):
         forward = type(block).forward
         if forward in _WHOLE and merging:
             raise TypeError(
-                f"block {i}, {_name(block)}, runs attention and MLP in parallel, so no tokens can be merged in between; "
+                f"block {i}, {_name(block)}, runs attention and MLP in parallel: no tokens can be merged in between; "
                 f"merging supports {_SUPPORTED}"
             )
         known = forward in _WHOLE or (forward in _HALVES and type(block.attn).forward in ATTENTIONS)
@@ -116,9 +114,7 @@ def embed(base: nn.Module, images: Tensor) -> Embedded:
 
 def _embed_naflex(base: NaFlexVit, images: Tensor) -> Embedded:
     if not isinstance(images, Tensor):
-        raise TypeError(
-            f"NaFlexVit is supported with image tensors (B, 3, H, W), not with {type(images).__name__} batches"
-        )
+        raise TypeError(f"NaFlexVit is supported with images as a tensor (B, 3, H, W), got a {type(images).__name__}")
     stem = base._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
     x, keep = stem["patches"], stem["keep_indices"]
     ropes = _per_block(stem["rope_embeds"], len(base.blocks), base.rope_is_mixed)
@@ -149,14 +145,24 @@ def rope_rows(rope: Tensor, rows: Tensor | None) -> Tensor:
         return rope[rows].unsqueeze(1)
     if rope.ndim == 3:
         return rope[:, rows].transpose(0, 1)
-    return rope.expand(len(rows), -1, -1, -1).gather(
+    return rope.expand(rows.shape[0], -1, -1, -1).gather(
         2, rows[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3])
     )
 
 
 def read(block: nn.Module, x: Tensor) -> Tensor:
-    """What the block's attention reads: x (B, N, C), normed where the block norms first."""
-    return _HALVES[type(block).forward].read(block, x)
+    """What the block's attention reads: x (B, N, C), normed where the block norms first.
+
+    Raises:
+        TypeError: If the block is wrapped by now: to call it in halves would go past the wrapper.
+    """
+    halves = _HALVES.get(type(block).forward)
+    if halves is None or hasattr(block, "unshard"):  # a method that FSDP2 gives to what it wraps
+        raise TypeError(
+            f"{_name(block)} is a wrapped block, but a block whose tokens merge is called in two halves, past the "
+            "wrapper; wrap its attn and mlp, or the whole model"
+        )
+    return halves.read(block, x)
 
 
 def attend(block: nn.Module, x: Tensor, y: Tensor, **attention: Tensor | None) -> Tensor:
@@ -217,17 +223,21 @@ def head(base: nn.Module, x: Tensor, size: Tensor | None, pre_logits: bool = Fal
     return x if pre_logits else base.head(x)
 
 
+def pooled_from(base: nn.Module) -> int:
+    """The first token that pooling over tokens reads: the first patch, or the first prefix token."""
+    # Eva's attention pooling reads its prefix tokens too, without saying so
+    everything = getattr(base, "pool_include_prefix", isinstance(base, Eva) and base.attn_pool is not None)
+    return 0 if everything else base.num_prefix_tokens
+
+
 def _pool(base: nn.Module, x: Tensor, size: Tensor, pooling: str) -> Tensor:
-    # Eva's attention pooling reads the prefix tokens too
-    with_prefix = getattr(base, "pool_include_prefix", isinstance(base, Eva) and pooling == "map")
-    start = 0 if with_prefix else base.num_prefix_tokens
-    x, size = x[:, start:], size[:, start:]
+    x, size = x[:, pooled_from(base) :], size[:, pooled_from(base) :]
     if pooling == "map":
         return base.attn_pool(x, attn_mask=size_bias(size).to(x.dtype))
     if pooling == "max":
         return x.amax(dim=1)
-    share = (size / size.sum(dim=1, keepdim=True)).unsqueeze(1).to(x.dtype)
-    mean = torch.bmm(share, x).squeeze(1)
+    share = (size / size.sum(dim=1, keepdim=True)).unsqueeze(2).to(x.dtype)
+    mean = (x * share).sum(dim=1)
     return mean if pooling == "avg" else 0.5 * (mean + x.amax(dim=1))
 
 

@@ -1,6 +1,6 @@
 """Multiply-adds of a driven model, read off the shapes of its layers.
 
-Counted as the papers count them, one for a multiplication with its addition: half of what torch.utils.flop_counter says.
+Counted as the papers count them, one for a multiplication with its addition: half of what torch's flop counter says.
 """
 
 from copy import deepcopy
@@ -29,7 +29,7 @@ def model_flops(model: "TokenViT", r: Any = None, image_size: tuple[int, int] | 
     rows, columns = blocks.grid_size(base, image_size)
     tokens = token_counts(counts, prefix + rows * columns, prefix)
     embed_dim = merger.embed_dim if merger is not None else 0
-    total = stem_flops(base, image_size) + head_flops(base, tokens[-1])
+    total = stem_flops(base, image_size) + head_flops(base, tokens[-1 if blocks.pools_by_size(base) else 0])
     for block, before, after in zip(base.blocks, tokens, tokens[1:], strict=False):
         metric = merger.flops_per_token(block) if merger is not None else 0
         total += block_flops(block_cost(block), before, before - after, prefix, metric, embed_dim)
@@ -42,11 +42,11 @@ def block_cost(block: nn.Module) -> BlockCost:
     if not attentions:  # attention and MLP share their linear maps
         width = block.num_heads * block.head_dim
         differential = type(block).forward is DiffParallelScalingBlock.forward
-        return BlockCost(_linear(block), 6 * width if differential else 2 * width, 0, 0)
+        return BlockCost(_linear(block), 6 * width if differential else 2 * width, 0)
     attend = sum(map(_linear, attentions))
     # differential attention reads its values twice, which are twice as wide as its queries
     pair = sum(a.num_heads * a.head_dim * (6 if isinstance(a, DiffAttention) else 2) for a in attentions)
-    return BlockCost(attend, pair, _linear(block) - attend, attentions[0].proj.out_features)
+    return BlockCost(attend, pair, _linear(block) - attend)
 
 
 def head_flops(base: nn.Module, tokens: int) -> int:
@@ -54,8 +54,9 @@ def head_flops(base: nn.Module, tokens: int) -> int:
     pool, classify = getattr(base, "attn_pool", None), sum(map(_linear, _classifiers(base)))
     if pool is None:
         return classify
-    if not isinstance(pool, AttentionPoolLatent):  # PRR: attention without linear maps
+    if not isinstance(pool, AttentionPoolLatent):  # PRR: attention without linear maps, over all tokens un-merged
         return classify + 2 * tokens**2 * base.embed_dim
+    tokens -= blocks.pooled_from(base)
     per_token = _linear(pool.kv)
     per_query = _linear(pool) - per_token + 2 * tokens * pool.num_heads * pool.head_dim
     return classify + per_token * tokens + per_query * pool.latent_len
@@ -64,7 +65,7 @@ def head_flops(base: nn.Module, tokens: int) -> int:
 def stem_flops(base: nn.Module, image_size: tuple[int, int]) -> int:
     """Multiply-adds of the patch embedding for one image, counted by torch on tensors without data."""
     images = torch.empty(1, base.in_chans, *image_size, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:  # no no_grad: the counter trips over expanded parameters there
         deepcopy(blocks.stem(base)).to("meta").eval()(images)
     return counter.get_total_flops() // 2
 

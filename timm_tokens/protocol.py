@@ -54,9 +54,9 @@ class TimmProtocol:
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """Plain data from which `timm.create_model(self.pretrained_cfg["architecture"], **model_args)` builds this model.
+        """Plain data from which `timm.create_model(architecture, **model_args)` builds this model again.
 
-        timm saves it by itself where it knows how to; before that, pass `save_for_hf(..., model_args=model.model_args)`.
+        Recent timm saves it with the model; to older timm pass it: `save_for_hf(..., model_args=model.model_args)`.
 
         Raises:
             ValueError: If the base was not made by timm.create_model, so that its name is unknown.

@@ -70,7 +70,9 @@ class TokenViT(TimmProtocol, nn.Module):
         TypeError: If the base can't be driven exactly; the message names its class and what is supported.
     """
 
-    def __init__(self, base: nn.Module, merger: TokenMerger | None = None) -> None:
+    aux = head = None  # parts that no model has yet
+
+    def __init__(self, base: nn.Module, *, merger: TokenMerger | None = None) -> None:
         super().__init__()
         blocks.check(base, merging=merger is not None)
         self.base = base
@@ -91,7 +93,7 @@ class TokenViT(TimmProtocol, nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens (B, P + N, C) after the final norm, un-merged: every patch has its group's token.
 
-        So `forward_head` needs to know nothing of sizes: the mean over patches is the mean over tokens weighted by size.
+        So `forward_head` needs no sizes: the mean over patches is the mean over tokens weighted by size.
         """
         stream, trace = self._encode(images)
         return unmerge_all(trace, self.base.norm(stream.x))
@@ -142,7 +144,7 @@ class TokenViT(TimmProtocol, nn.Module):
 
     def _rows(self, stream: Stream, matching: Matching | RelaxedMatching) -> Tensor:
         """A merged token keeps the rotary embedding of the token that the others merged into."""
-        kept = matching.kept if isinstance(matching, Matching) else matching.order
+        kept = matching.kept() if isinstance(matching, Matching) else matching.order
         rows = kept[:, self.num_prefix_tokens :] - self.num_prefix_tokens
         return rows if stream.rows is None else stream.rows.gather(1, rows)
 
@@ -191,14 +193,15 @@ class TokenViT(TimmProtocol, nn.Module):
         return _pack(maps, prefix if return_prefix_tokens and self.num_prefix_tokens else None, final, output_dict)
 
     @torch.no_grad()
-    def token_groups(self, images: Tensor) -> Tensor:
+    def token_groups(self, images: Tensor, block: int | None = None) -> Tensor:
         """Which token, counted after the prefix, each patch of images (B, 3, H, W) ends in: (B, rows, columns) int64.
 
-        Tokens are merged as in evaluation, whatever mode the model is in.
+        Tokens are merged as in evaluation, whatever mode the model is in. With `block`, it is the token after so many
+        blocks.
         """
         training = self.training
         try:
-            _, trace = self.eval()._encode(images)
+            _, trace = self.eval()._encode(images, depth=block)
         finally:
             self.train(training)
         grid = blocks.grid_size(self.base, images.shape[-2:])

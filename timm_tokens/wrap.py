@@ -39,8 +39,8 @@ def apply_dtem_merging(
         metric: "learned" (DTEM), or "keys": the attention's keys averaged over heads, which needs no training.
         candidates, tau1, tau2: Of relaxed merging in training: partners considered, and the two temperatures.
         prop_attn: Whether a token counts as many times as it has members in the attention.
-        flops_ratio: Instead of r: merge the fewest tokens, the same in each block, with which the FLOPs are at most this
-            share of the base's.
+        flops_ratio: Instead of r: merge the fewest tokens, the same in each block, with which the FLOPs are at most
+            this share of the base's.
 
     Returns:
         A TokenViT around the same base, with a merger.

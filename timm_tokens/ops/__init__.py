@@ -1,17 +1,36 @@
 """Pure functions on tensors: everything here needs torch alone and holds no state."""
 
+from timm_tokens.ops.assignment import Information, assignment_information, mira_assign
 from timm_tokens.ops.attention import size_bias
+from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
+from timm_tokens.ops.labels import SparseLabels, crop_maps, crop_token_labels, warp_token_labels
 from timm_tokens.ops.matching import Matching, bipartite_match, merge, unmerge
+from timm_tokens.ops.mixing import draw_mix_box, mix_ratio, mix_tokens
+from timm_tokens.ops.morphing import draw_morph_rounds, morph, morph_groups
 from timm_tokens.ops.relaxed import relaxed_merge, relaxed_top_k
 from timm_tokens.ops.schedule import schedule
 
 __all__ = [
+    "Information",
     "Matching",
+    "SparseLabels",
+    "assignment_information",
     "bipartite_match",
+    "crop_maps",
+    "crop_token_labels",
+    "draw_mix_box",
+    "draw_morph_rounds",
+    "local_intrinsic_dimensionality",
     "merge",
+    "mira_assign",
+    "mix_ratio",
+    "mix_tokens",
+    "morph",
+    "morph_groups",
     "relaxed_merge",
     "relaxed_top_k",
     "schedule",
     "size_bias",
     "unmerge",
+    "warp_token_labels",
 ]

@@ -11,4 +11,4 @@ def size_bias(size: Tensor) -> Tensor:
 
     Source: proportional attention, ToMe (arXiv 2210.09461), equation 1.
     """
-    return (size.float() + 1e-6).log()[:, None, None, :]
+    return (size.float() + 1e-6).log_().unsqueeze(1).unsqueeze(1)

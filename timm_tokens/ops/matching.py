@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,15 +23,13 @@ class Matching(NamedTuple):
     order: Tensor
     destination: Tensor
 
-    @property
     def kept(self) -> Tensor:
         """(B, N - R) int64: the input position of each output token."""
         return self.order[:, : self.order.shape[1] - self.destination.shape[1]]
 
-    @property
     def position(self) -> Tensor:
         """(B, N) int64: the output position that holds each input token."""
-        b, left = self.kept.shape
+        b, left = self.kept().shape
         slots = torch.arange(left, device=self.order.device).expand(b, -1)
         return torch.empty_like(self.order).scatter(1, self.order, torch.cat([slots, self.destination], dim=1))
 
@@ -49,11 +46,15 @@ def split_positions(num_prefix_tokens: int) -> tuple[int, int]:
     return even, odd
 
 
-def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosines of all pairs, (B, M, E) and (B, N, E) -> (B, M, N), in float32 also where autocast is on."""
-    device = a.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        return torch.bmm(F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1).transpose(1, 2))
+def cosine_similarity(metric: Tensor, first: slice, second: slice) -> Tensor:
+    """Cosines between two sets of tokens of metric (B, N, E) -> (B, |A|, |B|), in float32 also where autocast is on."""
+    metric = metric.float()
+    # what F.normalize computes, in half the time for the few small tensors here
+    metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-12)
+    device = metric.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # asking about meta tensors is an error
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        return torch.bmm(metric[:, first], metric[:, second].transpose(1, 2))
 
 
 def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Matching:
@@ -83,9 +84,9 @@ def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Match
     if not r:
         order = torch.cat([positions[:, :num_prefix_tokens], positions[:, even::2], positions[:, odd::2]], dim=1)
         return Matching(order, order[:, :0])
-    similarity = cosine_similarity(metric[:, even::2], metric[:, odd::2])  # (B, |A|, |B|)
+    similarity = cosine_similarity(metric, slice(even, None, 2), slice(odd, None, 2))  # (B, |A|, |B|)
     best, partner = similarity.max(dim=-1)
-    ranked = best.argsort(dim=-1, descending=True, stable=True)
+    ranked = best.argsort(dim=-1, descending=True)  # ONNX has no stable sort
     evens = even + 2 * ranked
     stay = evens[:, r:].sort(dim=-1).values
     order = torch.cat([positions[:, :num_prefix_tokens], stay, positions[:, odd::2], evens[:, :r]], dim=1)
@@ -99,9 +100,12 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     One index_select over the flattened batch copies whole rows; a gather would look each element up (13 times slower
     for 384 channels on a CPU).
     """
-    b, n = x.shape[:2]
-    flat = index + torch.arange(0, b * n, n, device=x.device).unsqueeze(1)
-    return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, (b, index.shape[1]))
+    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).unflatten(0, index.shape)
+
+
+def _flat(index: Tensor, n: int) -> Tensor:
+    """Indices (B, M) into n tokens of each image as indices (B * M,) into the flattened batch."""
+    return (index + torch.arange(0, index.shape[0] * n, n, device=index.device).unsqueeze(1)).flatten()
 
 
 def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -118,20 +122,18 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     Source: ToMe (arXiv 2210.09461), section 3.
     """
     order, destination = matching
-    if size is None:
-        size = torch.ones(x.shape[:2], device=x.device)
-    left, gone = matching.kept.shape[1], destination.shape[1]
-    kept, source = take(x, order).split([left, gone], dim=1)
-    kept_size, source_size = size.gather(1, order).split([left, gone], dim=1)
-    new_size = kept_size.scatter_add(1, destination, source_size)
-    # A small matrix product adds the merged rows. Unlike a scatter_add of rows it is deterministic on every device, and
-    # in half precision it accumulates in float32. Shares, not sums and a division: no intermediate exceeds the tokens.
-    slots = torch.arange(left, device=x.device).unsqueeze(1)
-    shares = (destination.unsqueeze(1) == slots) * (source_size / new_size.gather(1, destination)).unsqueeze(1)
-    stay = kept * (kept_size / new_size).unsqueeze(2).to(x.dtype)
-    return torch.baddbmm(stay, shares.to(x.dtype), source), new_size  # (B, N - R, R) @ (B, R, C)
+    left = order.shape[1] - destination.shape[1]
+    size = torch.ones(x.shape[:2], device=x.device) if size is None else size.gather(1, order)
+    new_size = size[:, :left].scatter_add(1, destination, size[:, left:])
+    # Each token times its share of the token that it becomes part of, then a sum: nothing in between exceeds the
+    # tokens, as sums of size times token would in half precision.
+    share = size / torch.cat([new_size, new_size.gather(1, destination)], dim=1)
+    parts = take(x, order) * share.unsqueeze(2).to(x.dtype)
+    rows = _flat(destination, left)
+    merged = parts[:, :left].flatten(0, 1).index_add(0, rows, parts[:, left:].flatten(0, 1))
+    return merged.unflatten(0, (x.shape[0], left)), new_size
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:
     """Give every token of before the merge its group's token: (B, N - R, C) -> (B, N, C)."""
-    return take(x, matching.position)
+    return take(x, matching.position())

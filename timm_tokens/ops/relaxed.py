@@ -71,7 +71,8 @@ def relaxed_match(
         (B, |A|, |B|) float32: A are the tokens P, P + 2, ..., B the tokens P + 1, P + 3, ..., below `effective`.
     """
     r = mergeable(r, effective, num_prefix_tokens)
-    scores = cosine_similarity(*_alternate(metric, num_prefix_tokens, effective))
+    first, second = slice(num_prefix_tokens, effective, 2), slice(num_prefix_tokens + 1, effective, 2)
+    scores = cosine_similarity(metric, first, second)
     return relaxed_top_k(scores, r, tau1=tau1, tau2=tau2, candidates=candidates)
 
 
@@ -94,7 +95,7 @@ def relaxed_apply(
     size = torch.cat([size[:, :p], sizes.gather(1, order), size[:, effective:]], dim=1)
     positions = torch.arange(n, device=x.device)
     positions = torch.cat(_alternate(positions[None], p, effective), dim=1)[0]
-    outside = torch.arange(n, device=x.device).expand(len(order), -1)
+    outside = torch.arange(n, device=x.device).expand(order.shape[0], -1)
     order = torch.cat([outside[:, :p], positions[order], outside[:, effective:]], dim=1)
     return x, size, RelaxedMatching(assignment, order, p, effective)
 

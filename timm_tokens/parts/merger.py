@@ -27,16 +27,16 @@ class TokenMerger(nn.Module):
     """Merges the most similar tokens between the attention and the MLP of each block.
 
     A small linear map a block, the embedding, says which tokens are alike. In evaluation the r best pairs are merged
-    outright, so that every later layer has fewer tokens to compute. In training nothing is removed: tokens hand parts of
-    themselves over (relaxed merging), which makes the task's own loss a loss for the embeddings. The embeddings start as
-    the average over heads of the attention's keys, which is what training-free merging compares tokens by.
+    outright, so that every later layer has fewer tokens to compute. In training nothing is removed: tokens hand parts
+    of themselves over (relaxed merging), which makes the task's own loss a loss for the embeddings. The embeddings
+    start as the average over heads of the attention's keys, which is what training-free merging compares tokens by.
 
     Args:
         base: The timm ViT whose tokens are merged; only its shapes and its keys are read, it is not kept.
         r: Tokens to merge in each block, as in `timm_tokens.ops.schedule`.
         embed_dim: E, the width of the embedding; None: a head's width, and twice that from 1024 channels on.
-        metric: What tokens are compared by: "learned", the embeddings; "keys", the attention's keys averaged over heads,
-            which needs no training and merges outright in training too.
+        metric: What tokens are compared by: "learned", the embeddings; "keys", the attention's keys averaged over
+            heads, which needs no training and merges outright in training too.
         candidates: Partners considered for each token in training.
         tau1: Temperature of the similarities in training. tau2: temperature of the choice of pairs.
         prop_attn: Whether a token counts as many times as it has members in the attention.
@@ -62,9 +62,11 @@ class TokenMerger(nn.Module):
         super().__init__()
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
-        _check_positive(
-            candidates=candidates, tau1=tau1, tau2=tau2, **({} if embed_dim is None else {"embed_dim": embed_dim})
-        )
+        _check_positive("candidates", candidates, int)
+        _check_positive("tau1", tau1, float)
+        _check_positive("tau2", tau2, float)
+        if embed_dim is not None:
+            _check_positive("embed_dim", embed_dim, int)
         self.depth = len(base.blocks)
         self.metric, self.candidates, self.tau1, self.tau2, self.prop_attn = metric, candidates, tau1, tau2, prop_attn
         head_dim = base.blocks[0].attn.head_dim
@@ -100,9 +102,8 @@ class TokenMerger(nn.Module):
     def config(self) -> dict[str, Any]:
         """The arguments that build this merger again, as plain data."""
         names = ("embed_dim", "metric", "candidates", "tau1", "tau2", "prop_attn")
-        return dict(
-            r=self.r if isinstance(self.r, int) else list(self.r), **{name: getattr(self, name) for name in names}
-        )
+        r = self.r if isinstance(self.r, int) else list(self.r)
+        return {"r": r} | {name: getattr(self, name) for name in names}
 
     def count(self, index: int, effective: int, num_prefix_tokens: int) -> int:
         """How many tokens block `index` merges away of so many."""
@@ -153,9 +154,9 @@ class TokenMerger(nn.Module):
 
 def groups(trace: Sequence[Matching]) -> Tensor:
     """The output token (B, N) int64 that holds each input token after all merges of the trace."""
-    position = trace[0].position
+    position = trace[0].position()
     for matching in trace[1:]:
-        position = matching.position.gather(1, position)
+        position = matching.position().gather(1, position)
     return position
 
 
@@ -168,11 +169,8 @@ def unmerge_all(trace: Sequence[Matching | RelaxedMatching], x: Tensor) -> Tenso
     return x
 
 
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(
-            value, int if name in ("candidates", "embed_dim") else (int, float)
-        ):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not value > 0:
-            raise ValueError(f"{name} must be greater than 0, got {value}")
+def _check_positive(name: str, value: float, kind: type) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        raise TypeError(f"{name} must be {'an int' if kind is int else 'a number'}, got {value!r}")
+    if not value > 0:
+        raise ValueError(f"{name} must be greater than 0, got {value}")

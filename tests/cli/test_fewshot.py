@@ -1,0 +1,174 @@
+"""The few-shot command: features by a model and their cache, results, and what it refuses."""
+
+import argparse
+import csv
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import timm_tokens
+from timm_tokens.cli import _features, fewshot
+from timm_tokens.cli._errors import CommandError
+
+# timm's ImageDataset leaves the closing of its files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+QUICK = {"ways": 2, "shots": [1], "queries": 2, "episodes": 3, "plot": False}
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Three classes of four images."""
+    for k, colour in enumerate(["red", "green", "blue"]):
+        folder = tmp_path / "images" / colour
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (40, 40), tuple(60 * i + 10 if c == k else 30 for c in range(3))).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def feature_file(tmp_path):
+    labels = torch.arange(5).repeat_interleave(12)
+    features = torch.randn(5, 8)[labels] + 0.5 * torch.randn(60, 8)
+    save_file({"features": features, "labels": labels}, tmp_path / "ready.safetensors")
+    return tmp_path / "ready.safetensors"
+
+
+def test_ready_made_features_give_table_csv_and_plot(feature_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    results = fewshot.run(features=feature_file, ways=3, shots=[1, 3], queries=4, episodes=4, out=out)
+    assert [(r.shots, r.classifier) for r in results] == [
+        (shot, name) for shot in (1, 3) for name in ("nearest_centroid", "cosine_centroid", "bd_cspn")
+    ]
+    with (out / "fewshot.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["gain"]) for row in rows] == pytest.approx([r.gain.mean for r in results])
+    assert [float(row["plain_ci95"]) for row in rows] == pytest.approx([r.plain.half_width for r in results])
+    with Image.open(out / "fewshot.png") as picture:
+        assert picture.width > picture.height
+    printed = capsys.readouterr().out
+    assert all(f"| {r.shots} | {r.classifier} | {r.plain} | {r.adapted} | {r.gain} |" in printed for r in results)
+
+
+def test_seed_decides_and_shots_are_independent(feature_file, tmp_path):
+    arguments = QUICK | {"features": feature_file, "out": tmp_path / "out", "queries": 6, "ways": 3}
+    first, both = fewshot.run(**arguments), fewshot.run(**arguments | {"shots": [2, 1]})
+    assert first == both[3:]
+    assert first != fewshot.run(**arguments | {"seed": 1})
+
+
+def test_features_of_a_model_are_computed_once(images, tmp_path, monkeypatch):
+    arguments = QUICK | {"model": "test_vit", "data_dir": images, "out": tmp_path / "out", "batch_size": 5}
+    calls = []
+    extract = _features._extract
+    monkeypatch.setattr(_features, "_extract", lambda *a: calls.append(a) or extract(*a))
+    first = fewshot.run(**arguments)
+    assert fewshot.run(**arguments) == first
+    assert len(calls) == 1
+    Image.new("RGB", (40, 41)).save(images / "red" / "new.png")
+    fewshot.run(**arguments)
+    assert len(calls) == 2
+    files = sorted((tmp_path / "out").glob("*"))
+    assert [f.suffix for f in files] == [".csv", ".safetensors", ".safetensors"]  # nothing partial is left behind
+
+
+def test_features_are_those_of_the_model(images, tmp_path):
+    torch.manual_seed(1)
+    net = timm.create_model("test_vit", num_classes=7).eval()
+    save_file(net.state_dict(), tmp_path / "weights.safetensors")
+    got = _features.cached_features(
+        tmp_path, model="test_vit", data_dir=images, checkpoint=tmp_path / "weights.safetensors"
+    )
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+    with torch.no_grad(), Image.open(images / "green" / "2.png") as image:
+        expected = net.forward_head(net.forward_features(transform(image)[None]), pre_logits=True)[0]
+    torch.testing.assert_close(got.features[4 + 2], expected, atol=1e-5, rtol=1e-5)  # classes: blue, green, red
+    assert got.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert got.metadata["model"] == "test_vit" and '"green": 1' in got.metadata["classes"]
+
+
+def test_interrupted_extraction_leaves_no_file(images, tmp_path, monkeypatch):
+    def interrupted(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_features, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _features.cached_features(tmp_path / "cache", model="test_vit", data_dir=images)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_merging_wraps_the_model(images, tmp_path, monkeypatch):
+    seen = {}
+
+    def wrap(model, **arguments):
+        seen.update(arguments)
+        return model
+
+    monkeypatch.setattr(timm_tokens, "apply_dtem_merging", wrap, raising=False)
+    merged = _features.cached_features(tmp_path, model="test_vit", data_dir=images, merge_r=2)
+    assert seen == {"r": 2, "metric": "keys"}
+    assert merged.metadata["merge_r"] == "2"
+
+
+def test_arguments_of_the_command_are_those_of_run(feature_file, tmp_path):
+    parser = argparse.ArgumentParser()
+    fewshot.add_arguments(parser)
+    line = f"--features {feature_file} --ways 2 --shots 1 --queries 2 --episodes 3 --no-plot --out {tmp_path / 'out'}"
+    arguments = vars(parser.parse_args(line.split()))
+    assert len(fewshot.run(**arguments)) == 3
+    assert set(arguments) == set(fewshot.run.__kwdefaults__)
+    defaults = vars(parser.parse_args([]))
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in defaults.items()} == {
+        k: Path(v) if k == "out" else v for k, v in fewshot.run.__kwdefaults__.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "pass either --features FILE, or --model NAME with --data-dir FOLDER"),
+        ({"model": "test_vit"}, "pass either --features"),
+        ({"features": "nowhere.safetensors"}, "no feature file nowhere.safetensors"),
+        ({"model": "test_vit", "data_dir": "nowhere"}, "no folder nowhere"),
+        ({"model": "test_vit", "data_dir": ".", "checkpoint": "nowhere.pth"}, "no checkpoint nowhere.pth"),
+        ({"classifiers": ["svm"]}, "unknown classifiers svm: choose from nearest_centroid"),
+    ],
+)
+def test_refuses_in_words(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CommandError, match=message):
+        fewshot.run(**QUICK | arguments)
+
+
+def test_refuses_models_and_checkpoints_that_do_not_fit(images, tmp_path):
+    arguments = QUICK | {"data_dir": images, "out": tmp_path}
+    with pytest.raises(CommandError, match=r"cannot make the model no_such_vit"):
+        fewshot.run(**arguments, model="no_such_vit")
+    save_file({"cls_token": torch.zeros(1, 1, 64)}, tmp_path / "part.safetensors")
+    with pytest.raises(CommandError, match=r"part.safetensors lacks \d+ weights of test_vit, such as"):
+        fewshot.run(**arguments, model="test_vit", checkpoint=tmp_path / "part.safetensors")
+
+
+def test_refuses_feature_files_that_do_not_fit(feature_file, tmp_path):
+    save_file({"features": torch.zeros(4, 2)}, tmp_path / "unlabelled.safetensors")
+    with pytest.raises(
+        CommandError, match=r"must hold features \(N, D\) and labels \(N,\); it holds {'features': \(4, 2\)}"
+    ):
+        fewshot.run(**QUICK, features=tmp_path / "unlabelled.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors at all")
+    with pytest.raises(CommandError, match=r"text.safetensors is not a safetensors file"):
+        fewshot.run(**QUICK, features=tmp_path / "text.safetensors")
+    with pytest.raises(CommandError, match="0 of 5 classes have the 41 images"):
+        fewshot.run(**QUICK | {"queries": 40}, features=feature_file, out=tmp_path)
+
+
+def test_refuses_to_plot_without_matplotlib(feature_file, monkeypatch):
+    monkeypatch.setattr(fewshot, "find_spec", lambda name: None)
+    with pytest.raises(CommandError, match=r"pip install 'timm-tokens\[viz\]', or pass --no-plot"):
+        fewshot.run(**QUICK | {"plot": True}, features=feature_file)

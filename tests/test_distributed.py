@@ -1,0 +1,107 @@
+"""Two processes that hold parts of a batch, of different sizes, must give what one gives for the whole."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from timm_tokens import distributed
+from timm_tokens.losses import DTMLoss, MIRALoss
+from timm_tokens.ops import assignment_information, mira_assign
+
+PARTS = [slice(0, 5), slice(5, 12)]
+BETAS = [0.0, 0.75, 0.95]
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    logits = 2 * draw(12, 20)
+    logits[3:, 4] -= 200  # underflows in the second process alone
+    return {
+        "logits": logits,
+        "views": draw(3, 12, 20),
+        "student": draw(12, 16, 4),
+        "teacher": draw(12, 16, 4),
+        "mask": torch.rand(12, 16, generator=generator) < 0.4,
+    }
+
+
+def outcome(part):
+    """All that depends on the batch; what is per sample is cut to part, what is not is the same everywhere."""
+    data = {name: x[:, part] if name == "views" else x[part] for name, x in batch().items()}
+    out = {f"assign {beta}": mira_assign(data["logits"], 0.2, beta) for beta in BETAS}
+    out["information"] = torch.stack(assignment_information(out["assign 0.75"]))
+    views = data["views"].clone().requires_grad_()
+    terms = MIRALoss()(views, data["views"][:2] + 0.1)
+    out["mira gradient"] = torch.autograd.grad(terms.loss, views)[0]
+    out["mira loss"], out["mira information"] = terms.loss.detach(), torch.stack(terms[1:])
+    for name, mask in [("dtm", None), ("dtm masked", data["mask"])]:
+        student = data["student"].clone().requires_grad_()
+        loss = DTMLoss()(student, data["teacher"], mask, schedules=[[4, 2], [7]])
+        out[f"{name} gradient"], out[f"{name} loss"] = torch.autograd.grad(loss, student)[0], loss.detach()
+    return out
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    x = torch.tensor([1.0, -2.0]) * (rank + 1)
+    out = outcome(PARTS[rank])
+    out["size"] = torch.tensor(distributed.world_size())
+    out["sum"], out["max"] = distributed.all_reduce_sum(x), distributed.all_reduce_max(x)
+    out["mean"], out["batch mean"] = distributed.all_reduce_mean(x), distributed.batch_mean(x[: rank + 1])
+    out["input"] = x
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gloo")
+    torch.multiprocessing.spawn(process, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one():
+    return outcome(slice(None))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_assignment(one, two, beta):
+    joined = torch.cat([out[f"assign {beta}"] for out in two])
+    torch.testing.assert_close(joined, one[f"assign {beta}"], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["information", "mira information"])
+def test_information(one, two, name):
+    for out in two:
+        torch.testing.assert_close(out[name], one[name])
+
+
+@pytest.mark.parametrize(("name", "dim"), [("mira", 1), ("dtm", 0), ("dtm masked", 0)])
+def test_losses_and_gradients(one, two, name, dim):
+    average = (two[0][f"{name} loss"] + two[1][f"{name} loss"]) / 2
+    torch.testing.assert_close(average, one[f"{name} loss"])
+    joined = torch.cat([out[f"{name} gradient"] for out in two], dim) / 2  # as DistributedDataParallel averages
+    torch.testing.assert_close(joined, one[f"{name} gradient"], atol=1e-7, rtol=1e-4)
+
+
+def test_reductions(two):
+    expected = {"size": 2, "sum": [3.0, -6.0], "mean": [1.5, -3.0], "max": [2.0, -2.0], "batch mean": -1 / 3}
+    for rank, out in enumerate(two):
+        for name, value in expected.items():
+            torch.testing.assert_close(out[name], torch.tensor(value))
+        assert out["input"].tolist() == [1.0 * (rank + 1), -2.0 * (rank + 1)]  # not reduced in place
+
+
+def test_one_process():
+    x = torch.randn(3, 2, requires_grad=True)
+    assert distributed.world_size() == 1
+    for reduce in (distributed.all_reduce_sum, distributed.all_reduce_mean, distributed.all_reduce_max):
+        assert torch.equal(reduce(x), x) and not reduce(x).requires_grad
+    assert torch.equal(distributed.batch_mean(x), x.mean(0))

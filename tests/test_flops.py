@@ -1,0 +1,52 @@
+"""FLOPs from shapes alone equal those that torch counts while the model runs."""
+
+import pytest
+import timm
+import torch
+from families import DRIVABLE, MERGEABLE, create, images
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_tokens import TokenViT, apply_dtem_merging
+
+
+def counted(model, x):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("family", DRIVABLE)
+def test_without_merging(family):
+    model = TokenViT(create(family)).eval()
+    assert model.flops(image_size=(48, 48)) == counted(model, images(1)) == counted(model.base, images(1))
+
+
+@pytest.mark.parametrize("metric", ["learned", "keys"])
+@pytest.mark.parametrize("family", MERGEABLE)
+def test_with_merging(family, metric):
+    model = apply_dtem_merging(create(family), r=7, metric=metric).eval()
+    assert model.flops(image_size=(48, 48)) == counted(model, images(1))
+    assert model.flops(r=[7], image_size=(48, 48)) < model.flops(r=0, image_size=(48, 48))
+    model.merger.r = [3]
+    assert model.flops(image_size=(48, 48)) == counted(model, images(1))
+
+
+def test_other_image_sizes():
+    model = apply_dtem_merging(create("vit", dynamic_img_size=True), r=5).eval()
+    assert model.flops(image_size=(64, 40)) == counted(model, torch.randn(1, 3, 64, 40))
+
+
+def test_the_papers_numbers():
+    """DTEM, table 2: DeiT-S at r = 12 needs 2.89 GFLOPs instead of 4.60."""
+    model = timm.create_model("deit_small_dtem")
+    assert model.flops(12) / 1e9 == pytest.approx(2.89, abs=0.005)
+    assert model.flops(0) / 1e9 == pytest.approx(4.60, abs=0.005)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.8, 0.63])
+def test_flops_ratio_is_reached_with_the_smallest_r(ratio):
+    model = apply_dtem_merging(create("vit"), flops_ratio=ratio)
+    full = model.flops(0)
+    assert model.flops() <= ratio * full
+    assert model.merger.r == 0 or model.flops(model.merger.r - 1) > ratio * full

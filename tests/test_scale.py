@@ -1,0 +1,164 @@
+"""Activation checkpointing, DDP and FSDP2 train a merging model to what one plain process trains it to."""
+
+from datetime import timedelta
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+WORLD, STEPS, BATCH = 2, 3, 4  # BATCH images on each process
+CLOSE = dict(atol=5e-5, rtol=1e-4)
+FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+needs_fsdp = pytest.mark.skipif(not FSDP_ON_CPU, reason="FSDP2 of torch 2.6 needs a GPU")
+PARALLEL = ["ddp", pytest.param("fsdp", marks=needs_fsdp)]
+
+
+def prepared(training, r=3):
+    family = "class_token" if training == "modular" else "average"
+    model = tiny.merging(family, depth=3, r=r, tau1=0.5, tau2=0.5).train()  # low temperatures amplify rounding
+    return model.freeze_base(training == "modular")
+
+
+def batches(rank=0, world=1):
+    """STEPS batches; the same images in total for any number of processes."""
+    for step in range(STEPS):
+        images = tiny.images(WORLD * BATCH, seed=step)
+        yield images.chunk(world)[rank], torch.arange(WORLD * BATCH).chunk(world)[rank]
+
+
+def trained(model, rank=0, world=1):
+    """Train in place, then the whole state as plain tensors.
+
+    A large epsilon, so that AdamW neither blows rounding errors up nor hides a wrong scale of the gradients.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, eps=0.01)
+    for images, labels in batches(rank, world):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    state = {name.removeprefix("module."): value.detach() for name, value in model.state_dict().items()}
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+
+
+def sharded(model, whole_blocks=False):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model.base.blocks:
+        for module in [block] if whole_blocks else [block.attn, block.mlp]:
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+SCENARIOS = {
+    "ddp-end_to_end": lambda: DistributedDataParallel(prepared("end_to_end")),
+    "ddp-modular": lambda: DistributedDataParallel(prepared("modular")),
+    "fsdp-end_to_end": lambda: sharded(prepared("end_to_end")),
+    "fsdp-modular": lambda: sharded(prepared("modular")),
+    "fsdp-whole_blocks": lambda: sharded(prepared("end_to_end"), whole_blocks=True),
+    "ddp-unused": lambda: DistributedDataParallel(prepared("modular", r=[3])),
+    "ddp-find_unused": lambda: DistributedDataParallel(prepared("modular", r=[3]), find_unused_parameters=True),
+    "ddp-static_graph": lambda: DistributedDataParallel(prepared("modular", r=[3]), static_graph=True),
+}
+
+
+def worker(rank, folder):
+    """Run every scenario in one process group; a state, or the error's text, for each."""
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=WORLD, timeout=timeout)
+    results = {}
+    for name in SCENARIOS:
+        if name.startswith("fsdp") and not FSDP_ON_CPU:
+            continue
+        try:
+            results[name] = trained(SCENARIOS[name](), rank, WORLD)
+        except (RuntimeError, TypeError) as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each of the processes made of each scenario."""
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def assert_trained(states, expected):
+    for state in states:
+        assert not isinstance(state, str), state
+        torch.testing.assert_close(state, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("training", ["end_to_end", "modular"])
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_two_processes_train_what_one_trains(results, parallel, training):
+    start, expected = prepared(training).state_dict(), trained(prepared(training))
+    moved = {name: (value - start[name]).abs().max() for name, value in expected.items()}
+    if training == "modular":  # a class token can't teach the embedding of the last block
+        assert all(moved.pop(name) == 0 for name in start if name.startswith("base."))
+        assert moved.pop("merger.embed.2.bias") == 0 < moved.pop("merger.embed.2.weight") < 1e-3  # weight decay
+    assert min(moved.values()) > 1e-3  # far more than the tolerance
+    assert_trained([result[f"{parallel}-{training}"] for result in results], expected)
+
+
+@pytest.mark.parametrize("option", ["find_unused", "static_graph"])
+def test_ddp_with_blocks_that_merge_nothing(results, option):
+    """The embedding of a block that merges nothing gets no gradient, which DDP must be told."""
+    assert all("find_unused_parameters=True" in result["ddp-unused"] for result in results)
+    assert_trained([result[f"ddp-{option}"] for result in results], trained(prepared("modular", r=[3])))
+
+
+@needs_fsdp
+def test_fsdp_around_whole_blocks_is_an_error_that_says_what_to_wrap(results):
+    assert all("TypeError" in r["fsdp-whole_blocks"] and "attn and mlp" in r["fsdp-whole_blocks"] for r in results)
+
+
+def gradients(model, checkpointing):
+    """Loss, gradients, and how often each block's attention ran."""
+    calls = []
+    for block in model.base.blocks:
+        block.attn.register_forward_hook(lambda *_: calls.append(1))
+    model.set_grad_checkpointing(checkpointing)
+    loss = F.cross_entropy(model(tiny.images()), torch.arange(3))
+    loss.backward()
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, len(calls)
+
+
+@pytest.mark.parametrize("mode", ["relaxed", "hard", "keys", "modular", "dropout"])
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_activation_checkpointing_changes_no_gradient(family, mode):
+    def run(checkpointing):
+        torch.manual_seed(0)
+        arguments = dict(drop_path_rate=0.3) if mode == "dropout" else {}
+        model = tiny.merging(family, 3, base_args=arguments, metric="keys" if mode == "keys" else "learned")
+        return gradients(model.train(mode != "hard").freeze_base(mode == "modular"), checkpointing)
+
+    (loss, expected, calls), (checkpointed_loss, actual, checkpointed_calls) = run(False), run(True)
+    assert torch.equal(checkpointed_loss, loss)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+    assert any(grad.abs().max() > 1e-4 for grad in expected.values())
+    assert (calls, checkpointed_calls) == (3, 6)
+
+
+def test_activation_checkpointing_compiles():
+    model = tiny.merging().train()
+    model.set_grad_checkpointing()
+    images = tiny.images()
+    torch._dynamo.reset()
+    try:
+        logits = torch.compile(model, fullgraph=True, backend="eager")(images)
+    except torch._dynamo.exc.Unsupported as cause:
+        if "must consist of tensors only" not in str(cause):
+            raise
+        pytest.skip("torch 2.6 compiles only checkpointed functions that return nothing but tensors")
+    torch.testing.assert_close(logits, model(images))

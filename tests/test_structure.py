@@ -1,0 +1,48 @@
+"""The direction of imports: a reader can take each layer for itself."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import timm_tokens
+
+PACKAGE = Path(timm_tokens.__file__).parent
+ALLOWED = {  # what may import what, inside the package
+    "ops": {"ops", "distributed"},
+    "distributed": set(),
+    "losses": {"losses", "ops", "distributed"},
+    "fewshot": {"fewshot", "ops", "distributed"},
+    "data": {"data", "ops"},
+    "blocks": {"ops"},
+    "parts": {"parts", "ops", "blocks"},
+    "flops": {"ops", "blocks", "vit"},  # the class for its type alone
+    "protocol": {"blocks"},
+    "vit": {"parts", "ops", "blocks", "flops", "protocol"},
+    "wrap": {"vit", "parts", "ops", "blocks", "flops"},
+    "models": {"models", "vit", "wrap", "parts", "protocol"},
+    "tasks": {"tasks", "vit", "losses", "ops", "distributed", "data"},
+}
+FILES = [
+    f for f in PACKAGE.rglob("*.py") if f.relative_to(PACKAGE).parts[0] not in ("cli", "__init__.py", "__main__.py")
+]
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        modules = [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+        if isinstance(node, ast.ImportFrom) and node.module == "timm_tokens":
+            modules = [f"timm_tokens.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        yield from (m for m in modules if m)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_inwards(file):
+    layer = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    own = {m.split(".")[1] for m in imports(file) if m.startswith("timm_tokens.")}
+    assert own <= ALLOWED[layer], f"{layer} imports {sorted(own - ALLOWED[layer])}"
+    if layer in ("ops", "distributed"):
+        roots = {m.split(".")[0] for m in imports(file)}
+        assert not roots & {"timm", "torchvision", "numpy"}

@@ -1,0 +1,89 @@
+"""Models for the sub-commands: made by name, merged, and loaded, with one clear line for what can't be."""
+
+import pickle
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from timm_tokens.cli._errors import CommandError
+from timm_tokens.vit import TokenViT
+from timm_tokens.wrap import apply_dtem_merging
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """timm.create_model, whose refusals become one line.
+
+    Raises:
+        CommandError: If timm doesn't know the name, or can't make it so.
+    """
+    known = timm.is_model(name) or ":" in name  # "hf-hub:..." and "local-dir:..." are for timm to judge
+    if not known:
+        close = get_close_matches(name, timm.list_models(), n=3)
+        raise CommandError(f"timm has no model {name!r}{f'; close are {chr(44).join(close)}' if close else ''}")
+    try:
+        return timm.create_model(name, **kwargs)
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise CommandError(f"timm can't make {name!r}: {error}") from error
+
+
+def merged(model: nn.Module, r: int, metric: str | None = None) -> TokenViT:
+    """The model with r tokens merged in each block: by its own merger if it has one for this metric.
+
+    Raises:
+        CommandError: If the model can't be driven, or r is negative.
+    """
+    try:
+        if isinstance(model, TokenViT) and model.merger is not None and metric in (None, model.merger.metric):
+            model.merger.r = r
+            return model
+        return apply_dtem_merging(plain(model), r=r, metric=metric or "learned")
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The timm ViT inside, if it is wrapped."""
+    return model.base if isinstance(model, TokenViT) else model
+
+
+def load(model: TokenViT, path: Path) -> None:
+    """Load a checkpoint of the plain ViT or of the whole TokenViT, whose classifier is of no matter here.
+
+    Raises:
+        CommandError: If there is no such file, it holds no weights, or they don't fit.
+    """
+    state = _read(path)
+    whole = any(name.startswith("base.") for name in state)
+    target = model if whole else model.base
+    ignored = _classifier(target) + (("merger.",) if model.merger.embed is None else ())
+    try:
+        missing, unexpected = target.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1:2] or [str(error)]
+        raise CommandError(f"{path} doesn't fit the model: {detail[0].strip()}") from error
+    unexpected = [name for name in unexpected if not name.startswith(ignored)]
+    for names, verb in ((missing, "lacks"), (unexpected, "has unknown")):
+        if names:
+            raise CommandError(f"{path} doesn't fit the model: it {verb} {len(names)} weights, such as {names[0]}")
+    if not whole:  # embeddings that start as the keys start as those that were loaded
+        model.merger.reset_parameters(model.base)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CommandError(f"no checkpoint file {path}")
+    try:
+        return timm.models.load_state_dict(str(path))
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CommandError(f"{path} can't be read as a checkpoint (.safetensors, .pth): {reason}") from error
+
+
+def _classifier(model: nn.Module) -> tuple[str, ...]:
+    """Where the names of the classifier's weights start."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))

@@ -1,0 +1,87 @@
+"""What a stored label map is: one image's, its checks, and the published layout of one `.pt` file an image."""
+
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import torch
+from timm.data import is_img_extension
+from torch import Tensor
+
+# The published layout keeps classes in half precision, exact up to here.
+_LARGEST_HALF_CLASS = 2048
+
+
+class LabelMap(NamedTuple):
+    """The best classes of every cell: `values` (top, H, W) float16 scores before the softmax, `indices` int32."""
+
+    values: Tensor
+    indices: Tensor
+
+
+def image_id(filename: str | Path) -> str:
+    """The name of an image in a label store: its path inside the data set, without the extension of an image.
+
+    `n01440764/n01440764_10026.JPEG` becomes `n01440764/n01440764_10026`, which is also where the published layout keeps
+    its label, plus `.pt`.
+    """
+    path = PurePosixPath(Path(filename).as_posix())
+    return str(path.with_suffix("") if is_img_extension(path.suffix.lower()) else path)
+
+
+def check_label_map(name: str, label: LabelMap, num_classes: int | None) -> LabelMap:
+    """The label as float16 and int32, or a ValueError that names the image."""
+    values, indices = label
+    if values.ndim != 3 or values.shape != indices.shape or not values.numel():
+        raise ValueError(
+            f"label map of {name!r}: values and indices must both be (top, H, W), "
+            f"got {tuple(values.shape)} and {tuple(indices.shape)}"
+        )
+    if indices.is_floating_point():
+        raise ValueError(f"label map of {name!r}: classes must be integers, got {indices.dtype}")
+    low, high = (int(x) for x in indices.aminmax())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        raise ValueError(f"label map of {name!r}: classes must be in [0, {num_classes}), got {low} to {high}")
+    half = values.half()
+    if not half.isfinite().all():
+        raise ValueError(f"label map of {name!r}: scores must be finite in float16, got {values.aminmax()}")
+    return LabelMap(half, indices.int())
+
+
+def read_label_file(path: str | Path, name: str | None = None) -> LabelMap:
+    """Read one file of the published layout: a (2, top, H, W) tensor, scores and then classes.
+
+    Raises:
+        ValueError: the file is not such a tensor; names the image.
+    """
+    name = name or str(path)
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise ValueError(f"label file of {name!r} can't be read, make it again: {path}: {error}") from error
+    if not isinstance(stored, Tensor) or stored.ndim != 4 or len(stored) != 2:
+        got = tuple(stored.shape) if isinstance(stored, Tensor) else type(stored).__name__
+        raise ValueError(f"label file of {name!r} must hold a (2, top, H, W) tensor, got {got}: {path}")
+    values, indices = stored
+    if not torch.equal(indices, indices.round()):
+        raise ValueError(f"label file of {name!r} holds classes that are not whole numbers: {path}")
+    return check_label_map(name, LabelMap(values, indices.int()), None)
+
+
+def write_label_file(path: str | Path, label: LabelMap, name: str | None = None) -> None:
+    """Write one file of the published layout.
+
+    Raises:
+        ValueError: a class is too large for half precision.
+    """
+    path = Path(path)
+    if int(label.indices.max()) > _LARGEST_HALF_CLASS:
+        raise ValueError(
+            f"label map of {name or str(path)!r}: the .pt layout keeps classes in half precision, exact up to "
+            f"{_LARGEST_HALF_CLASS}, got {int(label.indices.max())}: keep it in a TokenLabelStore"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    torch.save(torch.stack([label.values.half(), label.indices.half()]), part)
+    part.replace(path)

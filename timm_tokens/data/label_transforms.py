@@ -1,0 +1,132 @@
+"""Augment an image and remember where every point went, so that its label map can follow.
+
+The geometric steps are affine. Their maps, from the new image to the old one, are multiplied into a single one, and the
+label map is sampled once, on the training device, by `timm_tokens.ops.warp_token_labels`.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, str_to_pil_interp
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as TF
+
+from timm_tokens.data.rand_augment import TrackedRandAugment
+
+
+class View(NamedTuple):
+    """An augmented image (3, H, W) and the `map` (3, 3) from (row, column, 1) in it to the same in the original image.
+
+    Rows and columns are fractions, from 0 at the top left corner to 1.
+    """
+
+    image: Tensor
+    map: Tensor
+
+
+class TokenLabelTransform:
+    """timm's training augmentation, PIL image to `View`: random resized crop, flips, RandAugment, random erasing.
+
+    Arguments and defaults are those of timm's `transforms_imagenet_train`. Erasing and the colour operations of
+    RandAugment leave the label where it is.
+
+    Args:
+        img_size: side of the view, or (height, width).
+        scale: range of the crop's area, as a share of the image's.
+        ratio: range of the crop's aspect ratio.
+        hflip: probability of a left-right flip.
+        vflip: probability of an upside-down flip.
+        auto_augment: RandAugment as timm writes it, such as "rand-m9-mstd0.5-inc1"; None for none.
+        interpolation: "bicubic", "bilinear", ..., or "random", one of these two for each view.
+        mean: of the normalisation; RandAugment fills with it what comes from outside the image.
+        std: of the normalisation.
+        normalize: False for uint8 images, which timm's `PrefetchLoader` normalises, and erases, itself.
+        re_prob: probability of random erasing.
+        re_mode: "const", "rand" or "pixel".
+        re_count: erased boxes, at most.
+
+    Raises:
+        ValueError: `auto_augment` is not a RandAugment of operations known to be affine or to leave points in place;
+            erasing is asked of images that are not normalised.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        auto_augment: str | None = None,
+        interpolation: str = "random",
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        normalize: bool = True,
+        re_prob: float = 0.0,
+        re_mode: str = "const",
+        re_count: int = 1,
+    ):
+        if re_prob and not normalize:
+            raise ValueError(f"re_prob={re_prob} needs normalize=True: give it to timm's PrefetchLoader instead")
+        self.size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.scale, self.ratio, self.hflip, self.vflip = scale, ratio, hflip, vflip
+        names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+        self.interpolations = [InterpolationMode(name) for name in names]
+        self.normalize = (list(mean), list(std)) if normalize else None
+        fill = {
+            "img_mean": tuple(min(255, round(255 * x)) for x in mean),
+            "translate_const": int(min(self.size) * 0.45),
+        }
+        if interpolation != "random":
+            fill["interpolation"] = str_to_pil_interp(interpolation)
+        self.rand_augment = TrackedRandAugment(auto_augment, fill) if auto_augment else None
+        self.erase = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device="cpu") if re_prob else None
+
+    def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> View:
+        """Draw one view. All of its randomness comes from the generator, or from torch's own where none is given."""
+        with _seeded(generator):
+            image, matrix = self._crop(image)
+            if self.rand_augment is not None:
+                image, step = self.rand_augment(image)
+                matrix = matrix @ step
+            tensor = TF.pil_to_tensor(image)
+            if self.normalize is not None:
+                tensor = TF.normalize(tensor.float().div_(255), *self.normalize, inplace=True)
+            if self.erase is not None:
+                tensor = self.erase(tensor)
+        return View(tensor, matrix)
+
+    def _crop(self, image: Image.Image) -> tuple[Image.Image, Tensor]:
+        (width, height), (top, left, h, w) = image.size, RandomResizedCrop.get_params(image, self.scale, self.ratio)
+        interpolation = random.choice(self.interpolations)
+        image = TF.resized_crop(image, top, left, h, w, self.size, interpolation)
+        matrix = torch.tensor([[h / height, 0, top / height], [0, w / width, left / width], [0, 0, 1]])
+        if random.random() < self.hflip:
+            image, matrix = TF.hflip(image), matrix @ _FLIP_COLUMNS
+        if random.random() < self.vflip:
+            image, matrix = TF.vflip(image), matrix @ _FLIP_ROWS
+        return image, matrix
+
+
+_FLIP_COLUMNS = torch.tensor([[1.0, 0, 0], [0, -1, 1], [0, 0, 1]])
+_FLIP_ROWS = torch.tensor([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
+
+
+@contextmanager
+def _seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """Seed the global generators, from which timm's and torchvision's pieces draw; put them back afterwards."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    states = torch.get_rng_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPUs too
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])

@@ -1,0 +1,200 @@
+"""Write label maps into shards, so that a run can be killed at any time and resumed without loss."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+from torch import Tensor
+
+from timm_tokens.data.label_format import LabelMap, check_label_map, write_label_file
+from timm_tokens.data.label_journal import LabelJournal
+from timm_tokens.data.label_store import FORMAT, INDEX, VERSION, TokenLabelStore, load_shard, name_key, read_index
+
+
+class TokenLabelWriter:
+    """Collects label maps into shards of a folder that `TokenLabelStore` reads. Use it as a context manager.
+
+    Every map goes to a journal at once. When `shard_size` maps are there they become a shard: written beside, synced,
+    renamed, entered in the index; only then is the journal emptied. So after a kill at any point the next writer
+    continues with every map that `add` had returned for, and no file is ever half a shard. All maps have one shape.
+
+        with TokenLabelWriter(folder, num_classes=1000) as writer:
+            for name, image in images:
+                if name not in writer:
+                    writer.add(name, *annotate(image))
+
+    Args:
+        folder: made if need be; a folder of an earlier run is continued.
+        num_classes: K of the annotator.
+        shard_size: maps a shard.
+        part: number of this process, where several fill one folder together; each needs its own.
+
+    Raises:
+        ValueError: the folder holds labels for another number of classes.
+        RuntimeError: another writer is at work on this part of the folder.
+    """
+
+    def __init__(self, folder: str | Path, num_classes: int, *, shard_size: int = 4096, part: int = 0):
+        if shard_size < 1 or num_classes < 1 or part < 0:
+            raise ValueError(
+                f"shard_size and num_classes must be at least 1, part at least 0: {shard_size}, {num_classes}, {part}"
+            )
+        self.folder, self.num_classes, self.shard_size, self.part = Path(folder), num_classes, shard_size, part
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / f".part-{part:05d}.lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RuntimeError(
+                f"another writer is at work on part {part} of {self.folder}: wait for it, or give each its own part"
+            ) from None
+        try:
+            self._resume()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def add(self, name: str, values: Tensor, indices: Tensor) -> None:
+        """Store the label map of one image: values (top, H, W) scores, indices (top, H, W) classes. Safe on return.
+
+        Raises:
+            ValueError: the map is not valid, has another shape than the others, or the image has one already.
+        """
+        label = check_label_map(name, LabelMap(values.cpu(), indices.cpu()), self.num_classes)
+        shape = list(label.values.shape)
+        if self._shape not in (None, shape):
+            raise ValueError(f"label map of {name!r} has shape {shape}, the others in {self.folder} {self._shape}")
+        if name in self:
+            raise ValueError(f"image {name!r} has a label in {self.folder} already: ask `name in writer` before")
+        self._journal.append(name, label)
+        self._keep(name, label)
+        if len(self._pending) >= self.shard_size:
+            self.flush()
+
+    def __contains__(self, name: str) -> bool:
+        return name_key(name) in self._done
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def flush(self) -> None:
+        """Make a shard of the maps that wait in the journal, and enter it in the index."""
+        if self._pending:
+            path = self.folder / f"labels-{self.part:05d}-{self._next:05d}.safetensors"
+            _write_shard(path, self._pending)
+            self._next += 1
+            self._pending = {}
+        self._write_index()
+        self._journal.clear()
+
+    def close(self) -> None:
+        """Flush and let the folder go."""
+        try:
+            self.flush()
+        finally:
+            self._release()
+
+    def __enter__(self) -> "TokenLabelWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        # After an error the journal keeps what waits: a resumed run fills the shard up, and no small shards pile up.
+        self.close() if kind is None else self._release()
+
+    def _release(self) -> None:
+        self._journal.close()
+        self._lock.release()
+
+    def _resume(self) -> None:
+        index = read_index(self.folder) or {"num_classes": self.num_classes, "shape": None}
+        if index["num_classes"] != self.num_classes:
+            raise ValueError(
+                f"{self.folder} holds labels for {index['num_classes']} classes, got num_classes={self.num_classes}: "
+                "write to another folder"
+            )
+        self._shape, self._done, self._pending = index["shape"], set(), {}
+        for path in _shards(self.folder):
+            shard = load_shard(path)
+            self._done.update(shard.keys.tolist())
+            self._shape = list(shard.values.shape[1:])
+        own = [path.stem for path in _shards(self.folder) if path.name.startswith(f"labels-{self.part:05d}-")]
+        self._next = 1 + max((int(stem.rsplit("-", 1)[1]) for stem in own), default=-1)
+        self._journal = LabelJournal(self.folder / f"part-{self.part:05d}.journal")
+        for name, label in self._journal.recover():
+            if name not in self:  # a kill between the shard and the emptied journal leaves both
+                self._keep(name, label)
+
+    def _keep(self, name: str, label: LabelMap) -> None:
+        self._shape = list(label.values.shape)
+        self._pending[name] = label
+        self._done.add(name_key(name))
+
+    def _write_index(self) -> None:
+        with FileLock(self.folder / ".index.lock"):  # the parts share the index
+            shards = [{"file": path.name, "bytes": path.stat().st_size} for path in _shards(self.folder)]
+            index = {"format": FORMAT, "version": VERSION, "num_classes": self.num_classes, "shape": self._shape}
+            part = self.folder / f"{INDEX}.part"
+            part.write_text(json.dumps(index | {"shards": shards}, indent=1))
+            _publish(part, self.folder / INDEX)
+
+
+def pack_labels(source: str | Path, folder: str | Path, num_classes: int, *, shard_size: int = 4096) -> TokenLabelStore:
+    """Convert labels, such as the published `.pt` files, into shards. A killed conversion continues when repeated.
+
+    Raises:
+        ValueError: a label is damaged or has a class outside [0, num_classes); names the image.
+    """
+    labels = TokenLabelStore(source)
+    with TokenLabelWriter(folder, num_classes, shard_size=shard_size) as writer:
+        for name in labels:
+            if name not in writer:
+                writer.add(name, *labels[name])
+    return TokenLabelStore(folder)
+
+
+def unpack_labels(source: str | Path, folder: str | Path) -> TokenLabelStore:
+    """Convert labels into the published layout, `<folder>/<image id>.pt`.
+
+    Raises:
+        ValueError: a class is over 2048, which half precision can't hold; names the image.
+    """
+    for name, label in TokenLabelStore(source).items():
+        write_label_file(Path(folder) / f"{name}.pt", label, name)
+    return TokenLabelStore(folder)
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("labels-*.safetensors"))
+
+
+def _write_shard(path: Path, labels: dict[str, LabelMap]) -> None:
+    encoded = [name.encode() for name in labels]
+    part = path.with_name(path.name + ".part")
+    tensors = {
+        "values": torch.stack([label.values for label in labels.values()]),
+        "indices": torch.stack([label.indices for label in labels.values()]),
+        "keys": torch.tensor([name_key(name) for name in labels]),
+        "names": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
+        "name_ends": torch.tensor([0, *map(len, encoded)]).cumsum(0),
+    }
+    save_file(tensors, part, metadata={"format": FORMAT})
+    _publish(part, path)
+
+
+def _publish(part: Path, path: Path) -> None:
+    """Give a written file its name, once it is on the disk."""
+    _sync(part)
+    part.replace(path)
+    if os.name == "posix":  # elsewhere a folder can't be opened
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

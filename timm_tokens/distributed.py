@@ -1,0 +1,47 @@
+"""Reductions over the processes of a job: what a loss needs to see the whole batch. On one process they do nothing.
+
+No gradient passes through them. Where a loss divides by a reduced count, DistributedDataParallel, which averages the
+gradients of the processes, makes it the gradient of the joined batch.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """How many processes share the batch: 1 unless torch.distributed is initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum of x over the processes: any shape, the same on each."""
+    if world_size() == 1:
+        return x.detach()
+    x = x.detach().clone()  # all_reduce writes in place
+    dist.all_reduce(x, op=dist.ReduceOp.SUM)
+    return x
+
+
+def all_reduce_max(x: Tensor) -> Tensor:
+    """The elementwise maximum of x over the processes: any shape, the same on each."""
+    if world_size() == 1:
+        return x.detach()
+    x = x.detach().clone()
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """The mean of x over the processes, each counting the same: any shape, the same on each."""
+    return all_reduce_sum(x) / world_size()
+
+
+def batch_mean(x: Tensor) -> Tensor:
+    """The mean over the joined batch of all processes, which may hold parts of different sizes: (B, ...) -> (...)."""
+    return all_reduce_sum(x.sum(0)) / batch_size(x)
+
+
+def batch_size(x: Tensor) -> Tensor:
+    """The size of the joined batch of all processes, a scalar on the device: nothing waits for it."""
+    return all_reduce_sum(torch.full((), x.shape[0], dtype=torch.float32, device=x.device))

@@ -1,0 +1,154 @@
+"""Many small reconstruction networks trained side by side: batched matmuls, a written-out gradient and fused Adam.
+
+The networks are tiny (at D = 64 a matmul takes five microseconds), so that autograd, one kernel a parameter and one
+Python step a network would cost more than the arithmetic. Here one call serves all the networks.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+from torch.optim.adam import adam
+
+DEPTH = 4
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-7
+_TINY = 1e-6  # the smallest length that a vector is divided by
+
+
+def unit(x: Tensor) -> Tensor:
+    """Scales every row to unit length, and leaves an all-zero row as it is: (..., D) -> (..., D)."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_TINY)
+
+
+def reconstruction_gradient(
+    output: Tensor, target: Tensor, out: Tensor | None = None, work: Tensor | None = None
+) -> Tensor:
+    """Gradient of `-mean_m cos(target_m, output_m - mean(output))` with respect to the output.
+
+    Args:
+        output: what N networks make of their M points, (N, M, D).
+        target: what they should make of them, (N, M, D), rows of unit (or zero) length.
+        out, work: buffers of the output's shape for the result and for what comes between; None: new ones.
+
+    Returns:
+        The gradient, (N, M, D).
+    """
+    direction = torch.sub(output, output.mean(1, keepdim=True), out=out)
+    scale = torch.linalg.vector_norm(direction, dim=-1, keepdim=True).clamp_min_(_TINY).reciprocal_()  # (N, M, 1)
+    cosine = torch.mul(direction.mul_(scale), target, out=work).sum(-1, keepdim=True)
+    gradient = direction.mul_(cosine).sub_(target).mul_(scale / output.shape[1])
+    return gradient.sub_(_exact_sum(gradient) / output.shape[1])
+
+
+def close_gaps(x: Tensor, holes: Tensor, movers: Tensor, n: int) -> Tensor:
+    """The first n rows of x after the rows `movers` (all of them n or beyond) were written over the rows `holes`.
+
+    Only what moves is copied: dropping a few networks of many costs as much as those few.
+    """
+    x[holes] = x[movers]
+    return x[:n]
+
+
+class Nets:
+    """N networks of four D -> D layers with a ReLU after each, the last one too (arXiv 2106.11486).
+
+    Each carries a linear classifier of its output into K classes, zero at the start and unused when K = 0.
+    The buffers of an update are kept from one to the next: fresh memory would cost as much as the arithmetic on it.
+
+    Args:
+        weights: the layers' initial weights, DEPTH tensors (N, D, D) laid out as in nn.Linear, trained in place.
+        num_points: M, the points that each network is trained on.
+        ways: K.
+        lr: Adam's learning rate.
+    """
+
+    def __init__(self, weights: list[Tensor], num_points: int, ways: int = 0, lr: float = 1e-3):
+        n, dim, _ = weights[0].shape
+        self.lr = lr
+        self.updates = 0
+        self.weights = [*weights, weights[0].new_zeros(n, ways, dim)]
+        self.biases = [w.new_zeros(n, 1, w.shape[1]) for w in self.weights]
+        pairs = list(zip(self.weights, self.biases, strict=True))
+        self.means = [[torch.zeros_like(p) for p in pair] for pair in pairs]
+        self.squares = [[torch.zeros_like(p) for p in pair] for pair in pairs]
+        self.outputs = [weights[0].new_empty(n, num_points, dim) for _ in range(DEPTH + 2)]  # and two to work with
+        self.gradients = [torch.empty_like(w) for w in (self.weights[0], self.weights[DEPTH])]
+
+    def forward(self, x: Tensor, stop: int = DEPTH, nets: Tensor | slice = slice(None)) -> Tensor:
+        """The first layers, of all the networks or of those numbered `nets`: (N, M, D) -> (N, M, D)."""
+        for weight, bias in zip(self.weights[:stop], self.biases[:stop], strict=True):
+            x = torch.baddbmm(bias[nets], x, weight[nets].mT).relu_()
+        return x
+
+    def update(self, inputs: Tensor, target: Tensor, labels: Tensor, label_weight: float) -> None:
+        """One Adam step on the reconstruction loss, plus label_weight times the cross-entropy of the classifier.
+
+        Args:
+            inputs: the points after dropout, (N, M, D).
+            target: what to reconstruct, (N, M, D), rows of unit (or zero) length.
+            labels: classes of the first S points, (N, S); none at all for S = 0.
+            label_weight: weight of the cross-entropy.
+        """
+        self.updates += 1
+        outputs, (gradient, work) = [inputs, *self.outputs[:DEPTH]], self.outputs[DEPTH:]
+        for layer in range(DEPTH):
+            weight, bias = self.weights[layer], self.biases[layer]
+            torch.baddbmm(bias, outputs[layer], weight.mT, out=outputs[layer + 1]).relu_()
+        reconstruction_gradient(outputs[DEPTH], target, gradient, work)
+        if labels.shape[1]:
+            gradient[:, : labels.shape[1]] += self._classify(outputs[DEPTH][:, : labels.shape[1]], labels, label_weight)
+        for layer in reversed(range(DEPTH)):
+            # Once the layer above is done only the sign of a ReLU's output is needed, and after that not even that.
+            gradient.mul_(outputs[layer + 1].sign_())
+            below = torch.bmm(gradient, self.weights[layer], out=outputs[layer + 1]) if layer else None
+            self._step(layer, outputs[layer], gradient)
+            gradient = below
+
+    def drop(self, holes: Tensor, movers: Tensor, n: int) -> None:
+        """Keeps n networks: those numbered `movers` take the places `holes` of dropped ones (see `close_gaps`)."""
+        self.weights, self.biases = (
+            [close_gaps(p, holes, movers, n) for p in group] for group in (self.weights, self.biases)
+        )
+        self.means, self.squares = (
+            [[close_gaps(p, holes, movers, n) for p in pair] for pair in group] for group in (self.means, self.squares)
+        )
+        self.outputs, self.gradients = ([p[:n] for p in group] for group in (self.outputs, self.gradients))
+
+    def _classify(self, points: Tensor, labels: Tensor, label_weight: float) -> Tensor:
+        """Trains the classifier on labelled points (N, S, D); returns the gradient with respect to the points."""
+        weight = self.weights[DEPTH]
+        logits = torch.baddbmm(self.biases[DEPTH], points, weight.mT)  # (N, S, K)
+        error = (logits.softmax(-1) - one_hot(labels, logits.shape[-1])) * (label_weight / labels.shape[1])
+        below = error @ weight
+        self._step(DEPTH, points, error)
+        return below
+
+    def _step(self, layer: int, inputs: Tensor, error: Tensor) -> None:
+        """Adam on one linear layer, given the gradient of its output."""
+        gradient = torch.bmm(error.mT, inputs, out=self.gradients[layer == DEPTH])
+        total = _exact_sum(error) if layer == DEPTH - 1 else error.sum(1, keepdim=True)
+        adam(
+            [self.weights[layer], self.biases[layer]], [gradient, total], self.means[layer], self.squares[layer], [],
+            [torch.full((), 1e9, device=error.device) for _ in range(2)], lr=self.lr * _bias_correction(self.updates),
+            beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=0.0, amsgrad=False, maximize=False, fused=True,
+        )  # fmt: skip
+
+
+@cache
+def _bias_correction(updates: int) -> float:
+    """The factor of Adam's learning rate in the published rule, which adds epsilon before the correction, not after.
+
+    torch's own correction is switched off by a huge step number. Float32, in which 1 - 0.999^t has lost six bits, is
+    part of the published rule as well: a ReLU at the edge of firing remembers the difference.
+    """
+    t = torch.tensor(float(updates))
+    return ((1 - BETA2**t).sqrt() / (1 - BETA1**t)).item()
+
+
+def _exact_sum(x: Tensor) -> Tensor:
+    """Sums over the points, (N, M, D) -> (N, 1, D), in float64.
+
+    The bias of an output that fires on every point has no gradient, and Adam would blow rounding errors up to steps.
+    """
+    return x.sum(1, keepdim=True, dtype=torch.float64).to(x.dtype)

@@ -1,0 +1,163 @@
+"""Masked image modelling on morphed tokens (DTM, arXiv 2401.00254)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_tokens.distributed import all_reduce_mean
+from timm_tokens.ops.morphing import draw_morph_rounds, group_means, group_sums, groups_of_gram, token_gram
+
+# Between tokens (B, N, C) of student and teacher -> (B, N)
+DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "smooth_l1": lambda u, v, beta: F.smooth_l1_loss(u, v, beta=beta, reduction="none").mean(-1),
+    "cosine": lambda u, v, beta: 1 - F.cosine_similarity(u, v, dim=-1),
+    "l1": lambda u, v, beta: (u - v).abs().mean(-1),
+    "l2": lambda u, v, beta: (u - v).square().mean(-1),
+}
+
+
+def dtm_loss(
+    student: Tensor,
+    teacher: Tensor,
+    schedules: Sequence[Sequence[int]],
+    *,
+    distance: str = "smooth_l1",
+    beta: float = 2.0,
+    num_prefix_tokens: int = 0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The distance between student and teacher tokens, both morphed by the teacher's groups, averaged over schedules.
+
+    The tokens of a group are all the same after morphing, so the mean over tokens is one over groups, weighed by their
+    sizes. Where processes count different numbers of tokens, the average over processes is the joined batch's loss.
+
+    Args:
+        student: (B, N, C).
+        teacher: (B, N, C), gets no gradient.
+        schedules: Rounds for `morph_groups`, one sequence a draw. An empty one compares token by token.
+        distance: "smooth_l1", "l1", "l2" (squared), all averaged over channels, or "cosine", 1 - cos.
+        beta: Where smooth L1 turns from quadratic to linear.
+        num_prefix_tokens: P, leading tokens that stay alone.
+        mask: (B, N) bool, the tokens to count; None: all. All tokens take part in the morphing.
+
+    Raises:
+        ValueError: If shapes do not fit, schedules is empty, or as `morph_groups`.
+        TypeError: If mask is not bool, or as `morph_groups`.
+
+    Source: DTM (arXiv 2401.00254), the objective with weights w_i.
+    """
+    _check_tokens(student, teacher, mask)
+    if not schedules:
+        raise ValueError("schedules must have at least one schedule; [()] compares token by token")
+    gram, teacher = token_gram(teacher), teacher.detach()
+    counted = torch.ones(student.shape[:2], device=student.device) if mask is None else mask.float()
+    total = all_reduce_mean(counted.sum()).clamp_min(1e-6)  # nothing masked anywhere: 0, not 0 / 0
+    losses = []
+    for rounds in schedules:
+        groups = groups_of_gram(gram, rounds, num_prefix_tokens=num_prefix_tokens)
+        num_groups = student.shape[1] - sum(rounds)
+        u, v = group_means(student, groups, num_groups), group_means(teacher, groups, num_groups)
+        weight = group_sums(counted.unsqueeze(2), groups, num_groups).squeeze(2)  # (B, G)
+        losses.append((weight * DISTANCES[distance](u, v, beta)).sum() / total)
+    return torch.stack(losses).mean()
+
+
+class DTMLoss(nn.Module):
+    """`dtm_loss` with schedules drawn anew at each call.
+
+    The teacher's tokens differ from patch to patch of one thing, and predicting them one by one learns that noise. So
+    patches that the teacher finds similar are averaged, on both sides, before they are compared; how many is random,
+    from none (the token-wise loss) to nearly all (close to the image-level one).
+
+    A schedule decides shapes, so each new one makes torch.compile trace again: compile the models, not this loss.
+
+    Args:
+        distance: "smooth_l1", "cosine", "l1" or "l2", see `dtm_loss`.
+        beta: Where smooth L1 turns from quadratic to linear.
+        draws: Schedules to average over in each call.
+        max_rounds: K, the most rounds of a schedule.
+        min_tokens: The fewest tokens to end with.
+        num_prefix_tokens: P, leading tokens that stay alone. They count in the loss like the others.
+
+    Raises:
+        ValueError: If an argument is out of its range, when building; as `dtm_loss`, when called.
+    """
+
+    def __init__(
+        self,
+        distance: str = "smooth_l1",
+        *,
+        beta: float = 2.0,
+        draws: int = 2,
+        max_rounds: int = 14,
+        min_tokens: int = 0,
+        num_prefix_tokens: int = 0,
+    ) -> None:
+        super().__init__()
+        if distance not in DISTANCES:
+            raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
+        if beta <= 0:
+            raise ValueError(f"beta must be positive, got {beta}; for beta 0 choose distance='l1'")
+        for name, value, least in [("draws", draws, 1), ("max_rounds", max_rounds, 1), ("min_tokens", min_tokens, 0)]:
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.distance, self.beta, self.draws = distance, beta, draws
+        self.max_rounds, self.min_tokens, self.num_prefix_tokens = max_rounds, min_tokens, num_prefix_tokens
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None = None,
+        *,
+        schedules: Sequence[Sequence[int]] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            student: (B, N, C) tokens, projected to the teacher's width.
+            teacher: (B, N, C) tokens of the unmasked image.
+            mask: (B, N) bool, the tokens to count, for a loss on masked ones alone; None: all.
+            schedules: Instead of drawing them.
+            generator: Of the CPU, for the draws.
+        """
+        if schedules is None:
+            schedules = [self._draw(student.shape[1], generator) for _ in range(self.draws)]
+        return dtm_loss(
+            student,
+            teacher,
+            schedules,
+            distance=self.distance,
+            beta=self.beta,
+            num_prefix_tokens=self.num_prefix_tokens,
+            mask=mask,
+        )
+
+    def _draw(self, num_tokens: int, generator: torch.Generator | None) -> tuple[int, ...]:
+        return draw_morph_rounds(
+            num_tokens,
+            min_tokens=self.min_tokens,
+            max_rounds=self.max_rounds,
+            num_prefix_tokens=self.num_prefix_tokens,
+            generator=generator,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.distance!r}, draws={self.draws}, max_rounds={self.max_rounds}, min_tokens={self.min_tokens}"
+
+
+def _check_tokens(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
+    if student.ndim != 3 or student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher must both be (B, N, C), got {tuple(student.shape)} and {tuple(teacher.shape)}; "
+            "bring the teacher to the student's grid and project the student to the teacher's width"
+        )
+    if mask is None:
+        return
+    if mask.shape != student.shape[:2]:
+        raise ValueError(f"mask must have shape (B, N) = {tuple(student.shape[:2])}, got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True where a token counts, got {mask.dtype}")

@@ -1,0 +1,46 @@
+"""How many dimensions the points around each point fill: Amsaleg et al., KDD 2015; used in arXiv 2106.11486."""
+
+import torch
+from torch import Tensor
+
+
+def local_intrinsic_dimensionality(x: Tensor, k: int = 21) -> Tensor:
+    """The maximum-likelihood estimate of the local intrinsic dimensionality around every point.
+
+    With d_1 <= ... <= d_{k-1} the distances to the nearest other points, it is `(k - 1) / sum_i log(d_{k-1} / d_i)`.
+    Two limits have a meaning and are returned as such: 0 where a neighbour coincides with the point (any number of
+    them, so all-zero features have dimension 0), and infinity where all the neighbours are equally far away.
+
+    Args:
+        x: points, (..., M, D).
+        k: neighbours, counted with the point itself; 3 <= k <= M.
+
+    Returns:
+        The estimate for every point, (..., M), never NaN for finite points.
+
+    Raises:
+        ValueError: k is below 3 or above the number of points.
+    """
+    if not 3 <= k <= x.shape[-2]:
+        raise ValueError(
+            f"k = {k} neighbours (the point itself among them) do not fit {x.shape[-2]} points of shape "
+            f"{tuple(x.shape)}: choose 3 <= k <= {x.shape[-2]}, or pass more points"
+        )
+    near = _squared_distances(x).topk(k - 1, largest=False, sorted=False).values  # (..., M, k - 1)
+    stretch = near.amax(-1, keepdim=True).div(near).masked_fill_(near == 0, torch.inf)  # 0 / 0 is a coincidence too
+    return stretch.log_().sum(-1).reciprocal_().mul_(2 * (k - 1)).to(x.dtype)  # 2: the distances are squared
+
+
+def _squared_distances(x: Tensor) -> Tensor:
+    """Squared Euclidean distances (..., M, M), infinite from a point to itself, exactly 0 between coinciding points.
+
+    r_i - 2 x_i x_j + r_j cancels where points are close, in float32 down to negative numbers: it needs float64.
+    """
+    wide = x.flatten(0, -3) if x.ndim > 2 else x[None]  # (..., M, D) -> (B, M, D)
+    wide = wide if wide.device.type == "mps" else wide.double()  # MPS has no float64
+    norms = torch.linalg.vector_norm(wide, dim=-1).square_()
+    norms -= 4 * torch.finfo(wide.dtype).eps * norms.amax(-1, keepdim=True)  # rounding must not part what coincides
+    squared = torch.baddbmm(norms[..., :, None] + norms[..., None, :], wide, wide.mT, alpha=-2)
+    squared = squared.clamp_min_(0).float()
+    squared.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    return squared.view(*x.shape[:-1], x.shape[-2])

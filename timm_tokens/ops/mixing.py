@@ -1,0 +1,59 @@
+"""MixToken: CutMix on the patch grid, after the patch embedding, so that no token mixes two images.
+
+Jiang et al., NeurIPS 2021, https://arxiv.org/abs/2104.10858, Sec. 3.2
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def draw_mix_box(grid: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
+    """Draw a CutMix box on the patch grid: an area of about 1 - lambda, lambda ~ Beta(1, 1), around a uniform centre.
+
+    Args:
+        grid: H, W of the patch grid.
+        generator: on the CPU.
+
+    Returns:
+        (4,) int64 on the CPU: top, left, bottom, right, the last two exclusive. The box is cut at the border and may be
+        empty. A tensor, and not four ints, so that a compiled model does not recompile for each box.
+    """
+    lam, *centre = torch.rand(3, generator=generator, dtype=torch.float64).unbind()  # Beta(1, 1) is uniform
+    cells = torch.tensor(grid)
+    extent = (cells * (1 - lam).sqrt()).long()
+    start = (cells * torch.stack(centre)).long() - extent // 2
+    return torch.cat([start.clamp(min=0), torch.minimum(start + extent, cells)])
+
+
+def mix_tokens(x: Tensor, box: Tensor | Sequence[int], grid: tuple[int, int]) -> Tensor:
+    """Exchange the tokens inside the box with those of the flipped batch. Its own inverse.
+
+    Applied to the patch embeddings it mixes the images; applied to the dense outputs it returns every token's output to
+    the image that the token came from.
+
+    Args:
+        x: (B, N, C) patch tokens, row by row, without prefix tokens.
+        box: top, left, bottom, right on the grid, the last two exclusive: a (4,) tensor or four ints.
+        grid: H, W of the patch grid, H * W = N.
+
+    Returns:
+        (B, N, C).
+
+    Raises:
+        ValueError: N is not H * W.
+    """
+    H, W = grid
+    if x.ndim != 3 or x.shape[1] != H * W:
+        raise ValueError(f"x must be (B, N, C) with N = {H} * {W} = {H * W} patch tokens, got {tuple(x.shape)}")
+    top, left, bottom, right = box
+    row, column = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
+    inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+    return torch.where(inside.flatten()[:, None], x.flip(0), x)
+
+
+def mix_ratio(box: Tensor | Sequence[int], num_tokens: int) -> Tensor | float:
+    """Share of an image's own tokens: lambda = 1 - area of the box / N. A tensor for a tensor box, else a float."""
+    top, left, bottom, right = box
+    return 1 - (bottom - top) * (right - left) / num_tokens
