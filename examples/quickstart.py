@@ -50,9 +50,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="its weights (.safetensors, .pth); default: timm's pretrained")
     parser.add_argument("--merger", type=Path, help="merger.safetensors of an earlier run: measure it, train nothing")
     parser.add_argument("--out", type=Path, default=Path("output/quickstart"), help="folder for the results")
-    parser.add_argument("--r", type=positive, nargs="+", help="report on these; default: four, by the model's size")
-    parser.add_argument("--train-r", type=positive, help="train with this; default: the last but one of --r")
-    parser.add_argument("--epochs", type=positive, default=2, help="of training the merging")
+    parser.add_argument("--r", type=positive, nargs="+", help="report on these; default: by the number of patches")
+    parser.add_argument(
+        "--train-r", type=positive, help="train with this; default: the last but one of --r (digits: the last)"
+    )
+    parser.add_argument("--epochs", type=positive, default=3, help="of training the merging")
     parser.add_argument("--steps", type=positive, help="train this long instead of epochs")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=positive, default=32)
@@ -91,6 +93,8 @@ def digits_job(args: argparse.Namespace) -> tuple[nn.Module, Data]:
     """A small ViT, trained from scratch on the digits."""
     if args.merger or args.checkpoint:
         raise InputError("--merger and --checkpoint need --data-dir: the digits' ViT is trained anew each time")
+    args.r = args.r or [8, 16, 24, 32]  # strokes on an empty ground: most of it can go before anything is lost
+    args.train_r = args.train_r or max(args.r)
     data = digits(size=32)
     shape = dict(img_size=32, patch_size=4, in_chans=1, embed_dim=64, depth=6, num_heads=2, num_classes=10)
     vit = VisionTransformer(**shape).to(args.device)

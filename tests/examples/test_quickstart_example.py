@@ -1,4 +1,4 @@
-"""The examples, run as a user runs them but for a few steps."""
+"""The quickstart, run as a user runs it but for a few steps."""
 
 import csv
 import re
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RESULTS = {"merger.safetensors", "table.csv", "accuracy.png", "groups.png"}
 
 
