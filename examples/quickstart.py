@@ -1,0 +1,215 @@
+"""Learn which tokens of a Vision Transformer to merge, and see what that buys.
+
+    python examples/quickstart.py                     # handwritten digits: nothing to download, a few minutes
+    python examples/quickstart.py --data-dir DIR --model vit_tiny_patch16_224 [--checkpoint FILE]
+
+The ViT is frozen; only the merging embeddings learn, on train/ (DTEM's modular training, arXiv 2412.10569). The report
+is on val/, which nothing was trained or chosen on: for each r, the tokens merged in every block, how fast the model is,
+and how accurate with learned and with training-free merging (attention keys, arXiv 2210.09461). A table, a plot, a
+picture of what was merged, and the trained merger go to --out.
+"""
+
+import argparse
+import csv
+import difflib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from _data import Data, InputError, digits, image_folder, imagenet_indices, samples
+from _measure import Row, report
+from _pictures import draw_groups, plot_accuracy
+from safetensors.torch import load_file, save_file
+from timm.models import VisionTransformer, load_state_dict
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import timm_tokens
+from timm_tokens import TokenViT
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        run(args)
+    except InputError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="train/<class>/ and val/<class>/ with images; default: digits")
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="any timm ViT (with --data-dir)")
+    parser.add_argument("--checkpoint", type=Path, help="its weights (.safetensors, .pth); default: timm's pretrained")
+    parser.add_argument("--merger", type=Path, help="merger.safetensors of an earlier run: measure it, train nothing")
+    parser.add_argument("--out", type=Path, default=Path("output/quickstart"), help="folder for the results")
+    parser.add_argument("--r", type=positive, nargs="+", help="report on these; default: by the number of patches")
+    parser.add_argument(
+        "--train-r", type=positive, help="train with this; default: the last but one of --r (digits: the last)"
+    )
+    parser.add_argument("--epochs", type=positive, default=3, help="of training the merging")
+    parser.add_argument("--steps", type=positive, help="train this long instead of epochs")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out} is a file: give a folder")
+    torch.manual_seed(args.seed)
+    vit, data = folder_job(args) if args.data_dir else digits_job(args)
+    learned = timm_tokens.apply_dtem_merging(vit, r=0).freeze_base()
+    rs = sorted(set(args.r or default_rs(learned, samples(data, 1).to(args.device))))
+    learned.merger.r = args.train_r or (rs[-2] if len(rs) > 1 else rs[0])
+    training_free = timm_tokens.apply_dtem_merging(vit, metric="keys")
+    if args.merger:
+        load_merger(learned, args.merger)
+    else:
+        parameters = learned.merger.parameters()
+        train(learned.train(), parameters, data, args, args.epochs, f"the merging, r={learned.merger.r}")
+    rows = report(learned.eval(), training_free.eval(), data, [0, *rs], args.batch_size, args.workers)
+    print_table(rows)
+    save(learned, rows, data, args)
+
+
+def digits_job(args: argparse.Namespace) -> tuple[nn.Module, Data]:
+    """A small ViT, trained from scratch on the digits."""
+    if args.merger or args.checkpoint:
+        raise InputError("--merger and --checkpoint need --data-dir: the digits' ViT is trained anew each time")
+    args.r = args.r or [8, 16, 24, 32]  # strokes on an empty ground: most of it can go before anything is lost
+    args.train_r = args.train_r or max(args.r)
+    data = digits(size=32)
+    shape = dict(img_size=32, patch_size=4, in_chans=1, embed_dim=64, depth=6, num_heads=2, num_classes=10)
+    vit = VisionTransformer(**shape).to(args.device)
+    train(vit.train(), vit.parameters(), data, args, 25, "the digits' ViT")
+    return vit, data
+
+
+def folder_job(args: argparse.Namespace) -> tuple[nn.Module, Data]:
+    """The user's ViT, with a head that fits the user's classes."""
+    vit = create_model(args.model, args.checkpoint).to(args.device)
+    data = image_folder(args.data_dir, vit)
+    indices = imagenet_indices(vit, data.train.classes)
+    if indices is not None:
+        data.train.target_transform = data.val.target_transform = indices.__getitem__
+        print(f"The folders are ImageNet classes: accuracy is among all {vit.num_classes} of them.")
+    elif vit.num_classes != len(data.train.classes):
+        fit_head(vit, data, args)
+    return vit, data
+
+
+def create_model(name: str, checkpoint: Path | None) -> nn.Module:
+    """timm's model of this name, refused if its tokens can't be merged; a checkpoint says how many classes it has."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise InputError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    if checkpoint and not checkpoint.is_file():
+        raise InputError(f"no file {checkpoint}: --checkpoint must be a .safetensors or .pth file")
+    try:
+        state = load_state_dict(str(checkpoint)) if checkpoint else {}
+        classes = {"num_classes": len(state["head.weight"])} if "head.weight" in state else {}
+        vit = timm.create_model(name, pretrained=checkpoint is None, **classes)
+        if checkpoint:
+            vit.load_state_dict(state)
+        timm_tokens.apply_dtem_merging(vit)
+    except Exception as error:  # torch, safetensors, pickle and the hub each raise their own
+        remedy = f"{checkpoint} as {name}" if checkpoint else f"{name} (--checkpoint FILE gives weights from a file)"
+        raise InputError(f"can't use {remedy}: {' '.join(str(error).split())[:400]}") from None
+    return vit
+
+
+def fit_head(vit: nn.Module, data: Data, args: argparse.Namespace) -> None:
+    classes = len(data.train.classes)
+    print(f"The model has {vit.num_classes} classes, the folders are {classes}: a new linear head is trained first.")
+    vit.requires_grad_(False).reset_classifier(classes)
+    head = [p for name, p in vit.to(args.device).named_parameters() if name.startswith("head")]
+    train(vit.eval(), head, data, args, args.epochs, "the new head")
+
+
+def default_rs(model: TokenViT, image: Tensor) -> list[int]:
+    """8, 12, 16 and 20 for 12 blocks of 196 patches; as large a part of the patches for other models."""
+    most = model.token_groups(image).numel() / len(model.base.blocks)
+    return [max(1, round(share * most)) for share in (0.5, 0.73, 0.98, 1.22)]
+
+
+def load_merger(model: TokenViT, path: Path) -> None:
+    try:
+        model.merger.load_state_dict(load_file(path))
+    except Exception as error:  # no such file, not safetensors, or of another model
+        raise InputError(f"--merger {path} doesn't fit: {' '.join(str(error).split())[:400]}") from None
+
+
+def train(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    data: Data,
+    args: argparse.Namespace,
+    epochs: int,
+    what: str,
+) -> None:
+    """Ordinary classification training of these parameters: AdamW, cosine schedule, cross entropy."""
+    parameters = list(parameters)
+    loader = DataLoader(data.train, args.batch_size, shuffle=True, num_workers=args.workers)
+    steps = args.steps or epochs * len(loader)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    progress = tqdm(islice(endless(loader), steps), f"training {what}", steps)
+    for images, labels in progress:
+        loss = F.cross_entropy(model(images.to(args.device)), labels.to(args.device))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from loader
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    print("\n| r per block | tokens left | GFLOPs | images/s | speed-up | share of ideal | learned | training-free |")
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for row in rows:
+        speed = f"{row.images_per_s:.0f} | {row.speedup:.2f}x | {row.share_of_ideal:.2f}"
+        accuracy = f"{100 * row.learned:.1f} % | {100 * row.training_free:.1f} %"
+        print(f"| {row.r} | {row.tokens_left} | {row.gflops:.3g} | {speed} | {accuracy} |")
+
+
+def save(learned: TokenViT, rows: Sequence[Row], data: Data, args: argparse.Namespace) -> None:
+    """Write merger.safetensors, table.csv, accuracy.png and groups.png."""
+    images, groups = samples(data, 4), {}
+    for row in rows[1:]:
+        learned.merger.r = row.r
+        groups[f"r = {row.r}"] = learned.token_groups(images.to(args.device)).cpu()
+    figures = {"accuracy.png": plot_accuracy(rows), "groups.png": draw_groups(images, groups)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_file(learned.merger.state_dict(), args.out / "merger.safetensors")
+    with (args.out / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([Row._fields, *rows])
+    for name, figure in figures.items():
+        figure.savefig(args.out / name, dpi=120)
+    print(f"\nThe table, the plot, the picture of the groups and the merger are in {args.out}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
