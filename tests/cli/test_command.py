@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import timm_tokens
-from timm_tokens.cli import COMMANDS, bench, draw, main
+from timm_tokens.cli import COMMANDS, _timing, bench, draw, main
 from timm_tokens.cli._picture import borders, paint_groups
 
 # PIL keeps a handle of a corrupt file open until it is collected
@@ -96,17 +96,17 @@ def test_bench_of_training_steps_trains_what_it_says():
         ("modular", 4, None),
         ("end-to-end", 4, None),
     ]
-    machine = bench.Machine("test_vit", 96, "learned", False, "float32", "cpu", None)
-    model = bench._build(machine, bench.Setting("modular", 2, 4))
+    machine = _timing.Machine("test_vit", 96, "learned", False, "float32", "cpu", None)
+    model = _timing.build(machine, _timing.Setting("modular", 2, 4))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    bench._step(machine, bench.Setting("modular", 2, 4), model)()
+    _timing.make_step(machine, _timing.Setting("modular", 2, 4), model)()
     moved = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"merger"}
 
 
 def test_bench_measures_memory_in_a_process_of_its_own():
-    machine = bench.Machine("test_vit", None, "keys", False, "float32", "cpu", None)
-    small, large = (bench._grown(machine, bench.Setting("forward", batch, None)) for batch in (1, 64))
+    machine = _timing.Machine("test_vit", None, "keys", False, "float32", "cpu", None)
+    small, large = (_timing.grown(machine, _timing.Setting("forward", batch, None)) for batch in (1, 64))
     assert small is None or large > small + 10
 
 

@@ -9,33 +9,19 @@ that is slower for a while is slower for both. The ideal is the ratio of the FLO
 
 import csv
 import statistics
-import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from timm_tokens.cli import _models
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._files import replacing
+from timm_tokens.cli._timing import DTYPES, Machine, Setting, build, describe, make_step, peak_memory, timed
 from timm_tokens.flops import model_tokens
 from timm_tokens.vit import TokenViT
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Setting(NamedTuple):
-    """What is timed: the base (r None) or the merged model, evaluating or in a training step."""
-
-    step: str  # "forward", "full", "modular" or "end-to-end"
-    batch: int
-    r: int | None
 
 
 class Row(NamedTuple):
@@ -52,18 +38,6 @@ class Row(NamedTuple):
     ideal: float | None
     share: float | None
     peak_memory: float | None
-
-
-class Machine(NamedTuple):
-    """How everything is run."""
-
-    model: str
-    image_size: int | None
-    metric: str
-    compile: bool
-    dtype: str
-    device: str
-    threads: int | None
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -113,7 +87,7 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     machine = Machine(model, image_size, metric, compile, dtype, device, threads)
-    print(_describe(machine))
+    print(describe(machine))
     rows: list[Row] = []
     for batch in batch_size:
         rows += _measure(machine, list(settings(r, batch, train)), rounds, memory)
@@ -132,15 +106,15 @@ def settings(r: Sequence[int], batch: int, train: bool) -> Iterator[Setting]:
 
 
 def _measure(machine: Machine, chosen: list[Setting], rounds: int, memory: bool) -> list[Row]:
-    models = [_build(machine, setting) for setting in chosen]
-    steps = [_step(machine, setting, model) for setting, model in zip(chosen, models, strict=True)]
+    models = [build(machine, setting) for setting in chosen]
+    steps = [make_step(machine, setting, model) for setting, model in zip(chosen, models, strict=True)]
     seconds = [[] for _ in chosen]
     for count in _progress(range(-2, rounds), f"batch {chosen[0].batch}"):
         for i, step in enumerate(steps):
-            elapsed = _timed(step, machine.device)
+            elapsed = timed(step, machine.device)
             if count >= 0:
                 seconds[i].append(elapsed)
-    peaks = [_peak_memory(machine, setting) if memory else None for setting in chosen]
+    peaks = [peak_memory(machine, setting) if memory else None for setting in chosen]
     return [_row(*values, seconds[0]) for values in zip(chosen, models, seconds, peaks, strict=True)]
 
 
@@ -153,80 +127,6 @@ def _row(setting: Setting, model: nn.Module, seconds: list[float], peak: float |
     median = statistics.median(seconds)
     share = None if ideal is None else speed_up / ideal
     return Row(*setting, tokens, flops / 1e9, median * 1e3, setting.batch / median, speed_up, ideal, share, peak)
-
-
-def _build(machine: Machine, setting: Setting) -> nn.Module:
-    size = {} if machine.image_size is None else {"img_size": machine.image_size}
-    model = _models.plain(_models.create(machine.model, **size))
-    if setting.r is not None:
-        model = _models.merged(model, setting.r, machine.metric)
-        model.freeze_base(setting.step == "modular")
-    if setting.step == "forward":
-        model = model.to(DTYPES[machine.dtype])
-    return model.to(machine.device).train(setting.step != "forward")
-
-
-def _step(machine: Machine, setting: Setting, model: nn.Module) -> Callable[[], None]:
-    """The work to time: a forward pass, or a whole optimisation step."""
-    images = torch.randn(setting.batch, *timm.data.resolve_model_data_config(model)["input_size"])
-    if machine.image_size is not None:
-        images = torch.randn(setting.batch, 3, machine.image_size, machine.image_size)
-    forward = torch.compile(model) if machine.compile else model
-    if setting.step == "forward":
-        images = images.to(machine.device, DTYPES[machine.dtype])
-        return torch.inference_mode()(lambda: forward(images))
-    images, labels = images.to(machine.device), torch.randint(model.num_classes, (setting.batch,)).to(machine.device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    return lambda: _train(machine, forward, optimizer, images, labels)
-
-
-def _train(
-    machine: Machine, forward: Callable, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
-) -> None:
-    dtype = DTYPES[machine.dtype]
-    with torch.autocast(torch.device(machine.device).type, dtype=dtype, enabled=dtype is not torch.float32):
-        loss = nn.functional.cross_entropy(forward(images), labels)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _timed(step: Callable[[], None], device: str) -> float:
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    step()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def _peak_memory(machine: Machine, setting: Setting) -> float | None:
-    """MiB at the most. On a GPU what torch allocated; on the CPU what a process grew by, so it takes one of its own."""
-    if machine.device.startswith("cuda"):
-        step = _step(machine, setting, _build(machine, setting))
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() / 2**20
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_grown, machine, setting).result()
-
-
-def _grown(machine: Machine, setting: Setting) -> float | None:
-    """What this process grows by at its peak, where the kernel lets the high-water mark be reset; else None."""
-    step = _step(machine._replace(compile=False), setting, _build(machine, setting))
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = _high_water_mark()
-    step()
-    return _high_water_mark() - before
-
-
-def _high_water_mark() -> float:
-    """The most memory (MiB) that this process has held since the mark was reset."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -251,21 +151,6 @@ def table(rows: Sequence[Row]) -> str:
         return " | ".join("" if value is None else format(value, kind) for value, kind in zip(row, kinds, strict=True))
 
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {line(row)} |" for row in rows)])
-
-
-def _describe(machine: Machine) -> str:
-    where = torch.cuda.get_device_name(machine.device) if machine.device.startswith("cuda") else _processor()
-    options = f"{machine.dtype}{', compiled' if machine.compile else ''}, metric {machine.metric}"
-    return (
-        f"{machine.model} on {where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"timm {timm.__version__}, {options}"
-    )
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "a CPU")
 
 
 def _progress(rounds: range, what: str) -> Iterator[int]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from timm_tokens.ops.matching import flat_rows, split_positions, take
+
 
 def draw_morph_rounds(
     num_tokens: int,
@@ -99,7 +101,7 @@ def groups_of_gram(gram: Tensor, rounds: Sequence[int], *, num_prefix_tokens: in
     gram = gram.clone()
     positions = torch.arange(n, device=gram.device).expand(b, n)
     home = rows = positions  # the row of the Gram matrix where the group of each patch is, and that of each token left
-    first_even, first_odd = num_prefix_tokens + num_prefix_tokens % 2, num_prefix_tokens + 1 - num_prefix_tokens % 2
+    first_even, first_odd = split_positions(num_prefix_tokens)
     for r in [r for r in rounds if r]:
         even, odd = rows[:, first_even::2], rows[:, first_odd::2]
         source, destination, unmerged = _match(gram, even, odd, r)
@@ -114,7 +116,7 @@ def _match(gram: Tensor, even: Tensor, odd: Tensor, r: int) -> tuple[Tensor, Ten
     """The R most similar pairs (source of the even rows, destination of the odd ones), and the other even rows."""
     # Sums can cancel to zero, or by rounding to less: then every cosine is 0 or arbitrary, but finite.
     scale = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
-    products = _take(gram, even).gather(2, odd.unsqueeze(1).expand(-1, even.shape[1], -1))  # (B, |even|, |odd|)
+    products = take(gram, even).gather(2, odd.unsqueeze(1).expand(-1, even.shape[1], -1))  # (B, |even|, |odd|)
     best, partner = products.mul_(scale.gather(1, odd).unsqueeze(1)).max(dim=2)
     order = best.mul_(scale.gather(1, even)).argsort(dim=1, descending=True, stable=True)
     chosen, rest = order[:, :r], order[:, r:].sort(dim=1).values
@@ -124,7 +126,7 @@ def _match(gram: Tensor, even: Tensor, odd: Tensor, r: int) -> tuple[Tensor, Ten
 def _add_rows_and_columns(gram: Tensor, source: Tensor, destination: Tensor) -> None:
     """Merge in place: the inner products of a sum are sums of inner products."""
     n = gram.shape[1]
-    gram.view(-1, n).index_add_(0, _flat(destination, n), _take(gram, source).flatten(0, 1))
+    gram.view(-1, n).index_add_(0, flat_rows(destination, n), take(gram, source).flatten(0, 1))
     columns = gram.gather(2, source.unsqueeze(1).expand(-1, n, -1))
     gram.scatter_add_(2, destination.unsqueeze(1).expand(-1, n, -1), columns)
 
@@ -132,7 +134,7 @@ def _add_rows_and_columns(gram: Tensor, source: Tensor, destination: Tensor) -> 
 def group_sums(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     """The sum of the tokens of each group: (B, N, C) and (B, N) int64 -> (B, G, C)."""
     b, _, c = x.shape
-    sums = x.new_zeros(b * num_groups, c).index_add(0, _flat(groups, num_groups), x.reshape(-1, c))
+    sums = x.new_zeros(b * num_groups, c).index_add(0, flat_rows(groups, num_groups), x.reshape(-1, c))
     return sums.view(b, num_groups, c)
 
 
@@ -166,17 +168,7 @@ def morph(x: Tensor, groups: Tensor) -> Tensor:
     if groups.dtype != torch.int64:
         raise TypeError(f"groups must be int64, got {groups.dtype}; morph_groups gives them")
     n = x.shape[1]
-    return _take(group_means(x, groups, n).to(x.dtype), groups)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x by index: (B, N, C) and (B, M) -> (B, M, C)."""
-    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).view(*index.shape, x.shape[2])
-
-
-def _flat(index: Tensor, n: int) -> Tensor:
-    """Row numbers that count on from image to image, (B, M) -> (B * M,): whole rows then move, not single elements."""
-    return (index + n * torch.arange(index.shape[0], device=index.device).unsqueeze(1)).flatten()
+    return take(group_means(x, groups, n).to(x.dtype), groups)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
