@@ -11,11 +11,12 @@ from timm_tokens.ops.matching import mergeable
 
 
 class BlockCost(NamedTuple):
-    """Multiply-adds of one block: of its attention a token and a pair of tokens, and of its MLP a token."""
+    """Multiply-adds of one block: of its attention a token and a pair of tokens, and of its MLP a token; its width."""
 
     attend: int
     pair: int
     feed: int
+    width: int
 
 
 def token_counts(schedule: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> list[int]:
@@ -38,5 +39,6 @@ def block_flops(cost: BlockCost, tokens: int, merged: int, num_prefix_tokens: in
     flops = cost.attend * tokens + cost.pair * tokens**2 + cost.feed * left
     if merged:
         patches = tokens - num_prefix_tokens
-        flops += metric * tokens + (patches // 2) * (patches - patches // 2) * embed_dim
+        similarity = (patches // 2) * (patches - patches // 2) * embed_dim
+        flops += metric * tokens + similarity + left * merged * cost.width
     return flops

@@ -128,13 +128,14 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     size = torch.ones(x.shape[:2], device=x.device) if size is None else size.gather(1, order)
     new_size = size[:, :left].scatter_add(1, destination, size[:, left:])
     # The weighted mean as a step from the destination towards what it takes in: x_d + sum of share * (x_s - x_d). So
-    # only the rows that change are computed, the others are copied once, and nothing exceeds the tokens.
+    # all rows are copied once, and nothing exceeds the tokens in half precision. The sum is a small matrix product:
+    # deterministic on every device, where a scatter of rows is not (and inductor of torch 2.6 gets it wrong).
     share = size[:, left:] / new_size.gather(1, destination)
     ends = take(x, torch.cat([order[:, left:], order.gather(1, destination)], dim=1))  # (B, 2 R, C)
-    step = (ends[:, : order.shape[1] - left] - ends[:, order.shape[1] - left :]) * share.unsqueeze(2).to(x.dtype)
-    merged = x.flatten(0, 1).index_select(0, flat_rows(order[:, :left], x.shape[1]))
-    merged.index_add_(0, flat_rows(destination, left), step.flatten(0, 1))
-    return merged.unflatten(0, (x.shape[0], left)), new_size
+    step = ends[:, : order.shape[1] - left] - ends[:, order.shape[1] - left :]
+    slots = torch.arange(left, device=x.device).unsqueeze(1)
+    into = (destination.unsqueeze(1) == slots) * share.unsqueeze(1)  # (B, N - R, R)
+    return torch.baddbmm(take(x, order[:, :left]), into.to(x.dtype), step), new_size
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:
