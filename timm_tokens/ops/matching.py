@@ -135,7 +135,7 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     step = ends[:, : order.shape[1] - left] - ends[:, order.shape[1] - left :]
     slots = torch.arange(left, device=x.device).unsqueeze(1)
     into = (destination.unsqueeze(1) == slots) * share.unsqueeze(1)  # (B, N - R, R)
-    return torch.baddbmm(take(x, order[:, :left]), into.to(x.dtype), step), new_size
+    return take(x, order[:, :left]) + torch.bmm(into.to(x.dtype), step), new_size
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:
