@@ -9,7 +9,7 @@ import torch.multiprocessing
 
 from timm_tokens import distributed
 from timm_tokens.losses import DTMLoss, MIRALoss
-from timm_tokens.ops import assignment_information, mira_assign
+from timm_tokens.ops import assignment_information, mira_assign, sinkhorn_assign
 
 PARTS = [slice(0, 5), slice(5, 12)]
 BETAS = [0.0, 0.75, 0.95, 0.995]
@@ -36,6 +36,7 @@ def outcome(part):
     """All that depends on the batch; what is per sample is cut to part, what is not is the same everywhere."""
     data = {name: x[:, part] if name == "views" else x[part] for name, x in batch().items()}
     out = {f"assign {beta}": mira_assign(data["logits"], 0.2, beta) for beta in BETAS}
+    out["sinkhorn"] = sinkhorn_assign(data["logits"], 0.5)
     out["information"] = torch.stack(assignment_information(out["assign 0.75"]))
     views = data["views"].clone().requires_grad_()
     terms = MIRALoss()(views, data["views"][:2] + 0.1)
@@ -74,10 +75,10 @@ def one():
     return outcome(slice(None))
 
 
-@pytest.mark.parametrize("beta", BETAS)
-def test_assignment(one, two, beta):
-    joined = torch.cat([out[f"assign {beta}"] for out in two])
-    torch.testing.assert_close(joined, one[f"assign {beta}"], atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("name", [*(f"assign {beta}" for beta in BETAS), "sinkhorn"])
+def test_assignment(one, two, name):
+    joined = torch.cat([out[name] for out in two])
+    torch.testing.assert_close(joined, one[name], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["information", "mira information"])

@@ -67,6 +67,15 @@ def test_without_rounds_it_compares_tokens_and_with_one_group_images():
     )
 
 
+@pytest.mark.parametrize("rounds", [(), [3, 2]])
+def test_fixed_rounds_are_a_schedule(rounds):
+    student, teacher = torch.randn(2, 9, 4), torch.randn(2, 9, 4)
+    criterion = DTMLoss(rounds=rounds)
+    assert criterion(student, teacher) == criterion(student, teacher, schedules=[rounds])
+    with pytest.raises(ValueError, match=r"rounds\[0\] = 5.*half"):
+        DTMLoss(rounds=(5,))(student, teacher)
+
+
 def test_beta_of_smooth_l1():
     student, teacher = torch.randn(2, 9, 4), torch.randn(2, 9, 4)
     torch.testing.assert_close(

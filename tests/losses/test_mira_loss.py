@@ -3,7 +3,7 @@ import torch
 
 from timm_tokens.losses import MIRALoss
 from timm_tokens.losses.mira import mira_loss
-from timm_tokens.ops import assignment_information, mira_assign
+from timm_tokens.ops import assignment_information, mira_assign, sinkhorn_assign
 
 
 def slow_loss(student, assignments, tau):
@@ -37,6 +37,12 @@ def test_the_labels_come_from_the_teacher():
     for name in ("entropy", "marginal_entropy", "mutual_information"):
         expected = sum(getattr(i, name) for i in information) / 2
         torch.testing.assert_close(getattr(terms, name), expected)
+
+
+def test_other_pseudo_labels():
+    student, teacher = torch.randn(3, 6, 9), torch.randn(2, 6, 9)
+    terms = MIRALoss(0.2, assign=sinkhorn_assign)(student, teacher)
+    torch.testing.assert_close(terms.loss, slow_loss(student, [sinkhorn_assign(z) for z in teacher], 0.2))
 
 
 def test_beta_of_a_call():

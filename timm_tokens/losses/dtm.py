@@ -80,6 +80,7 @@ class DTMLoss(nn.Module):
         max_rounds: K, the most rounds of a schedule.
         min_tokens: The fewest tokens to end with.
         num_prefix_tokens: P, leading tokens that stay alone. They count in the loss like the others.
+        rounds: One fixed schedule, as `morph_groups` takes it, instead of the draws; () compares token by token.
 
     Raises:
         ValueError: If an argument is out of its range, when building; as `dtm_loss`, when called.
@@ -94,6 +95,7 @@ class DTMLoss(nn.Module):
         max_rounds: int = 14,
         min_tokens: int = 0,
         num_prefix_tokens: int = 0,
+        rounds: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if distance not in DISTANCES:
@@ -105,6 +107,7 @@ class DTMLoss(nn.Module):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.distance, self.beta, self.draws = distance, beta, draws
         self.max_rounds, self.min_tokens, self.num_prefix_tokens = max_rounds, min_tokens, num_prefix_tokens
+        self.rounds = None if rounds is None else tuple(rounds)
 
     def forward(
         self,
@@ -121,11 +124,12 @@ class DTMLoss(nn.Module):
             student: (B, N, C) tokens, projected to the teacher's width.
             teacher: (B, N, C) tokens of the unmasked image.
             mask: (B, N) bool, the tokens to count, for a loss on masked ones alone; None: all.
-            schedules: Instead of drawing them.
+            schedules: Instead of the loss's own.
             generator: Of the CPU, for the draws.
         """
         if schedules is None:
-            schedules = [self._draw(student.shape[1], generator) for _ in range(self.draws)]
+            drawn = self.rounds is None
+            schedules = [self._draw(student.shape[1], generator) for _ in range(self.draws)] if drawn else [self.rounds]
         return dtm_loss(
             student,
             teacher,
@@ -146,6 +150,8 @@ class DTMLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        if self.rounds is not None:
+            return f"{self.distance!r}, rounds={self.rounds}"
         return f"{self.distance!r}, draws={self.draws}, max_rounds={self.max_rounds}, min_tokens={self.min_tokens}"
 
 

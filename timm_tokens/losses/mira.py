@@ -1,6 +1,7 @@
 """Self-supervised clustering with mutual-information-regularised pseudo-labels (MIRA, arXiv 2211.02284)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -67,19 +68,27 @@ class MIRALoss(nn.Module):
         tau_teacher: Temperature of the teacher's logits.
         beta: Strength of the mutual information, in [0, 1); the default of `forward`.
         iterations: Of the fixed point.
+        assign: Instead of `mira_assign`, the teacher's logits (B, K) to pseudo-labels (B, K); as `sinkhorn_assign`.
+            tau_teacher, beta and iterations then have no say.
 
     Raises:
         ValueError: If a temperature is not positive, beta is outside [0, 1) or iterations is negative.
     """
 
     def __init__(
-        self, tau_student: float = 0.1, tau_teacher: float = 0.225, beta: float = 0.75, iterations: int = 30
+        self,
+        tau_student: float = 0.1,
+        tau_teacher: float = 0.225,
+        beta: float = 0.75,
+        iterations: int = 30,
+        assign: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not tau_student > 0:
             raise ValueError(f"tau_student must be positive, got {tau_student}")
         check_regularisation(tau_teacher, beta, iterations)
         self.tau_student, self.tau_teacher, self.beta, self.iterations = tau_student, tau_teacher, beta, iterations
+        self.assign = assign
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], *, beta: float | None = None) -> MIRATerms:
         """The loss, and the information in the pseudo-labels.
@@ -90,7 +99,8 @@ class MIRALoss(nn.Module):
             beta: In place of the loss's own, where it follows a schedule.
         """
         beta = self.beta if beta is None else beta
-        assignments = [mira_assign(logits, self.tau_teacher, beta, self.iterations) for logits in teacher]
+        own = partial(mira_assign, tau=self.tau_teacher, beta=beta, iterations=self.iterations)
+        assignments = [(self.assign or own)(logits) for logits in teacher]
         loss = mira_loss(student, assignments, self.tau_student)
         information = zip(*(assignment_information(w) for w in assignments), strict=True)
         return MIRATerms(loss, *(torch.stack(values).mean() for values in information))

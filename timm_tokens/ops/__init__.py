@@ -9,6 +9,7 @@ from timm_tokens.ops.mixing import draw_mix_box, mix_ratio, mix_tokens
 from timm_tokens.ops.morphing import draw_morph_rounds, morph, morph_groups
 from timm_tokens.ops.relaxed import relaxed_merge, relaxed_top_k
 from timm_tokens.ops.schedule import schedule
+from timm_tokens.ops.sinkhorn import sinkhorn_assign
 
 __all__ = [
     "Information",
@@ -30,6 +31,7 @@ __all__ = [
     "relaxed_merge",
     "relaxed_top_k",
     "schedule",
+    "sinkhorn_assign",
     "size_bias",
     "unmerge",
     "warp_token_labels",
