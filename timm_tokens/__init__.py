@@ -3,7 +3,7 @@
 Importing this registers the package's models with timm.
 """
 
-from timm_tokens import data, fewshot, losses, models, ops
+from timm_tokens import data, fewshot, losses, models, ops, probing
 from timm_tokens.vit import Tokens, TokenViT
 from timm_tokens.wrap import apply_dtem_merging
 
@@ -19,4 +19,5 @@ __all__ = [
     "losses",
     "models",
     "ops",
+    "probing",
 ]
