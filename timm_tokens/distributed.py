@@ -14,6 +14,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """The number of this process among them: 0 unless torch.distributed is initialised."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of x over the processes: any shape, the same on each."""
     if world_size() == 1:

@@ -1,0 +1,35 @@
+"""Seeds for everything random in a run, each from what it is for: (seed, step, rank), (seed, epoch, index).
+
+So there is no random state to save: a run that was killed draws the same numbers again when it is resumed.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def derived_seed(*numbers: int) -> int:
+    """A 63-bit seed from any integers, the same on every machine; those of nearby integers are unrelated."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A generator on the CPU, seeded from these integers."""
+    return torch.Generator().manual_seed(derived_seed(*numbers))
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed the global generators of torch (on the CPU) and Python for a while; put them back afterwards."""
+    seed, states = derived_seed(*numbers), (torch.get_rng_state(), random.getstate())
+    torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPUs too
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])

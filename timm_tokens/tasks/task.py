@@ -1,0 +1,134 @@
+"""What every task of this package has in common: the contract between a task and the trainer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from timm_tokens import seeding
+from timm_tokens.distributed import rank
+
+
+class TokenTask(TrainingTask):
+    """A timm TrainingTask with hooks around the step. `timm_tokens.training.train` calls, once a step,
+
+        task.start_step(step, total_steps, steps_per_epoch)
+        task(input, target)["loss"].backward()          # several times with --accumulate, on parts of the batch
+        task.before_optimizer()                         # gradients are complete, unscaled, averaged over processes
+        (clipping), optimizer.step()
+        task.end_step()
+
+    A subclass implements `forward`, and those of the hooks that it needs. The rules that make it run on several
+    processes, and resume to the same losses after a kill:
+
+    * All that has gradients is in `trainable_module`, whose forward is called once in the task's forward: DDP wraps it.
+      Call `self.trainable_module(...)`; reach for its parts (weights, `momentum`, ...) through `self.student`.
+    * What a later step depends on (teacher, centres, queues) is a submodule or a buffer of the task, so that it is in
+      its state dict. Values from `start_step` are plain floats; the next step sets them anew.
+    * Randomness comes from `self.generator()`, or from torch's global generators, which the trainer seeds every step.
+
+    `train()` and `eval()` reach the trainable module alone; teachers and losses stay as the task made them.
+
+    Args:
+        trainable_module: Everything with gradients, as one module.
+        seed: Of the run; the trainer sets it.
+
+    Attributes:
+        find_unused_parameters: Of DDP; set it True in a task of which a step may leave parameters without gradients.
+    """
+
+    find_unused_parameters = False
+
+    def __init__(self, trainable_module: nn.Module, *, seed: int = 0) -> None:
+        super().__init__(verbose=False)
+        self.trainable_module = trainable_module
+        self.seed, self.step, self._draws = seed, 0, 0
+
+    def forward(self, input: Tensor | list[Tensor], target: Any = None) -> dict[str, Tensor]:
+        """The loss of one batch.
+
+        Args:
+            input: Images (B, 3, H, W), or a list of them, one a crop.
+            target: Whatever the data set gives beside the images, collated and on the device.
+
+        Returns:
+            "loss", a scalar to call backward on; detached scalars to log, by name; "output", the logits, if there are.
+            The loss is the mean over this process's batch: DDP averages it over the processes.
+        """
+        raise NotImplementedError
+
+    @property
+    def student(self) -> nn.Module:
+        """The trainable module itself, without DDP around it."""
+        return unwrap_model(self.trainable_module)
+
+    @property
+    def product(self) -> nn.Module:
+        """The plain timm model that comes out of the training: what is validated, averaged, saved and published."""
+        return self.student
+
+    def start_step(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        """Before step 0 <= step < total_steps: set what is scheduled. Call this one first: super().start_step(...)."""
+        self.step, self._draws = step, 0
+
+    def before_optimizer(self) -> None:
+        """Gradients are complete: cancel some of them, or clip them in a way that the trainer doesn't know."""
+
+    def end_step(self) -> None:
+        """The weights are new: update the teacher, queues, centres. Not called for a step that fp16 had to skip."""
+
+    def generator(self) -> torch.Generator:
+        """A new generator on the CPU for this step on this process: another at each call, the same in a resumed run."""
+        self._draws += 1
+        return seeding.generator(self.seed, self.step, rank(), self._draws)
+
+    def train(self, mode: bool = True) -> "TokenTask":
+        self.training = mode
+        self.trainable_module.train(mode)
+        return self
+
+    # The rest is the protocol of timm's own training script, of timm 1.0.31; 1.0.26 has less of it and never calls it.
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "TokenTask":
+        """Wrap the trainable module in DistributedDataParallel."""
+        options = {"find_unused_parameters": self.find_unused_parameters} | ddp_kwargs
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **options)
+        return self
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The product; with `ema` what `setup_ema` keeps, if it was called."""
+        if module is None and ema:
+            return getattr(self, "trainable_module_ema", None)
+        return self.product if module is None else module
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Tensor]:
+        """All that the task needs to go on, teachers and queues included, by names without DDP's `module.`."""
+        if ema:
+            return {}
+        return {_plain(name): value for name, value in self.state_dict().items() if not name.startswith(_EMA)}
+
+    def load_task_state(
+        self, state: Mapping[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
+        """Take up what `get_task_state` gave."""
+        if ema or not state:
+            return
+        names = {_plain(name): name for name in self.state_dict()}
+        given = {names.get(name, name): value for name, value in state.items()}
+        missing, unexpected = self.load_state_dict(given, strict=False)
+        missing = [name for name in missing if not name.startswith(_EMA)]
+        if strict and (missing or unexpected):
+            raise RuntimeError(
+                f"the state is not one of this {type(self).__name__}: missing {missing}, unexpected {unexpected}"
+            )
+
+
+_EMA, _DDP = "trainable_module_ema.", "trainable_module.module."
+
+
+def _plain(name: str) -> str:
+    return name.replace(_DDP, "trainable_module.", 1) if name.startswith(_DDP) else name

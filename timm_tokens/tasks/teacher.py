@@ -1,0 +1,41 @@
+"""Teachers: a frozen copy of the student that follows it as an exponential moving average."""
+
+import copy
+
+import torch
+from timm.utils import unwrap_model
+from torch import nn
+
+
+def frozen_copy(student: nn.Module) -> nn.Module:
+    """A deep copy without gradients, in evaluation mode (so without drop path). Call its `train()` where batch norm
+    should use the batch. `TokenTask.train` leaves its mode alone."""
+    return copy.deepcopy(unwrap_model(student)).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, for all that the teacher has, matched by name.
+
+    Parameters and floating-point buffers are averaged, in a few foreach kernels; integer buffers are copied. The
+    student may be wrapped in DDP, and may have more than the teacher (a predictor, say).
+
+    Args:
+        momentum: In [0, 1]; 1 leaves the teacher as it is.
+
+    Raises:
+        ValueError: The teacher has something that the student lacks, or of another shape.
+    """
+    source, averaged = unwrap_model(student).state_dict(), ([], [])
+    for name, value in teacher.state_dict().items():
+        given = source.get(name)
+        if given is None or given.shape != value.shape:
+            found = "nothing of this name" if given is None else f"shape {tuple(given.shape)}"
+            raise ValueError(f"the teacher's {name!r} has shape {tuple(value.shape)}, the student has {found}")
+        if value.is_floating_point():
+            averaged[0].append(value)
+            averaged[1].append(given)
+        else:
+            value.copy_(given)
+    if averaged[0]:
+        torch._foreach_lerp_(*averaged, 1 - momentum)
