@@ -5,8 +5,7 @@ label map is sampled once, on the training device, by `timm_tokens.ops.warp_toke
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from timm_tokens.data.rand_augment import TrackedRandAugment
+from timm_tokens.data.seeding import seeded
 
 
 class View(NamedTuple):
@@ -90,7 +90,7 @@ class TokenLabelTransform:
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> View:
         """Draw one view. All of its randomness comes from the generator, or from torch's own where none is given."""
-        with _seeded(generator):
+        with seeded(generator):
             image, matrix = self._crop(image)
             if self.rand_augment is not None:
                 image, step = self.rand_augment(image)
@@ -116,17 +116,3 @@ class TokenLabelTransform:
 
 _FLIP_COLUMNS = torch.tensor([[1.0, 0, 0], [0, -1, 1], [0, 0, 1]])
 _FLIP_ROWS = torch.tensor([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
-
-
-@contextmanager
-def _seeded(generator: torch.Generator | None) -> Iterator[None]:
-    """Seed the global generators, from which timm's and torchvision's pieces draw; put them back afterwards."""
-    seed = int(torch.randint(2**62, (), generator=generator))
-    states = torch.get_rng_state(), random.getstate()
-    torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPUs too
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])

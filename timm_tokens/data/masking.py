@@ -1,0 +1,109 @@
+"""Block-wise masks of patches: what a masked image model has to guess."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def block_masks(
+    count: int | Tensor,
+    grid: tuple[int, int],
+    batch: int | None = None,
+    *,
+    min_block: int | None = None,
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Mask exactly `count` patches of each image, in rectangles that may overlap.
+
+    Rectangles are drawn one after the other, their area uniform between min_block and what is still to mask, the
+    logarithm of their aspect ratio uniform, until there are enough; of the last one only the first rows are masked.
+    All images of the batch are drawn at once.
+
+    Args:
+        count: Patches to mask: one number, or one for each image (B,).
+        grid: (H, W), patches in a column and in a row.
+        batch: B, where count is one number.
+        min_block: The least area of a rectangle, in patches; None: a ninth of the grid, 16 of 14 x 14.
+        aspect: Range of height over width.
+        generator: Of the CPU.
+
+    Returns:
+        (B, H W) bool, True where masked, on the CPU.
+
+    Raises:
+        ValueError: If a count is not in [0, H W], or B is not given once.
+
+    Source: BEiT (arXiv 2106.08254), algorithm 1.
+    """
+    counts = _counts(count, batch, grid[0] * grid[1])
+    min_block = (min(grid) // 3) ** 2 if min_block is None else min_block
+    mask = torch.zeros(len(counts), grid[0] * grid[1], dtype=torch.bool)
+    for _ in range(100):  # 5 to 20 do, unless nearly everything is to be masked
+        missing = counts - mask.sum(1)
+        if not missing.any():
+            return mask
+        block = _draw_blocks(missing, grid, min_block, aspect, generator).flatten(1) & ~mask
+        mask |= block & (block.cumsum(1) <= missing[:, None])
+    order = torch.rand(mask.shape, generator=generator).masked_fill_(mask, 2).argsort(1).argsort(1)
+    return mask | (order < (counts - mask.sum(1))[:, None])
+
+
+def random_ratio_masks(
+    batch: int,
+    grid: tuple[int, int],
+    *,
+    ratio: tuple[float, float] = (0.1, 0.5),
+    prob: float = 0.5,
+    min_block: int | None = None,
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`block_masks` of a different share of each image: with probability `prob` uniform in `ratio`, otherwise none.
+
+    Returns:
+        (B, H W) bool, True where masked, on the CPU.
+
+    Raises:
+        ValueError: If ratio or prob is not within [0, 1].
+
+    Source: iBOT (arXiv 2111.07832), section 3.3 and appendix.
+    """
+    if not 0 <= ratio[0] <= ratio[1] <= 1:
+        raise ValueError(f"ratio must be a range within [0, 1], low first, got {ratio}")
+    if not 0 <= prob <= 1:
+        raise ValueError(f"prob must be in [0, 1], got {prob}")
+    share, chosen = torch.rand(2, batch, generator=generator)
+    counts = (ratio[0] + (ratio[1] - ratio[0]) * share) * (chosen < prob) * (grid[0] * grid[1])
+    return block_masks(counts.round().long(), grid, min_block=min_block, aspect=aspect, generator=generator)
+
+
+def _draw_blocks(
+    missing: Tensor,
+    grid: tuple[int, int],
+    min_block: int,
+    aspect: tuple[float, float],
+    generator: torch.Generator | None,
+) -> Tensor:
+    """One rectangle an image, (B, H, W) bool, of min_block to `missing` (B,) patches."""
+    area, shape, down, right = torch.rand(4, len(missing), generator=generator)
+    area = missing.clamp(max=min_block) + (missing - min_block).clamp(min=0) * area
+    shape = (math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * shape).exp()
+    sides = (area * shape).sqrt(), (area / shape).sqrt()
+    inside = []
+    for size, side, place in zip(grid, sides, (down, right), strict=True):
+        side = side.round().clamp(1, size)
+        first = (place * (size - side + 1)).floor()
+        index = torch.arange(size)
+        inside.append((index >= first[:, None]) & (index < (first + side)[:, None]))  # (B, size)
+    return inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def _counts(count: int | Tensor, batch: int | None, patches: int) -> Tensor:
+    if isinstance(count, Tensor) == (batch is not None):
+        raise ValueError("give count as one number with batch, or as a tensor (B,) without it")
+    counts = count.cpu() if isinstance(count, Tensor) else torch.full((batch,), count)
+    if counts.numel() and not 0 <= counts.min() <= counts.max() <= patches:
+        raise ValueError(f"count must be in [0, {patches}], got {counts.min():d} to {counts.max():d}")
+    return counts
