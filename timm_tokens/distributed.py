@@ -1,11 +1,12 @@
 """Reductions over the processes of a job: what a loss needs to see the whole batch. On one process they do nothing.
 
-No gradient passes through them. Where a loss divides by a reduced count, DistributedDataParallel, which averages the
-gradients of the processes, makes it the gradient of the joined batch.
+No gradient passes through them, except for `all_reduce_sum_with_gradient`. Where a loss divides by a reduced count,
+DistributedDataParallel, which averages the gradients of the processes, makes it the gradient of the joined batch.
 """
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as dist_with_gradient
 from torch import Tensor
 
 
@@ -26,6 +27,11 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     x = x.detach().clone()  # all_reduce writes in place
     dist.all_reduce(x, op=dist.ReduceOp.SUM)
     return x
+
+
+def all_reduce_sum_with_gradient(x: Tensor) -> Tensor:
+    """The sum of x over the processes; the gradient of x is the sum of theirs."""
+    return x if world_size() == 1 else dist_with_gradient.all_reduce(x)
 
 
 def all_reduce_max(x: Tensor) -> Tensor:

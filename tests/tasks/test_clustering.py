@@ -1,0 +1,25 @@
+import torch
+import torch.nn.functional as F
+
+from timm_tokens.tasks.clustering import JoinedBatchNorm, Projector, Prototypes
+
+
+def test_projections_have_unit_length():
+    projector = Projector(12, hidden=16, width=8)
+    torch.testing.assert_close(projector(torch.randn(6, 12)).norm(dim=1), torch.ones(6))
+
+
+def test_prototypes_are_cosines():
+    prototypes, x = Prototypes(8, 5), F.normalize(torch.randn(6, 8), dim=1)
+    expected = F.cosine_similarity(x[:, None], prototypes.weight[None], dim=2)
+    torch.testing.assert_close(prototypes(x), expected)
+    with torch.no_grad():
+        prototypes.weight.mul_(3)  # their length is of no matter
+    torch.testing.assert_close(prototypes(x), expected)
+
+
+def test_batch_norm_of_one_process_is_torchs():
+    own, torchs = JoinedBatchNorm(4), torch.nn.BatchNorm1d(4)
+    for x in torch.randn(3, 6, 4):
+        torch.testing.assert_close(own(x), torchs(x))
+    torch.testing.assert_close(own.state_dict(), torchs.state_dict())

@@ -1,0 +1,64 @@
+"""The head of clustering methods: a projector with batch norm over all processes, and prototypes of unit length.
+
+Shapes: B samples, C features, D projected, K prototypes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_tokens.distributed import all_reduce_sum_with_gradient, world_size
+
+
+class JoinedBatchNorm(nn.BatchNorm1d):
+    """Batch norm of (B, C) with the statistics of all processes' batches together, on any device.
+
+    torch's SyncBatchNorm is for GPUs alone. On one process this is nn.BatchNorm1d, and its state is the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        x = x.float()
+        sums = all_reduce_sum_with_gradient(torch.cat([x.sum(0), x.new_full((1,), len(x))]))
+        count = sums[-1]
+        mean = sums[:-1] / count
+        centred = x - mean
+        variance = all_reduce_sum_with_gradient(centred.square().sum(0)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+class Projector(nn.Sequential):
+    """(B, C) -> (B, D) of unit length: two hidden layers with batch norm and ReLU, and a linear one."""
+
+    def __init__(self, features: int, hidden: int = 2048, width: int = 256) -> None:
+        super().__init__(
+            nn.Linear(features, hidden, bias=False),  # the batch norm has one
+            JoinedBatchNorm(hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, hidden, bias=False),
+            JoinedBatchNorm(hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(super().forward(x), dim=1)
+
+
+class Prototypes(nn.Module):
+    """(B, D) of unit length -> (B, K) cosines with K prototypes: their weight is normed, whatever length it learns."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(count, width), dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.normalize(self.weight, dim=1))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"

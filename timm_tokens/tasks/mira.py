@@ -1,0 +1,162 @@
+"""Self-supervised clustering with mutual-information-regularised pseudo-labels (MIRA, arXiv 2211.02284).
+
+Shapes: B images, V crops of each, C features, D projected, K prototypes.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_tokens.losses import MIRALoss
+from timm_tokens.tasks.clustering import Projector, Prototypes
+from timm_tokens.tasks.schedules import cosine
+from timm_tokens.tasks.task import TokenTask
+from timm_tokens.tasks.teacher import frozen_copy, update_teacher
+
+
+class Encoder(nn.Module):
+    """A backbone and a projector, run on crops of several sizes, those of one size as one batch.
+
+    Args:
+        backbone: Any timm model with num_classes=0.
+        hidden: Width of the projector's hidden layers.
+        width: D.
+    """
+
+    def __init__(self, backbone: nn.Module, hidden: int, width: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = Projector(getattr(backbone, "head_hidden_size", backbone.num_features), hidden, width)
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        """V crops (B, 3, h, w), equal sizes next to each other -> (V B, D) of unit length, in the same order."""
+        sizes = groupby(crops, key=lambda crop: crop.shape[1:])
+        return self.projector(torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes]))
+
+
+class ClusteringStudent(nn.Module):
+    """An encoder and the prototypes that its projections are compared with: V crops -> V logits (B, K)."""
+
+    def __init__(self, encoder: Encoder, prototypes: Prototypes) -> None:
+        super().__init__()
+        self.encoder, self.prototypes = encoder, prototypes
+
+    def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.prototypes(self.encoder(crops)).chunk(len(crops))
+
+
+class MIRATask(TokenTask):
+    """The student predicts, from each crop of an image, the pseudo-labels that its teacher makes of another.
+
+        task = MIRATask(timm.create_model("resnet50", num_classes=0))
+
+    The teacher is a moving average of the student's backbone and projector, and compares with the student's own
+    prototypes; its batch norms use the batch. Pseudo-labels are made over the batches of all processes together, and
+    the projector's batch norms see them together, too. A backbone's own batch norms do not: see
+    `timm.layers.convert_sync_batchnorm`.
+
+    Args:
+        backbone: Any timm model, a conv net or a ViT, with num_classes=0; a ViT with dynamic_img_size=True if crops
+            have several sizes. It is `product`, trained.
+        criterion: `MIRALoss()` is the default; its temperatures are the loss's own.
+        num_prototypes: K.
+        hidden: Width of the projector's hidden layers.
+        width: D.
+        global_crops: How many crops, the first, the teacher sees.
+        beta: Strength of the information, from and to, along half a cosine; each in [0, 1).
+        momentum: Of the teacher's average, from and to, likewise.
+        frozen_epochs: For so long the prototypes do not learn.
+        seed: Of the run.
+
+    Raises:
+        ValueError: If the backbone has a classifier, or a value is out of its range.
+
+    Source: MIRA (arXiv 2211.02284), section 3 and appendix.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        criterion: MIRALoss | None = None,
+        *,
+        num_prototypes: int = 3000,
+        hidden: int = 2048,
+        width: int = 256,
+        global_crops: int = 2,
+        beta: tuple[float, float] = (0.75, 2 / 3),
+        momentum: tuple[float, float] = (0.99, 1.0),
+        frozen_epochs: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        _check(backbone, num_prototypes, global_crops, beta, momentum)
+        encoder = Encoder(backbone, hidden, width)
+        super().__init__(ClusteringStudent(encoder, Prototypes(width, num_prototypes)), seed=seed)
+        self.teacher = _use_batch_statistics(frozen_copy(encoder))
+        self.criterion = MIRALoss() if criterion is None else criterion
+        self.global_crops, self.frozen_epochs = global_crops, frozen_epochs
+        self.betas, self.momenta = tuple(beta), tuple(momentum)
+        self.beta, self.momentum, self.frozen = beta[0], momentum[0], frozen_epochs > 0
+
+    @property
+    def product(self) -> nn.Module:
+        """The student's backbone."""
+        return self.student.encoder.backbone
+
+    def start_step(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        super().start_step(step, total_steps, steps_per_epoch)
+        self.beta = cosine(*self.betas, step, total_steps)
+        self.momentum = cosine(*self.momenta, step, total_steps)
+        self.frozen = step < self.frozen_epochs * steps_per_epoch
+
+    def forward(self, input: list[Tensor], target: Any = None) -> dict[str, Tensor]:
+        """The loss of V crops (B, 3, h, w), those that the teacher sees first; information in nats beside it."""
+        if isinstance(input, Tensor) or len(input) < max(2, self.global_crops):
+            got = "one tensor" if isinstance(input, Tensor) else f"{len(input)} crops"
+            raise ValueError(f"MIRATask takes a list of {max(2, self.global_crops)} crops or more, got {got}")
+        logits = self.trainable_module(input)
+        terms = self.criterion(logits, self._teach(input[: self.global_crops]), beta=self.beta)
+        return terms._asdict()
+
+    @torch.no_grad()
+    def _teach(self, crops: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.student.prototypes(self.teacher(crops)).chunk(len(crops))
+
+    def before_optimizer(self) -> None:
+        if self.frozen:
+            self.student.prototypes.weight.grad = None  # not zero: weight decay and momentum would move them
+
+    def end_step(self) -> None:
+        update_teacher(self.teacher, self.student.encoder, self.momentum)
+
+
+def _use_batch_statistics(teacher: nn.Module) -> nn.Module:
+    for module in teacher.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = True  # not train(): timm's hold an activation, and may hold a dropout
+    return teacher
+
+
+def _check(
+    backbone: nn.Module,
+    num_prototypes: int,
+    global_crops: int,
+    beta: tuple[float, float],
+    momentum: tuple[float, float],
+) -> None:
+    if backbone.num_classes:
+        raise ValueError(
+            f"the backbone has a classifier for {backbone.num_classes} classes, but its features are to be clustered: "
+            "make it with num_classes=0, or call backbone.reset_classifier(0)"
+        )
+    for name, value in [("num_prototypes", num_prototypes), ("global_crops", global_crops)]:
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for value in beta:
+        if not 0 <= value < 1:
+            raise ValueError(f"beta must stay in [0, 1), got {beta}; 0 is the plain softmax")
+    for value in momentum:
+        if not 0 <= value <= 1:
+            raise ValueError(f"momentum must stay in [0, 1], got {momentum}")
