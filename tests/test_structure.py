@@ -19,7 +19,9 @@ ALLOWED = {  # what may import what, inside the package
     "parts": {"parts", "ops", "blocks"},
     "flops": {"ops", "blocks", "vit"},  # the class for its type alone
     "protocol": {"blocks"},
-    "vit": {"parts", "ops", "blocks", "flops", "protocol"},
+    "driver": {"parts", "ops", "blocks"},
+    "features": {"parts", "blocks"},
+    "vit": {"driver", "features", "parts", "ops", "blocks", "flops", "protocol"},
     "wrap": {"vit", "parts", "ops", "blocks", "flops"},
     "models": {"models", "vit", "wrap", "parts", "protocol"},
     "seeding": set(),

@@ -4,15 +4,18 @@ Importing this registers the package's models with timm.
 """
 
 from timm_tokens import data, fewshot, losses, models, ops, probing
+from timm_tokens.parts import DenseLogits
 from timm_tokens.vit import Tokens, TokenViT
-from timm_tokens.wrap import apply_dtem_merging
+from timm_tokens.wrap import add_aux_tokens, apply_dtem_merging, token_label_head
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DenseLogits",
     "TokenViT",
     "Tokens",
     "__version__",
+    "add_aux_tokens",
     "apply_dtem_merging",
     "data",
     "fewshot",
@@ -20,4 +23,5 @@ __all__ = [
     "models",
     "ops",
     "probing",
+    "token_label_head",
 ]

@@ -9,6 +9,7 @@ does something else, and is refused. A test compares every driven model with the
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from timm.layers import AttentionPoolLatent, AttentionRope, DiffAttention
 from timm.layers.attention import Attention
 from timm.models import Eva, VisionTransformer, VisionTransformerDistilled
@@ -99,11 +100,16 @@ def _name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def embed(base: nn.Module, images: Tensor) -> Embedded:
-    """Patches, position embedding, prefix tokens, patch dropout, norm: everything before the first block."""
+def embed(base: nn.Module, images: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Embedded:
+    """Patches, position embedding, prefix tokens, patch dropout, norm: everything before the first block.
+
+    `edit` changes the patches (B, N, C) before they get their position embedding.
+    """
     if isinstance(base, NaFlexVit):
-        return _embed_naflex(base, images)
+        return _embed_naflex(base, images, edit)
     x = base.patch_embed(images)
+    if edit is not None:  # (B, H, W, C) where image sizes are dynamic
+        x = edit(x) if x.ndim == 3 else edit(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
     if isinstance(base, Eva):
         x, rope = base._pos_embed(x)
         x = base.norm_pre(x)
@@ -112,21 +118,47 @@ def embed(base: nn.Module, images: Tensor) -> Embedded:
     return Embedded(base.norm_pre(base.patch_drop(base._pos_embed(x))), None)
 
 
-def _embed_naflex(base: NaFlexVit, images: Tensor) -> Embedded:
+def _embed_naflex(base: NaFlexVit, images: Tensor, edit: Callable[[Tensor], Tensor] | None) -> Embedded:
     if not isinstance(images, Tensor):
         raise TypeError(f"NaFlexVit is supported with images as a tensor (B, 3, H, W), got a {type(images).__name__}")
     stem = base._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
     x, keep = stem["patches"], stem["keep_indices"]
+    if edit is not None:
+        x = _edit_naflex(base, x, grid_size(base, images.shape[-2:]), edit)
     ropes = _per_block(stem["rope_embeds"], len(base.blocks), base.rope_is_mixed)
     if keep is not None and base.rope_is_mixed:  # timm leaves this gather to its own loop over the blocks
         ropes = [rope_rows(rope, keep) for rope in ropes]
     return Embedded(x, ropes)
 
 
+def _edit_naflex(base: NaFlexVit, x: Tensor, grid: tuple[int, int], edit: Callable[[Tensor], Tensor]) -> Tensor:
+    """Edit patches that have their position embedding already: take it off, and put it back."""
+    stem, prefix = base.embeds, base.num_prefix_tokens
+    dropout = base.training and (base.patch_drop is not None or stem.pos_drop.p > 0)
+    if dropout or not isinstance(base.norm_pre, nn.Identity):
+        raise ValueError(
+            "a NaFlexVit with patch dropout, position dropout or a norm before its blocks can't have its patches mixed "
+            "or masked: it does not give them out before that; build it without"
+        )
+    position = x.new_zeros(1, x.shape[1] - prefix, x.shape[2])
+    if stem.pos_embed_type == "learned":
+        stem._apply_learned_pos_embed(position, grid_size=grid)
+    elif stem.pos_embed_type == "factorized":
+        stem._apply_factorized_pos_embed(position, grid_size=grid)
+    return torch.cat([x[:, :prefix], edit(x[:, prefix:] - position) + position], dim=1)
+
+
 def _per_block(rope: Tensor | None, depth: int, mixed: bool) -> list[Tensor] | None:
     if rope is None:
         return None
     return list(rope) if mixed else [rope] * depth
+
+
+def unrotated(rope: Tensor, count: int) -> Tensor:
+    """The rotary embedding with `count` more tokens at its end that are not rotated: (..., N, D) -> (..., N + A, D)."""
+    sin, cos = rope.chunk(2, dim=-1)
+    shape = (*sin.shape[:-2], count, sin.shape[-1])
+    return torch.cat([rope, torch.cat([sin.new_zeros(shape), cos.new_ones(shape)], dim=-1)], dim=-2)
 
 
 def rope_rows(rope: Tensor, rows: Tensor | None) -> Tensor:
@@ -230,6 +262,11 @@ def head(base: nn.Module, x: Tensor, size: Tensor | None, pre_logits: bool = Fal
         return base.forward_head(x, pre_logits=pre_logits)
     x = base.head_drop(base.fc_norm(_pool(base, x, size, pooling)))
     return x if pre_logits else base.head(x)
+
+
+def head_norm(base: nn.Module, x: Tensor) -> Tensor:
+    """Tokens (B, N, C) after the final norm as a classifier of tokens wants them: normed also where timm norms last."""
+    return base.fc_norm(x)
 
 
 def pooled_from(base: nn.Module) -> int:

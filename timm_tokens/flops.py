@@ -36,6 +36,9 @@ def model_flops(model: "TokenViT", r: Any = None, image_size: tuple[int, int] | 
     embed_dim = merger.embed_dim if merger is not None else 0
     pooled = tokens[-1 if blocks.pools_by_size(base) else 0]
     total = stem_flops(base, image_size or model.image_size) + head_flops(base, pooled)
+    if model.head is not None:
+        own = 0 if model.head.cls is None else model.head.cls.weight.numel() - sum(map(_linear, _classifiers(base)))
+        total += own + (tokens[-1] - prefix) * model.head.tokens.weight.numel()
     for block, before, after in zip(base.blocks, tokens, tokens[1:], strict=False):
         metric = merger.flops_per_token(block) if merger is not None else 0
         total += block_flops(block_cost(block), before, before - after, prefix, metric, embed_dim)

@@ -17,7 +17,6 @@ class TimmProtocol:
 
     base: nn.Module
 
-    num_classes = _of_base("num_classes")
     num_features = _of_base("num_features")
     head_hidden_size = _of_base("head_hidden_size")
     embed_dim = _of_base("embed_dim")
@@ -31,6 +30,11 @@ class TimmProtocol:
         cfg.update({key: under_base(cfg[key]) for key in ("first_conv", "classifier") if cfg.get(key)})
         self.pretrained_cfg = self.default_cfg = cfg | {"architecture": "token_vit"}
         self.register_load_state_dict_pre_hook(_accept_plain_checkpoint)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the logits are for."""
+        return self.base.num_classes if self.head is None else self.head.num_classes
 
     @property
     def has_class_token(self) -> bool:
@@ -61,13 +65,22 @@ class TimmProtocol:
         Raises:
             ValueError: If the base was not made by timm.create_model, so that its name is unknown.
         """
-        args = {name: getattr(self, name) for name in ("num_classes", "in_chans", "global_pool")}
+        args = {name: getattr(self.base, name) for name in ("in_chans", "global_pool")}
         if getattr(blocks.stem(self.base), "img_size", None):
             args["img_size"] = list(self.image_size)
         args |= getattr(self.base, "_model_args", {})
         if self.pretrained_cfg["architecture"] == "token_vit":
             args["base"] = self._base_name()
-        return args | {"merger": None if self.merger is None else self.merger.config}
+        args["num_classes"] = self.num_classes
+        if self.num_classes != self.base.num_classes:
+            args["base_num_classes"] = self.base.num_classes
+        args |= {name: part and part.config for name, part in self.parts.items()}
+        return args | {"mask_token": self.mask_token is not None}
+
+    @property
+    def parts(self) -> dict[str, nn.Module | None]:
+        """The parts by name, None where the model has none."""
+        return {"aux": self.aux, "merger": self.merger, "head": self.head}
 
     def _base_name(self) -> str:
         cfg = getattr(self.base, "pretrained_cfg", None) or {}
@@ -98,15 +111,26 @@ class TimmProtocol:
         pass
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
-        """The base's classifier; two of them for distilled models."""
-        return self.base.get_classifier()
+        """The classifier of the class token: the head's own, or the base's; two of them for distilled models."""
+        return self.base.get_classifier() if self.head is None or self.head.cls is None else self.head.cls
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the base a new classifier, and another pooling if one is named."""
+        """Give the base a new classifier, and another pooling if one is named; a token-label head follows.
+
+        Without classes the model gives pooled features, and the token-label head goes.
+        """
         self.base.reset_classifier(num_classes, global_pool)
+        if self.head is not None:
+            self.head = self.head.resized(num_classes) if num_classes else None
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """Let a distilled base return both its heads' logits in training, as timm's distillation wants them."""
+        """Let a distilled base return both its heads' logits in training, as timm's distillation wants them.
+
+        Raises:
+            ValueError: If the model has a token-label head, which adds to one set of logits.
+        """
+        if enable and self.head is not None:
+            raise ValueError("a model with a token-label head gives one set of logits; distil one without the head")
         self.base.set_distilled_training(enable)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -123,15 +147,18 @@ class TimmProtocol:
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves alone."""
-        return {f"base.{name}" for name in self.base.no_weight_decay()}
+        return {f"base.{name}" for name in self.base.no_weight_decay()} | {"aux.tokens", "mask_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into layers, for layer-wise learning rates: each embedding with its block."""
+        """Patterns that sort parameters into layers, for layer-wise learning rates: each embedding with its block, new
+        tokens with the stem."""
         groups = {
             name: _patterns_under_base(patterns) for name, patterns in self.base.group_matcher(coarse=coarse).items()
         }
         if isinstance(groups.get("blocks"), list):
             groups["blocks"].append((r"^merger\.embed\.(\d+)", None))
+        if isinstance(groups.get("stem"), str):
+            groups["stem"] += r"|^aux\.tokens|^mask_token"
         return groups
 
     def prune_intermediate_layers(

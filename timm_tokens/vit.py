@@ -4,16 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from timm_tokens import blocks
+from timm_tokens.driver import Driver
+from timm_tokens.features import DenseFeatures
 from timm_tokens.flops import model_flops
-from timm_tokens.ops import size_bias
+from timm_tokens.ops import mix_tokens
 from timm_tokens.ops.matching import Matching
-from timm_tokens.ops.relaxed import RelaxedMatching
-from timm_tokens.parts.merger import TokenMerger, groups, unmerge_all
+from timm_tokens.parts import AuxTokens, DenseLogits, TokenLabelHead, TokenMerger
+from timm_tokens.parts.merger import unmerge_all
 from timm_tokens.protocol import TimmProtocol
 
 
@@ -35,29 +35,14 @@ class Tokens(NamedTuple):
     pooled: Tensor | None = None
 
 
-class Stream(NamedTuple):
-    """Tokens on their way through the blocks.
-
-    Attributes:
-        x: (B, N, C) tokens, prefix first.
-        effective: How many of them are still in the game: N, but for relaxed merging, which removes none.
-        size: (B, N) float32, how many patches each stands for; None while it is one each.
-        rows: (B, N - P) int64, which patch each token after the prefix has its rotary embedding from; None: its own.
-    """
-
-    x: Tensor
-    effective: int
-    size: Tensor | None = None
-    rows: Tensor | None = None
-
-
-class TokenViT(TimmProtocol, nn.Module):
+class TokenViT(Driver, DenseFeatures, TimmProtocol, nn.Module):
     """A timm ViT that is left as it is, and parts that act between its layers.
 
-        images -> base embeds -> for each block: attend -> [merger merges] -> feed -> base norm -> base head
+        images -> base embeds -> [aux appends its tokens] -> for each block: attend -> [merger merges] -> feed
+               -> base norm -> [aux splits off / pools its tokens] -> base head or [head: token-label head]
 
     The base stays a working plain ViT at `.base`; its weights are shared, its class and forward are untouched. Without
-    parts the outputs are the base's. Use `timm_tokens.apply_dtem_merging` to build one.
+    parts the outputs are the base's. Use `apply_dtem_merging`, `add_aux_tokens` and `token_label_head` to build one.
 
     FSDP must wrap the attentions and MLPs (or the whole model), not the blocks: a block whose tokens merge is called in
     two halves, which does not fire the block's own hooks. With metric="keys" FSDP must leave out the attentions, too:
@@ -66,31 +51,76 @@ class TokenViT(TimmProtocol, nn.Module):
 
     Args:
         base: A timm VisionTransformer, Eva or NaFlexVit.
-        merger: Merges tokens, or None.
+        aux: Auxiliary tokens, or None. merger: merges tokens, or None. head: the token-label head, or None.
+        mask_token: Whether to have a learned token (C,) that stands for masked patches, at `.mask_token`.
 
     Raises:
         TypeError: If the base can't be driven exactly; the message names its class and what is supported.
     """
 
-    aux = head = None  # parts that no model has yet
-
-    def __init__(self, base: nn.Module, *, merger: TokenMerger | None = None) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        aux: AuxTokens | None = None,
+        merger: TokenMerger | None = None,
+        head: TokenLabelHead | None = None,
+        mask_token: bool = False,
+    ) -> None:
         super().__init__()
         blocks.check(base, merging=merger is not None)
         self.base = base
+        self.aux = aux
         self.merger = merger
+        self.head = head
+        self.mask_token = None
+        if mask_token:
+            weights = next(base.parameters())
+            self.mask_token = nn.Parameter(weights.new_empty(base.embed_dim))
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
         self._frozen = False
         self._init_protocol()
 
-    def forward(self, images: Tensor, tokens: bool = False) -> Tensor | Tokens:
-        """Class logits (B, K) of images (B, 3, H, W); with tokens=True the features after the final norm."""
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        dense: bool = False,
+        box: Tensor | Sequence[int] | None = None,
+        tokens: bool = False,
+        mask: Tensor | None = None,
+        aux: bool = True,
+    ) -> Tensor | DenseLogits | Tokens:
+        """Class logits (B, K) of images (B, 3, H, W), in training and evaluation alike.
+
+        Args:
+            dense: Give `DenseLogits` instead: the class token's logits and those of every patch. Needs the head.
+            box: (top, left, bottom, right) on the patch grid: the patches inside are taken from the flipped batch, and
+                their logits are given back to their own images (MixToken). With dense=True.
+            tokens: Give `Tokens` instead: the features after the final norm.
+            mask: (B, N) bool: these patches are replaced by the mask token (zeros if the model has none) before they
+                get their position embedding.
+            aux: With tokens=True, whether auxiliary tokens are computed; nothing else needs them.
+
+        Raises:
+            ValueError: If the arguments don't fit each other, the model's parts or the images.
+        """
+        self._check_call(dense, box, tokens)
+        edit = None if box is None and mask is None else self._edit(images, box, mask)
         if tokens:
-            return self._tokens(images)
-        stream, trace = self._encode(images)
-        x, size = self.base.norm(stream.x), stream.size
-        if trace and not blocks.pools_by_size(self.base):
+            return self._tokens(images, edit, aux and self.aux is not None)
+        stream, trace = self._encode(images, edit)
+        x = self.base.norm(stream.x)
+        if self.head is None:
+            return self._classify(x, stream.size, trace)
+        cls = self._classify(x, stream.size, trace, self.head.cls)
+        if dense:
+            logits = self.head.tokens(self._patches(unmerge_all(trace, x)))
+            return DenseLogits(cls, logits if box is None else mix_tokens(logits, box, self._grid(images)))
+        size = stream.size
+        if trace and not isinstance(trace[0], Matching):  # relaxed: tokens that are gone still have their rows
             x, size = unmerge_all(trace, x), None
-        return blocks.head(self.base, x, size)
+        size = None if size is None else size[:, self.num_prefix_tokens :]
+        return self.head(cls, self._patches(x), size)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens (B, P + N, C) after the final norm, un-merged: every patch has its group's token.
@@ -102,114 +132,71 @@ class TokenViT(TimmProtocol, nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify what `forward_features` gives: (B, P + N, C) -> (B, K)."""
-        return self.base.forward_head(x, pre_logits=pre_logits)
+        if self.head is None or pre_logits:
+            return self.base.forward_head(x, pre_logits=pre_logits)
+        cls = self._classify(x, None, [], self.head.cls)
+        return self.head(cls, self._patches(x))
 
-    def _tokens(self, images: Tensor) -> Tokens:
-        x = self.forward_features(images)
+    def _classify(self, x: Tensor, size: Tensor | None, trace: list, classifier: nn.Module | None = None) -> Tensor:
+        """Class logits of normed tokens: by the base's head, or by another classifier of its pooled features."""
+        if trace and not blocks.pools_by_size(self.base):
+            x, size = unmerge_all(trace, x), None
+        if classifier is None:
+            return blocks.head(self.base, x, size)
+        return classifier(blocks.head(self.base, x, size, pre_logits=True))
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """The patch tokens of normed tokens (B, P + N, C), as a classifier of tokens wants them."""
+        return blocks.head_norm(self.base, x[:, self.num_prefix_tokens :])
+
+    def _tokens(self, images: Tensor, edit: Callable[[Tensor], Tensor] | None, aux: bool) -> Tokens:
+        stream, trace = self._encode(images, edit, aux=aux)
+        x, extra = stream.split(self.base.norm(stream.x))
+        x = unmerge_all(trace, x)
         prefix, patches = x.split([self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens], dim=1)
-        return Tokens(x[:, 0] if self.has_class_token else self.forward_head(x, pre_logits=True), prefix, patches)
+        cls = x[:, 0] if self.has_class_token else self.base.forward_head(x, pre_logits=True)
+        pooled = None
+        if aux and self.aux.pool is not None:
+            grid = self._grid(images)
+            if patches.shape[1] != grid[0] * grid[1]:
+                raise ValueError(
+                    f"{patches.shape[1]} patches don't fill the grid of {grid[0]} x {grid[1]}, as pooled tokens need; "
+                    "build the base without patch dropout"
+                )
+            pooled = self.aux.pool(patches.transpose(1, 2).unflatten(2, grid))
+        return Tokens(cls, prefix, patches, extra if stream.num_aux else None, pooled)
 
-    def _encode(
-        self, images: Tensor, on_block: Callable[[int, Tensor, list], None] | None = None, depth: int | None = None
-    ) -> tuple[Stream, list[Matching | RelaxedMatching]]:
-        """The driver loop over the first `depth` blocks: the tokens, and what was merged on the way.
+    def _edit(
+        self, images: Tensor, box: Tensor | Sequence[int] | None, mask: Tensor | None
+    ) -> Callable[[Tensor], Tensor]:
+        """What happens to the patches (B, N, C) before their position embedding: masking, then mixing."""
+        grid = self._grid(images)
+        expected = (images.shape[0], grid[0] * grid[1])
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != expected):
+            raise ValueError(
+                f"mask must be bool (B, N) = {expected} for a grid of {grid[0]} x {grid[1]} patches, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
 
-        `on_block` is called after each block with its index, the tokens, and the merges so far.
-        """
-        x, ropes = blocks.embed(self.base, images)
-        stream, trace = Stream(x, effective=x.shape[1]), []
-        for i in range(len(self.base.blocks) if depth is None else depth):
-            rope = None if ropes is None else ropes[i]
-            if self.base.grad_checkpointing:
-                stream, matching = checkpoint(self._block, i, stream, rope)
-            else:
-                stream, matching = self._block(i, stream, rope)
-            if matching is not None:
-                trace.append(matching)
-            if on_block is not None:
-                on_block(i, stream.x, trace)
-        return stream, trace
+        def edit(x: Tensor) -> Tensor:
+            if mask is not None:
+                token = x.new_zeros(()) if self.mask_token is None else self.mask_token.to(x.dtype)
+                x = torch.where(mask.unsqueeze(2), token, x)
+            return x if box is None else mix_tokens(x, box, grid)
 
-    def _block(self, i: int, stream: Stream, rope: Tensor | None) -> tuple[Stream, Matching | RelaxedMatching | None]:
-        block, x, attention = self.base.blocks[i], stream.x, {}
-        if rope is not None:
-            attention["rope"] = blocks.rope_rows(rope, stream.rows)
-        if stream.size is not None and self.merger.prop_attn:  # no bias while all sizes are 1: keeps the flash kernel
-            attention["attn_mask"] = size_bias(stream.size).to(x.dtype)
-        if self.merger is None or not self.merger.count(i, stream.effective, self.num_prefix_tokens):
-            return stream._replace(x=block(x, **attention)), None
-        y = blocks.read(block, x)
-        x = blocks.attend(block, x, y, **attention)
-        merged = self.merger(i, block, x, y, stream.size, stream.effective, self.num_prefix_tokens)
-        rows = None if rope is None else self._rows(stream, merged.matching)
-        return Stream(blocks.feed(block, merged.x), merged.effective, merged.size, rows), merged.matching
+        return edit
 
-    def _rows(self, stream: Stream, matching: Matching | RelaxedMatching) -> Tensor:
-        """A merged token keeps the rotary embedding of the token that the others merged into."""
-        kept = matching.kept() if isinstance(matching, Matching) else matching.order
-        rows = kept[:, self.num_prefix_tokens :] - self.num_prefix_tokens
-        return rows if stream.rows is None else stream.rows.gather(1, rows)
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of the images' patches."""
+        return blocks.grid_size(self.base, images.shape[-2:])
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-    ) -> Any:
-        """Features after chosen blocks, un-merged to the full grid; arguments and results as timm's.
-
-        Args:
-            x: (B, 3, H, W) images.
-            indices: The last n blocks if an int, all if None, else these blocks.
-            return_prefix_tokens: Return (patches, prefix tokens) pairs.
-            norm: Apply the final norm to each.
-            stop_early: Don't run the blocks after the last one asked for.
-            output_fmt: "NCHW" for maps (B, C, H, W), "NLC" for tokens (B, N, C).
-            intermediates_only: Leave the final features out.
-            output_dict: Return a dict with "image_intermediates", "image_intermediates_prefix", "image_features".
-
-        Raises:
-            ValueError: If output_fmt is unknown.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        taken, final_norm = [], self.base.norm
-        take_indices, last = feature_take_indices(len(self.base.blocks), indices)
-
-        def on_block(i: int, x: Tensor, trace: list) -> None:
-            if i in take_indices:
-                taken.append(unmerge_all(trace, final_norm(x) if norm else x))
-
-        stream, trace = self._encode(x, on_block, depth=last + 1 if stop_early else None)
-        final = None if intermediates_only else unmerge_all(trace, final_norm(stream.x))
-        prefix = [y[:, : self.num_prefix_tokens] for y in taken]
-        maps = [y[:, self.num_prefix_tokens :] for y in taken]
-        if output_fmt == "NCHW":
-            grid = blocks.grid_size(self.base, x.shape[-2:])
-            maps = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in maps]
-        return _pack(maps, prefix if return_prefix_tokens and self.num_prefix_tokens else None, final, output_dict)
-
-    @torch.no_grad()
-    def token_groups(self, images: Tensor, block: int | None = None) -> Tensor:
-        """Which token, counted after the prefix, each patch of images (B, 3, H, W) ends in: (B, rows, columns) int64.
-
-        Tokens are merged as in evaluation, whatever mode the model is in. With `block`, it is the token after so many
-        blocks.
-        """
-        training = self.training
-        try:
-            _, trace = self.eval()._encode(images, depth=block)
-        finally:
-            self.train(training)
-        grid = blocks.grid_size(self.base, images.shape[-2:])
-        if not trace:
-            return torch.arange(grid[0] * grid[1], device=images.device).view(1, *grid).repeat(len(images), 1, 1)
-        return groups(trace)[:, self.num_prefix_tokens :].unflatten(1, grid) - self.num_prefix_tokens
+    def _check_call(self, dense: bool, box: Any, tokens: bool) -> None:
+        if dense and self.head is None:
+            raise ValueError("dense=True needs a token-label head; give the model one with token_label_head(model)")
+        if dense and tokens:
+            raise ValueError("ask for dense=True or tokens=True, not both")
+        if box is not None and not dense:
+            raise ValueError("box mixes the batch's patches (MixToken), whose logits need dense=True")
 
     def flops(self, r: Any = None, image_size: tuple[int, int] | None = None) -> int:
         """Multiply-adds for one image in evaluation, from shapes alone.
@@ -231,12 +218,3 @@ class TokenViT(TimmProtocol, nn.Module):
         if self._frozen:
             self.base.eval()
         return self
-
-
-def _pack(maps: list[Tensor], prefix: list[Tensor] | None, final: Tensor | None, as_dict: bool) -> Any:
-    """The results of forward_intermediates in timm's forms."""
-    if as_dict:
-        packed = {"image_intermediates": maps, "image_intermediates_prefix": prefix, "image_features": final}
-        return {name: value for name, value in packed.items() if value is not None}
-    maps = maps if prefix is None else list(zip(maps, prefix, strict=True))
-    return maps if final is None else (final, maps)

@@ -6,7 +6,7 @@ from torch import nn
 
 from timm_tokens import blocks
 from timm_tokens.flops import model_flops
-from timm_tokens.parts import TokenMerger
+from timm_tokens.parts import AuxTokens, TokenLabelHead, TokenMerger
 from timm_tokens.vit import TokenViT
 
 
@@ -43,7 +43,7 @@ def apply_dtem_merging(
             this share of the base's.
 
     Returns:
-        A TokenViT around the same base, with a merger.
+        A TokenViT around the same base, with a merger and the parts that `model` had.
 
     Raises:
         TypeError: If the model can't be driven (the message names its block class), or r has the wrong type.
@@ -51,17 +51,137 @@ def apply_dtem_merging(
 
     Source: DTEM (arXiv 2412.10569); ToMe (arXiv 2210.09461) for metric="keys".
     """
-    base = model.base if isinstance(model, TokenViT) else model
-    if isinstance(model, TokenViT) and model.merger is not None:
-        raise ValueError("this model merges tokens already; set model.merger.r, or wrap model.base to start again")
+    base = _base_without(model, "merger", "merges tokens already; set model.merger.r")
     if r is not None and flops_ratio is not None:
         raise ValueError(f"give r or flops_ratio, not both, got r={r} and flops_ratio={flops_ratio}")
     blocks.check(base, merging=True)
     options = dict(embed_dim=embed_dim, metric=metric, candidates=candidates, tau1=tau1, tau2=tau2, prop_attn=prop_attn)
-    merged = TokenViT(base, merger=TokenMerger(base, 8 if r is None else r, **options))
+    merged = _with_part(model, merger=TokenMerger(base, 8 if r is None else r, **options))
     if flops_ratio is not None:
         merged.merger.r = smallest_r(merged, flops_ratio)
     return merged
+
+
+def add_aux_tokens(
+    model: nn.Module,
+    num_cls: int = 6,
+    num_pooled: int = 6,
+    *,
+    kernel_size: int = 11,
+    pool_weight: str = "channel",
+    pool_norm: str = "softmax",
+    aux_sees_cls: bool = False,
+    aux_sees_aux: bool = False,
+) -> TokenViT:
+    """Give a ViT auxiliary tokens, which help to pre-train it and are dropped afterwards (MTE).
+
+        vit = timm.create_model("vit_small_patch16_224", num_classes=0)
+        model = timm_tokens.add_aux_tokens(vit)
+        cls, prefix, patches, aux_cls, pooled = model(images, tokens=True)
+
+    The model's own tokens never see an auxiliary one: `model(images)` is the base's output, at the base's cost, and
+    `model.base` is the plain ViT to keep. `Tokens.aux_cls` are (B, k_a, C) auxiliary class tokens, `Tokens.pooled`
+    (B, k_p, C) tokens pooled from the patches.
+
+    Args:
+        model: A timm ViT, or a TokenViT without auxiliary tokens.
+        num_cls: k_a, auxiliary class tokens. num_pooled: k_p, adaptively pooled tokens.
+        kernel_size: Side of the convolution that makes the pooling weights, odd.
+        pool_weight: "channel": each channel has pooling weights of its own; "spatial": one map of weights a token.
+        pool_norm: "softmax": pooling weights sum to 1; "none": they are the convolution's output.
+        aux_sees_cls: Whether auxiliary class tokens attend to the class token and other prefix tokens.
+        aux_sees_aux: Whether auxiliary class tokens attend to each other.
+
+    Returns:
+        A TokenViT around the same base, with auxiliary tokens and the parts that `model` had.
+
+    Raises:
+        TypeError: If the model can't be driven (the message names its block class), or a count is no int.
+        ValueError: If the model has auxiliary tokens already, or a value is out of range.
+
+    Source: MTE (arXiv 2411.15787). For backbones without attention, or with several stages, use
+    `timm_tokens.parts.AdaptivePool` on their last feature map.
+    """
+    base = _base_without(model, "aux", "has auxiliary tokens already")
+    blocks.check(base, merging=False)
+    options = dict(kernel_size=kernel_size, pool_weight=pool_weight, pool_norm=pool_norm)
+    sees = dict(aux_sees_cls=aux_sees_cls, aux_sees_aux=aux_sees_aux)
+    return _with_part(model, aux=AuxTokens(base.embed_dim, num_cls, num_pooled, **options, **sees))
+
+
+def token_label_head(
+    model: nn.Module, num_classes: int | None = None, *, pool: str = "max", pool_weight: float = 0.5
+) -> TokenViT:
+    """Give a ViT a classifier for every patch token, for token labeling and dense predictions.
+
+        vit = timm.create_model("vit_small_patch16_224", num_classes=100)
+        model = timm_tokens.token_label_head(vit)
+        logits = model(images)  # (B, K): the class token's logits + 0.5 times the largest of the patches'
+        cls, tokens = model(images, dense=True)  # (B, K) and (B, N, K), for TokenLabelLoss
+
+    With merging, a token's logits go to every patch of its group.
+
+    Args:
+        model: A timm ViT, or a TokenViT without such a head.
+        num_classes: K; None: the model's. With another number than the base's own classifier has, the head brings its
+            own classifier for the class token, too, and the base keeps its own.
+        pool: How patch logits are pooled for `model(images)`: "max" or "avg".
+        pool_weight: Weight of the pooled patch logits there.
+
+    Returns:
+        A TokenViT around the same base, with the head and the parts that `model` had.
+
+    Raises:
+        TypeError: If the model can't be driven (the message names its block class), or num_classes is no int.
+        ValueError: If the model has such a head already, or has no classes and none are given.
+
+    Source: token labeling (arXiv 2104.10858), section 3.
+    """
+    base = _base_without(model, "head", "has a token-label head already; use model.reset_classifier(num_classes)")
+    blocks.check(base, merging=False)
+    if num_classes is None and not base.num_classes:
+        raise ValueError("the model has no classes (num_classes=0): give num_classes")
+    own = base.head_hidden_size if num_classes not in (None, base.num_classes) else None
+    classes = base.num_classes if num_classes is None else num_classes
+    return _with_part(
+        model, head=TokenLabelHead(base.embed_dim, classes, own_classifier=own, pool=pool, pool_weight=pool_weight)
+    )
+
+
+def add_mask_token(model: nn.Module) -> TokenViT:
+    """Give a ViT a learned token for masked patches, at `.mask_token`: see `mask` of `TokenViT.forward`.
+
+    Args:
+        model: A timm ViT, or a TokenViT without mask token.
+
+    Raises:
+        TypeError: If the model can't be driven. ValueError: if it has a mask token already.
+    """
+    _base_without(model, "mask_token", "has a mask token already")
+    return _with_part(model, mask_token=True)
+
+
+def _base_without(model: nn.Module, part: str, problem: str) -> nn.Module:
+    """The plain ViT in `model`, which must not have the part yet."""
+    if isinstance(model, TokenViT) and getattr(model, part) is not None:
+        raise ValueError(f"this model {problem}, or wrap model.base to start again")
+    return model.base if isinstance(model, TokenViT) else model
+
+
+def _with_part(model: nn.Module, mask_token: bool = False, **part: nn.Module) -> TokenViT:
+    """A TokenViT with the model's parts and one more, on the model's device, in its type and its mode."""
+    had = model if isinstance(model, TokenViT) else None
+    base = model if had is None else had.base
+    parts = ({} if had is None else had.parts) | part
+    blocks.check(base, merging=parts.get("merger") is not None)
+    weights = next(base.parameters())
+    for new in part.values():
+        new.to(weights)
+    built = TokenViT(base, **parts, mask_token=mask_token)
+    if had is not None:
+        built._frozen = had._frozen
+        built.mask_token = built.mask_token if had.mask_token is None else had.mask_token
+    return built.train(model.training)
 
 
 def smallest_r(model: TokenViT, flops_ratio: float) -> int:

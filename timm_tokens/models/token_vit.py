@@ -9,14 +9,18 @@ from torch import Tensor
 
 from timm_tokens.protocol import under_base
 from timm_tokens.vit import TokenViT
-from timm_tokens.wrap import apply_dtem_merging
+from timm_tokens.wrap import add_aux_tokens, add_mask_token, apply_dtem_merging, token_label_head
 
 
 def build(
     variant: str,
     pretrained: bool,
     base: str,
+    aux: dict[str, Any] | None = None,
     merger: dict[str, Any] | None = None,
+    head: dict[str, Any] | None = None,
+    mask_token: bool = False,
+    base_num_classes: int | None = None,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -28,7 +32,11 @@ def build(
         pretrained: Load weights: the base's own, or those of a whole TokenViT where timm found such a checkpoint
             (`local-dir:`, `hf-hub:`).
         base: Any timm ViT's name, with or without a tag.
+        aux: Arguments of `timm_tokens.add_aux_tokens`, or None.
         merger: Arguments of `timm_tokens.apply_dtem_merging`, or None.
+        head: Arguments of `timm_tokens.token_label_head`, or None.
+        mask_token: Whether to have a learned token for masked patches.
+        base_num_classes: Classes of the base's own classifier, where the head's are others; None: num_classes.
         pretrained_cfg: A tag of the base's weights; or, from timm, the description of a whole checkpoint.
         pretrained_cfg_overlay: Replacements in it, such as dict(file="weights.safetensors") for the base's weights.
         kwargs: timm's arguments for the base (num_classes, img_size, drop_path_rate, features_only, ...).
@@ -44,8 +52,12 @@ def build(
         weights["pretrained_cfg_overlay"] = pretrained_cfg_overlay
 
     def create(**base_args: Any) -> TokenViT:
-        vit = timm.create_model(base, **weights, **base_args)
-        return TokenViT(vit) if merger is None else apply_dtem_merging(vit, **merger)
+        if base_num_classes is not None:
+            base_args["num_classes"] = base_num_classes
+        model = TokenViT(timm.create_model(base, **weights, **base_args))
+        for add, options in ((add_aux_tokens, aux), (apply_dtem_merging, merger), (token_label_head, head)):
+            model = model if options is None else add(model, **options)
+        return add_mask_token(model) if mask_token else model
 
     return build_model_with_cfg(
         create,

@@ -1,7 +1,7 @@
 """Pure functions on tensors: everything here needs torch alone and holds no state."""
 
 from timm_tokens.ops.assignment import Information, assignment_information, mira_assign
-from timm_tokens.ops.attention import size_bias
+from timm_tokens.ops.attention import aux_attention_mask, size_bias
 from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
 from timm_tokens.ops.labels import SparseLabels, crop_maps, crop_token_labels, warp_token_labels
 from timm_tokens.ops.matching import Matching, bipartite_match, merge, unmerge
@@ -16,6 +16,7 @@ __all__ = [
     "Matching",
     "SparseLabels",
     "assignment_information",
+    "aux_attention_mask",
     "bipartite_match",
     "crop_maps",
     "crop_token_labels",

@@ -1,5 +1,6 @@
 """Attention masks and biases: everything the methods do to attention is added to its scores."""
 
+import torch
 from torch import Tensor
 
 
@@ -12,3 +13,40 @@ def size_bias(size: Tensor) -> Tensor:
     Source: proportional attention, ToMe (arXiv 2210.09461), equation 1.
     """
     return (size.float() + 1e-6).log_().unsqueeze(1).unsqueeze(1)
+
+
+def aux_attention_mask(
+    num_tokens: int,
+    num_prefix_tokens: int,
+    num_aux: int,
+    *,
+    sees_prefix: bool = False,
+    sees_aux: bool = False,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Additive attention mask for auxiliary tokens that stand after the model's own tokens.
+
+    The model's own tokens never see an auxiliary token; so dropping those changes nothing. An auxiliary token sees the
+    patches and itself.
+
+    Args:
+        num_tokens: N, the model's own tokens, P = num_prefix_tokens of them first that are no patches.
+        num_aux: A, auxiliary tokens.
+        sees_prefix: Auxiliary tokens also see the prefix tokens. sees_aux: they also see each other.
+
+    Returns:
+        (1, 1, N + A, N + A), queries by keys: 0 where the key is seen, -inf where not.
+
+    Source: MTE (arXiv 2411.15787): class and patch tokens are masked from the auxiliary class tokens.
+    """
+    position = torch.arange(num_tokens + num_aux, device=device)
+    query, key = position.unsqueeze(1), position.unsqueeze(0)
+    query_is_aux, key_is_aux = query >= num_tokens, key >= num_tokens
+    hidden = key_is_aux & ~query_is_aux
+    if not sees_aux:
+        hidden = hidden | (key_is_aux & query_is_aux & (query != key))
+    if not sees_prefix:
+        hidden = hidden | (query_is_aux & (key < num_prefix_tokens))
+    mask = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill(hidden, float("-inf"))
+    return mask.unsqueeze(0).unsqueeze(0)

@@ -1,0 +1,110 @@
+"""The loop that drives a timm ViT block by block, and what may happen to its tokens on the way."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from timm_tokens import blocks
+from timm_tokens.ops import size_bias
+from timm_tokens.ops.matching import Matching
+from timm_tokens.ops.relaxed import RelaxedMatching
+from timm_tokens.parts import AuxTokens, TokenMerger
+
+
+class Stream(NamedTuple):
+    """Tokens on their way through the blocks.
+
+    Attributes:
+        x: (B, N + A, C) the model's own tokens, prefix first, then auxiliary ones.
+        num_aux: A.
+        effective: How many of the N are still in the game: N, but for relaxed merging, which removes none.
+        size: (B, N) float32, how many patches each stands for; None while it is one each.
+        rows: (B, N - P) int64, which patch each token after the prefix has its rotary embedding from; None: its own.
+    """
+
+    x: Tensor
+    num_aux: int
+    effective: int
+    size: Tensor | None = None
+    rows: Tensor | None = None
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's own tokens and the auxiliary ones of x (B, N + A, C)."""
+        main = x.shape[1] - self.num_aux
+        return x[:, :main], x[:, main:]
+
+
+class Driver:
+    """Mixed into TokenViT: runs the base's blocks, with merging and auxiliary tokens where the model has them."""
+
+    base: nn.Module
+    aux: AuxTokens | None
+    merger: TokenMerger | None
+    num_prefix_tokens: int
+
+    def _encode(
+        self,
+        images: Tensor,
+        edit: Callable[[Tensor], Tensor] | None = None,
+        *,
+        aux: bool = False,
+        on_block: Callable[[int, Tensor, list], None] | None = None,
+        depth: int | None = None,
+    ) -> tuple[Stream, list[Matching | RelaxedMatching]]:
+        """The driver loop over the first `depth` blocks: the tokens, and what was merged on the way.
+
+        `edit` changes the patches before their position embedding; `on_block` is called after each block with its
+        index, the tokens, and the merges so far.
+        """
+        x, ropes = blocks.embed(self.base, images, edit)
+        stream, trace = Stream(x, num_aux=0, effective=x.shape[1]), []
+        if aux and self.aux.tokens is not None:
+            stream = stream._replace(x=self.aux.append(x), num_aux=self.aux.num_cls)
+        for i in range(len(self.base.blocks) if depth is None else depth):
+            rope = None if ropes is None else ropes[i]
+            if self.base.grad_checkpointing:
+                stream, matching = checkpoint(self._block, i, stream, rope)
+            else:
+                stream, matching = self._block(i, stream, rope)
+            if matching is not None:
+                trace.append(matching)
+            if on_block is not None:
+                on_block(i, stream.x, trace)
+        return stream, trace
+
+    def _block(self, i: int, stream: Stream, rope: Tensor | None) -> tuple[Stream, Matching | RelaxedMatching | None]:
+        block, x, attention = self.base.blocks[i], stream.x, self._attention(stream, rope)
+        if self.merger is None or not self.merger.count(i, stream.effective, self.num_prefix_tokens):
+            return stream._replace(x=block(x, **attention)), None
+        y = blocks.read(block, x)
+        x, aux = stream.split(blocks.attend(block, x, y, **attention))
+        y, _ = stream.split(y)
+        merged = self.merger(i, block, x, y, stream.size, stream.effective, self.num_prefix_tokens)
+        x = torch.cat([merged.x, aux], dim=1) if stream.num_aux else merged.x
+        rows = None if rope is None else self._rows(stream, merged.matching)
+        return Stream(blocks.feed(block, x), stream.num_aux, merged.effective, merged.size, rows), merged.matching
+
+    def _attention(self, stream: Stream, rope: Tensor | None) -> dict[str, Tensor]:
+        """The arguments by which a block's attention learns of rotary positions, sizes and auxiliary tokens."""
+        arguments, x = {}, stream.x
+        if rope is not None:
+            rope = blocks.rope_rows(rope, stream.rows)
+            arguments["rope"] = blocks.unrotated(rope, stream.num_aux) if stream.num_aux else rope
+        bias = None
+        if stream.size is not None and self.merger.prop_attn:  # no bias while all sizes are 1: keeps the flash kernel
+            bias = size_bias(stream.size).to(x.dtype)
+        if stream.num_aux:
+            mask = self.aux.mask(x, self.num_prefix_tokens)
+            bias = mask if bias is None else mask + nn.functional.pad(bias, (0, stream.num_aux))
+        if bias is not None:
+            arguments["attn_mask"] = bias
+        return arguments
+
+    def _rows(self, stream: Stream, matching: Matching | RelaxedMatching) -> Tensor:
+        """A merged token keeps the rotary embedding of the token that the others merged into."""
+        kept = matching.kept() if isinstance(matching, Matching) else matching.order
+        rows = kept[:, self.num_prefix_tokens :] - self.num_prefix_tokens
+        return rows if stream.rows is None else stream.rows.gather(1, rows)

@@ -1,0 +1,149 @@
+"""MTE: auxiliary tokens for self-supervised pre-training (arXiv 2411.15787).
+
+Auxiliary class tokens travel through the blocks beside the model's own tokens, which never see them; adaptively pooled
+tokens are made from the final patches. Both teach the global token while pre-training and are dropped afterwards: the
+base's outputs are the same with and without them.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from timm_tokens.ops import aux_attention_mask
+
+POOL_WEIGHTS = ("channel", "spatial")
+POOL_NORMS = ("softmax", "none")
+
+
+class AuxTokens(nn.Module):
+    """Auxiliary class tokens and adaptively pooled tokens.
+
+    Args:
+        embed_dim: C, the width of the model's tokens.
+        num_cls: k_a, auxiliary class tokens: learned vectors, appended after all other tokens.
+        num_pooled: k_p, pooled tokens; see `AdaptivePool`.
+        kernel_size, pool_weight, pool_norm: Of the pooling.
+        aux_sees_cls: Whether auxiliary class tokens attend to the class token and the other prefix tokens.
+        aux_sees_aux: Whether they attend to each other; each always attends to itself and to the patches.
+
+    Raises:
+        TypeError: If a count is no int. ValueError: if a value is out of range.
+
+    Source: MTE (arXiv 2411.15787). The paper states the two kinds of tokens, the masking and the large kernel; the
+    arguments' defaults beyond that are this package's.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_cls: int = 6,
+        num_pooled: int = 6,
+        *,
+        kernel_size: int = 11,
+        pool_weight: str = "channel",
+        pool_norm: str = "softmax",
+        aux_sees_cls: bool = False,
+        aux_sees_aux: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_count("num_cls", num_cls)
+        _check_count("num_pooled", num_pooled)
+        self.num_cls, self.num_pooled = num_cls, num_pooled
+        self.aux_sees_cls, self.aux_sees_aux = aux_sees_cls, aux_sees_aux
+        self.pool_options = dict(kernel_size=kernel_size, pool_weight=pool_weight, pool_norm=pool_norm)
+        # drawn each for itself: equal tokens would stay equal for ever
+        self.tokens = nn.Parameter(trunc_normal_(torch.empty(num_cls, embed_dim), std=0.02)) if num_cls else None
+        self.pool = AdaptivePool(embed_dim, num_pooled, **self.pool_options) if num_pooled else None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that build this part again, as plain data."""
+        names = ("num_cls", "num_pooled", "aux_sees_cls", "aux_sees_aux")
+        return {name: getattr(self, name) for name in names} | self.pool_options
+
+    def append(self, x: Tensor) -> Tensor:
+        """The auxiliary class tokens after the model's own: (B, N, C) -> (B, N + k_a, C)."""
+        return torch.cat([x, self.tokens.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
+
+    def mask(self, x: Tensor, num_prefix_tokens: int) -> Tensor:
+        """The attention mask (1, 1, N + k_a, N + k_a) of tokens x (B, N + k_a, C), in x's dtype."""
+        sees = dict(sees_prefix=self.aux_sees_cls, sees_aux=self.aux_sees_aux)
+        main = x.shape[1] - self.num_cls
+        return aux_attention_mask(main, num_prefix_tokens, self.num_cls, **sees, device=x.device, dtype=x.dtype)
+
+
+class AdaptivePool(nn.Module):
+    """Pools a map of features into k_p tokens, with weights that a large depthwise convolution reads off the map.
+
+        u = LayerNorm(x);  w = softmax over positions of Conv(u);  token_i = LayerNorm(sum over n of w_i[n] u[n])
+
+    It needs only a map, so it also serves backbones without attention:
+
+        pool = AdaptivePool(model.num_features, 6)
+        tokens = pool(model.forward_features(images))  # (B, 6, C) from (B, C, H, W)
+
+    Args:
+        dim: C. num_pooled: k_p.
+        kernel_size: Side of the kernel, odd; 11 sees all of a 6 x 6 map from anywhere.
+        pool_weight: "channel": each channel has its own weights; "spatial": one weight map a token.
+        pool_norm: "softmax": weights sum to 1; "none": the convolution's output over the number of positions.
+
+    Raises:
+        TypeError: If a count is no int. ValueError: if a value is out of range.
+
+    Source: MTE (arXiv 2411.15787).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_pooled: int = 6,
+        *,
+        kernel_size: int = 11,
+        pool_weight: str = "channel",
+        pool_norm: str = "softmax",
+    ) -> None:
+        super().__init__()
+        _check_count("num_pooled", num_pooled, least=1)
+        _check_count("kernel_size", kernel_size, least=1)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        _check_choice("pool_weight", pool_weight, POOL_WEIGHTS)
+        _check_choice("pool_norm", pool_norm, POOL_NORMS)
+        self.num_pooled, self.per_channel, self.softmax = num_pooled, pool_weight == "channel", pool_norm == "softmax"
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        out, groups = (num_pooled * dim, dim) if self.per_channel else (num_pooled, 1)
+        self.conv = nn.Conv2d(dim, out, kernel_size, padding=kernel_size // 2, groups=groups, bias=False)
+        self.out_norm = nn.LayerNorm(dim, eps=1e-6)
+        trunc_normal_(self.conv.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled tokens (B, k_p, C) of a map x (B, C, H, W)."""
+        u = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        w = self.weights(u)
+        u = u.flatten(2)  # (B, C, N)
+        if self.per_channel:
+            pooled = torch.einsum("bckn,bcn->bkc", w.to(u.dtype), u)
+        else:
+            pooled = torch.einsum("bkn,bcn->bkc", w.to(u.dtype), u)
+        return self.out_norm(pooled)
+
+    def weights(self, u: Tensor) -> Tensor:
+        """Weights over the N positions of a normed map u (B, C, H, W): (B, C, k_p, N), or (B, k_p, N) if spatial."""
+        w = self.conv(u).flatten(2)  # (B, C * k_p or k_p, N)
+        w = w.softmax(dim=-1) if self.softmax else w / w.shape[-1]
+        return w.unflatten(1, (-1, self.num_pooled)) if self.per_channel else w
+
+
+def _check_count(name: str, value: int, least: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
