@@ -80,9 +80,9 @@ class TokenTeacher(nn.Module):
         count = self.grid[0] * self.grid[1]
         if tokens.ndim != 3 or tokens.shape[1] != count:
             raise ValueError(
-                f"for an image of {self.size} the teacher, a {type(self.vit).__name__}, gives {tuple(tokens.shape)}, but "
-                f"the student's grid of {self.grid[0]} x {self.grid[1]} takes (1, {count}, D): choose a ViT with one "
-                "token a patch"
+                f"for an image of {self.size} the teacher, a {type(self.vit).__name__}, gives {tuple(tokens.shape)}, "
+                f"but the student's grid of {self.grid[0]} x {self.grid[1]} takes (1, {count}, D); choose a "
+                "ViT with one token a patch"
             )
         return tokens.shape[2]
 
