@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -24,12 +25,18 @@ def generator(*numbers: int) -> torch.Generator:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Seed the global generators of torch (on the CPU) and Python for a while; put them back afterwards."""
-    seed, states = derived_seed(*numbers), (torch.get_rng_state(), random.getstate())
+    """Seed the global generators of torch (on the CPU), Python and NumPy for a while; put them back afterwards.
+
+    timm's augmentation draws from all three.
+    """
+    seed = derived_seed(*numbers)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPUs too
     random.seed(seed)
+    np.random.seed(seed % 2**32)
     try:
         yield
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
+        np.random.set_state(states[2])

@@ -1,6 +1,7 @@
 """What every task of this package has in common: the contract between a task and the trainer."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class TokenTask(TrainingTask):
     * All that has gradients is in `trainable_module`, whose forward is called once in the task's forward: DDP wraps it.
       Call `self.trainable_module(...)`; reach for its parts (weights, `momentum`, ...) through `self.student`.
     * What a later step depends on (teacher, centres, queues) is a submodule or a buffer of the task, so that it is in
-      its state dict. Values from `start_step` are plain floats; the next step sets them anew.
+      its state dict, and is the same on every process. Values from `start_step` are plain floats, set anew each step.
     * Randomness comes from `self.generator()`, or from torch's global generators, which the trainer seeds every step.
 
     `train()` and `eval()` reach the trainable module alone; teachers and losses stay as the task made them.
@@ -79,7 +80,7 @@ class TokenTask(TrainingTask):
         """Gradients are complete: cancel some of them, or clip them in a way that the trainer doesn't know."""
 
     def end_step(self) -> None:
-        """The weights are new: update the teacher, queues, centres. Not called for a step that fp16 had to skip."""
+        """The weights are new (or as they were, where fp16 had to skip a step): update teacher, queues, centres."""
 
     def generator(self) -> torch.Generator:
         """A new generator on the CPU for this step on this process: another at each call, the same in a resumed run."""
@@ -90,6 +91,10 @@ class TokenTask(TrainingTask):
         self.training = mode
         self.trainable_module.train(mode)
         return self
+
+    def no_sync(self) -> AbstractContextManager:
+        """A context in which DDP does not average gradients, for all but the last part of an accumulated batch."""
+        return self.trainable_module.no_sync() if hasattr(self.trainable_module, "no_sync") else nullcontext()
 
     # The rest is the protocol of timm's own training script, of timm 1.0.31; 1.0.26 has less of it and never calls it.
 

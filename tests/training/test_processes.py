@@ -1,0 +1,79 @@
+"""Two processes train as one does with the joined batch, and resume after a kill as one does."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from runs import Follow, Killed, Points, run
+from torch import nn
+
+from timm_tokens.training import Accuracy
+from timm_tokens.training.history import read
+
+OPTIONS = dict(epochs=2, clip_grad=0.5, weight_decay_end=0.4, ema=0.7)
+
+
+def accuracy(model):
+    data = Points(7)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        items = [data[i] for i in range(7)]
+    return {"top1": Accuracy(items, batch_size=2, topk=(1,))(model)["top1"]}
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    parts = OPTIONS | dict(batch_size=1, accumulate=2)
+    result, task = run(folder / "two", Follow(dropout=0, noise=0), evaluate=accuracy, **parts)
+    torch.save((result.model.state_dict(), task.get_task_state()), folder / f"{rank}.pt")
+    run(folder / "whole", Follow(), **OPTIONS)
+    try:
+        run(folder / "killed", Follow(), kill=3, **OPTIONS)
+    except Killed:
+        dist.barrier()
+    run(folder / "killed", Follow(), resume=True, **OPTIONS)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gloo")
+    torch.multiprocessing.spawn(process, (folder,), nprocs=2)
+    return folder
+
+
+def test_joined_batch(folder, tmp_path):
+    one, task = run(tmp_path, Follow(dropout=0, noise=0), evaluate=accuracy, batch_size=2, accumulate=2, **OPTIONS)
+    for rank in range(2):
+        model, state = torch.load(folder / f"{rank}.pt")
+        for found, expected in ((model, one.model.state_dict()), (state, task.get_task_state())):
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
+    for table in ("steps.csv", "summary.csv"):
+        for found, expected in zip(read(folder / "two" / table), read(tmp_path / table), strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_killed_and_resumed(folder):
+    for table in ("steps.csv", "summary.csv"):
+        assert (folder / "killed" / table).read_text() == (folder / "whole" / table).read_text()
+    assert len(read(folder / "whole" / "steps.csv")) == 4
+
+
+def test_a_task_with_unused_parameters(tmp_path):
+    task = Follow()
+    task.trainable_module = nn.ModuleDict({"a": nn.Linear(1, 1)})
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        task.find_unused_parameters = True
+        task.prepare_distributed()
+        assert task.trainable_module.find_unused_parameters
+        assert task.student is task.trainable_module.module
+        assert {name.partition(".")[0] for name in task.get_task_state()} == {"trainable_module", "teacher", "seen"}
+        assert "trainable_module.a.weight" in task.get_task_state()
+        with task.no_sync():
+            assert not task.trainable_module.require_backward_grad_sync
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,7 @@
+"""The training loop for tasks: schedules, mixed precision, accumulation, averaging, processes, and exact resuming."""
+
+from timm_tokens.training.evaluation import Accuracy
+from timm_tokens.training.loop import Result, train
+from timm_tokens.training.settings import Settings
+
+__all__ = ["Accuracy", "Result", "Settings", "train"]

@@ -1,0 +1,116 @@
+"""Which images each step sees, and how they are augmented: a function of the seed and the step alone."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from timm_tokens import seeding
+from timm_tokens.distributed import rank, world_size
+from timm_tokens.training.settings import Settings
+
+
+class Plan(NamedTuple):
+    """How long a run is. A joined batch is that of all processes and of all accumulated parts."""
+
+    joined_batch: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+def plan(dataset: Dataset, settings: Settings) -> Plan:
+    """The plan of a run over an indexed data set; what doesn't fill a joined batch is left to other epochs.
+
+    Raises:
+        TypeError: The data set is a stream.
+        ValueError: It has fewer images than a joined batch.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise TypeError(f"{type(dataset).__name__} is a stream: training takes data sets with a length and an index")
+    joined = settings.batch_size * settings.accumulate * world_size()
+    steps = len(dataset) // joined
+    if not steps:
+        raise ValueError(
+            f"a batch takes {joined} images ({settings.batch_size} x {settings.accumulate} parts x {world_size()} "
+            f"processes), and there are {len(dataset)}: lower --batch-size"
+        )
+    return Plan(joined, steps, settings.steps or settings.epochs * steps)
+
+
+class StepBatches(Sampler[list[tuple[int, int]]]):
+    """The batches of this process, from a step on to the end of the run: lists of (epoch, index).
+
+    An epoch's order depends on (seed, epoch). A step takes the next part of it, cut first into accumulated parts and
+    then into processes: so two processes together see what one with the joined batch sees.
+
+    Args:
+        length: of the data set.
+        plan: of the run.
+        settings: batch_size, accumulate and seed.
+        start: the first step.
+    """
+
+    def __init__(self, length: int, plan: Plan, settings: Settings, start: int = 0):
+        self.length, self.plan, self.start = length, plan, start
+        self.batch_size, self.accumulate, self.seed = settings.batch_size, settings.accumulate, settings.seed
+        self.rank, self.world_size = rank(), world_size()
+
+    def __len__(self) -> int:
+        return (self.plan.total_steps - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, shuffled = [], None
+        for step in range(self.start, self.plan.total_steps):
+            epoch, number = divmod(step, self.plan.steps_per_epoch)
+            if epoch != shuffled:
+                order = torch.randperm(self.length, generator=seeding.generator(self.seed, epoch)).tolist()
+                shuffled = epoch
+            first = number * self.plan.joined_batch + self.rank * self.batch_size
+            for part in range(self.accumulate):
+                at = first + part * self.world_size * self.batch_size
+                yield [(epoch, index) for index in order[at : at + self.batch_size]]
+
+
+class SeededDataset(Dataset):
+    """Items by (epoch, index), whose random augmentation depends on (seed, epoch, index) alone."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        with seeding.seeded(self.seed, epoch, index):
+            return self.dataset[index]
+
+
+def step_loader(
+    dataset: Dataset, plan: Plan, settings: Settings, start: int = 0, collate: Callable | None = None
+) -> Iterator[list[Any]]:
+    """The accumulated parts of each step, as lists of batches on the CPU."""
+    loader = DataLoader(
+        SeededDataset(dataset, settings.seed),
+        batch_sampler=StepBatches(len(dataset), plan, settings, start),
+        num_workers=settings.workers,
+        collate_fn=collate,
+        pin_memory=settings.device.startswith("cuda"),
+    )
+    batches = iter(loader)  # one for the whole run: workers start once, and load across the ends of epochs
+    for _ in range(start, plan.total_steps):
+        yield [next(batches) for _ in range(settings.accumulate)]
+
+
+def to_device(nest: Any, device: torch.device) -> Any:
+    """All tensors in lists, tuples, named tuples and dicts, moved."""
+    if isinstance(nest, Tensor):
+        return nest.to(device, non_blocking=True)
+    if isinstance(nest, dict):
+        return {key: to_device(value, device) for key, value in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        moved = [to_device(value, device) for value in nest]
+        return type(nest)(*moved) if hasattr(nest, "_fields") else type(nest)(moved)
+    return nest

@@ -1,0 +1,74 @@
+"""The losses of every step and the summary of every epoch, as CSV files that a resumed run continues.
+
+The summary has the columns of timm's update_summary, which is not used: it can't have epochs without validation.
+"""
+
+import csv
+from pathlib import Path
+from statistics import fmean
+
+STEPS, SUMMARY = "steps.csv", "summary.csv"
+
+
+class History:
+    """Writes `steps.csv`, one row a step, and `summary.csv`, one row an epoch.
+
+    Args:
+        folder: Where the files are; None: nothing is written (on all processes but the first).
+        step: How many steps are done; rows of later ones, of a run that was killed, are dropped.
+        epoch: How many epochs are in the summary.
+    """
+
+    def __init__(self, folder: Path | None, step: int = 0, epoch: int = 0):
+        self.folder = folder
+        self.steps = _cut(folder / STEPS, "step", step) if folder else []
+        self.epochs = _cut(folder / SUMMARY, "epoch", epoch) if folder else []
+
+    def add_steps(self, rows: list[dict[str, float]]) -> None:
+        """Append rows, one a step, each with "step" first and "lr" last."""
+        if self.folder and rows:
+            _write(self.folder / STEPS, rows, "a")
+        self.steps += rows
+
+    def end_epoch(self, epoch: int, first_step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Summarise the steps from `first_step` on, as means, and forget them."""
+        steps = [row for row in self.steps if row["step"] >= first_step]
+        row: dict[str, float] = {"epoch": epoch}
+        row |= {f"train_{n}": fmean(step[n] for step in steps) for n in steps[0] if n not in ("step", "lr")}
+        row |= {f"eval_{name}": value for name, value in metrics.items()}
+        self.epochs.append(row | {"lr": steps[-1]["lr"]})
+        self.steps = []
+        if self.folder:
+            _write(self.folder / SUMMARY, self.epochs, "w")
+        return self.epochs[-1]
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """The rows of one of the files; none if there is no such file. An empty cell is left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{name: _number(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
+def _number(cell: str) -> float:
+    return int(cell) if cell.isdigit() else float(cell)
+
+
+def _cut(path: Path, key: str, end: int) -> list[dict[str, float]]:
+    """Drop the rows from `end` on, and return the others. A row that a kill cut short is one of those dropped."""
+    rows = [row for row in read(path) if key in row and row[key] < end]
+    if rows:
+        _write(path, rows, "w")
+    else:
+        path.unlink(missing_ok=True)
+    return rows
+
+
+def _write(path: Path, rows: list[dict[str, float]], mode: str) -> None:
+    header = mode == "w" or not path.is_file()
+    with path.open(mode, newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)

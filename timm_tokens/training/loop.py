@@ -1,0 +1,208 @@
+"""The training loop."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from timm_tokens import seeding
+from timm_tokens.distributed import all_reduce_mean, rank, world_size
+from timm_tokens.tasks import TokenTask
+from timm_tokens.training import checkpoints
+from timm_tokens.training.batches import plan, step_loader, to_device
+from timm_tokens.training.evaluation import evaluating
+from timm_tokens.training.history import History
+from timm_tokens.training.optimization import Optimization
+from timm_tokens.training.settings import Settings
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+class Result(NamedTuple):
+    """What came out: the model (averaged, with `ema`), a row for each epoch, and the file with its weights."""
+
+    model: nn.Module
+    epochs: list[dict[str, float]]
+    path: Path
+
+
+def train(
+    task: TokenTask,
+    dataset: Dataset,
+    settings: Settings,
+    *,
+    collate: Callable | None = None,
+    evaluate: Evaluate | None = None,
+) -> Result:
+    """Train a task, on as many processes as torch.distributed has, and write what comes out to `settings.out`:
+
+        last.pth            all that it takes to go on, with `resume`, exactly as if nothing had happened
+        model.safetensors   the product, for timm.create_model(name, checkpoint_path=...)
+        best.safetensors    the product when `evaluate` liked it best
+        steps.csv           every scalar of every step; summary.csv: every epoch's means and validation
+
+    Args:
+        task: On any device; it is moved.
+        dataset: Items by index, (input, target).
+        settings: Of the run.
+        collate: Makes a batch (input, target) of a list of items; None: torch's default.
+        evaluate: Metrics of the product, called on all processes. By the first of them, higher being better, the best
+            model is chosen.
+
+    Raises:
+        FloatingPointError: The loss, or a weight, is infinite or NaN; names the last good checkpoint.
+        ValueError: The settings don't fit the data, or the run that is to be resumed.
+        FileExistsError: There is a run in the folder, and `resume` is not set.
+    """
+    return _Run(task, dataset, settings, collate, evaluate).run()
+
+
+class _Run:
+    def __init__(self, task: TokenTask, dataset: Dataset, settings: Settings, collate: Any, evaluate: Any):
+        self.settings, self.device = settings, torch.device(settings.device)
+        self.plan, self.dataset, self.collate, self.evaluate = plan(dataset, settings), dataset, collate, evaluate
+        self.task = task.to(self.device)
+        self.task.seed = settings.seed
+        if world_size() > 1 and self.device.type == "cuda":
+            self.task = convert_sync_batchnorm(self.task)
+        self.optimization = Optimization(self.task.student, settings, self.plan)
+        self.ema = None if settings.ema is None else ModelEmaV3(self.task.product, decay=settings.ema)
+        self.start, self.best = 0, None
+        self._resume()
+        if world_size() > 1:
+            self.task.prepare_distributed(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        ended = self.start // self.plan.steps_per_epoch + (self.start == self.plan.total_steps)  # the last may be short
+        self.history = History(settings.out if rank() == 0 else None, self.start, ended)
+        self.pending: list[tuple[int, float, dict[str, Tensor]]] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """What is validated and published."""
+        return self.task.product if self.ema is None else self.ema.module
+
+    def run(self) -> Result:
+        steps = step_loader(self.dataset, self.plan, self.settings, self.start, self.collate)
+        numbers = range(self.start, self.plan.total_steps)
+        self.bar = tqdm(numbers, "training", self.plan.total_steps, initial=self.start, unit="step", disable=rank() > 0)
+        self.task.train()
+        for step, batches in zip(self.bar, steps, strict=True):
+            self._step(step, batches)
+            done, last = step + 1, step + 1 == self.plan.total_steps
+            end = last or done % self.plan.steps_per_epoch == 0
+            if end or done % self.settings.log_every == 0 or done % self.settings.save_every == 0:
+                self._flush()
+            if end:
+                self._end_epoch(step // self.plan.steps_per_epoch, last)
+            if end or done % self.settings.save_every == 0:
+                self._save(done)
+        path = self.settings.out / checkpoints.FINAL
+        if rank() == 0:
+            checkpoints.export(path, self.model)
+        return Result(self.model.eval(), self.history.epochs, path)
+
+    def _step(self, step: int, batches: list[Any]) -> None:
+        self.optimization.start_step(step)
+        self.task.start_step(step, self.plan.total_steps, self.plan.steps_per_epoch)
+        torch.manual_seed(seeding.derived_seed(self.settings.seed, step, rank()))  # for dropout and the like
+        scalars = []
+        for part in batches[:-1]:
+            with self.task.no_sync():
+                scalars.append(self._backward(part, len(batches)))
+        scalars.append(self._backward(batches[-1], len(batches)))
+        self.optimization.step(self.task.before_optimizer)
+        self.task.end_step()
+        if self.ema is not None:
+            self.ema.update(self.task.product, step=step)
+        means = {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}
+        self.pending.append((step, self.optimization.lr, means))
+
+    def _backward(self, batch: Any, parts: int) -> dict[str, Tensor]:
+        """Add the gradients of one part; returns the scalars that the task gives."""
+        input, target = to_device(batch, self.device)
+        with self._autocast():
+            outputs = self.task(input, target)
+        self.optimization.backward(outputs["loss"] / parts)
+        return {name: x.detach().float() for name, x in outputs.items() if x.ndim == 0}
+
+    def _autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.settings.amp or "bfloat16")
+        return torch.autocast(self.device.type, dtype, enabled=self.settings.amp is not None)
+
+    def _flush(self) -> None:
+        """Read the losses since the last time, so that the device is waited for now and then only."""
+        if not self.pending:
+            return
+        names = list(self.pending[0][2])
+        odd = next((step for step, _, scalars in self.pending if list(scalars) != names), None)
+        if odd is not None:
+            raise ValueError(f"a task must log the same scalars every step; {names} became others at step {odd}")
+        values = all_reduce_mean(torch.stack([torch.stack([s[name] for name in names]) for *_, s in self.pending]))
+        rows = [
+            {"step": step} | dict(zip(names, row, strict=True)) | {"lr": lr}
+            for (step, lr, _), row in zip(self.pending, values.tolist(), strict=True)
+        ]
+        self.pending = []
+        for i, row in enumerate(rows):
+            if not abs(row["loss"]) < float("inf"):
+                self.history.add_steps(rows[: i + 1])
+                self._stop(f"the loss is {row['loss']} at step {row['step']}")
+        self.history.add_steps(rows)
+        self.bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}", refresh=False)
+
+    def _end_epoch(self, epoch: int, last: bool) -> None:
+        if world_size() > 1:
+            distribute_bn(self.task.student, world_size(), reduce=True)
+        metrics = {}
+        if self.evaluate is not None and (last or (epoch + 1) % self.settings.eval_every == 0):
+            with torch.no_grad(), self._autocast(), evaluating(self.model) as model:
+                metrics = self.evaluate(model)
+        row = self.history.end_epoch(epoch, epoch * self.plan.steps_per_epoch, metrics)
+        if metrics and (self.best is None or next(iter(metrics.values())) > self.best):
+            self.best = next(iter(metrics.values()))
+            if rank() == 0:
+                checkpoints.export(self.settings.out / checkpoints.BEST, self.model)
+        if rank() == 0:
+            self.bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+    def _save(self, done: int) -> None:
+        if not checkpoints.all_finite(self.task.student):
+            self._stop(f"weights are infinite or NaN after step {done - 1}")
+        if rank() == 0:
+            state = {"step": done, "best": self.best, "settings": self._curve()}
+            state |= {"state_dict": self.task.product.state_dict(), "task_state": self.task.get_task_state()}
+            if self.ema is not None:
+                state["state_dict_ema"] = self.ema.module.state_dict()
+            checkpoints.save(self.settings.out, state | self.optimization.state_dict())
+
+    def _curve(self) -> dict[str, Any]:
+        return self.settings.curve() | {"processes": world_size(), "images": len(self.dataset)}
+
+    def _resume(self) -> None:
+        folder = self.settings.out
+        folder.mkdir(parents=True, exist_ok=True)
+        state = checkpoints.load(folder)
+        if state is None:
+            return
+        if not self.settings.resume:
+            raise FileExistsError(
+                f"there is a run in {folder} already, at step {state['step']}: --resume to go on, or take another --out"
+            )
+        checkpoints.check_same(folder, state["settings"], self._curve())
+        self.task.load_task_state(state["task_state"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["state_dict_ema"])
+        self.optimization.load_state_dict(state)
+        self.start, self.best = state["step"], state["best"]
+
+    def _stop(self, reason: str) -> None:
+        state = checkpoints.load(self.settings.out)
+        good = "there is no checkpoint yet"
+        if state is not None:
+            good = f"the last good checkpoint is {self.settings.out / checkpoints.LAST}, after {state['step']} steps"
+        raise FloatingPointError(f"{reason}; {good}. Lower --lr, or limit the gradients with --clip-grad")

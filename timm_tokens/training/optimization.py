@@ -1,0 +1,117 @@
+"""Optimizer, schedules of learning rate and weight decay, loss scaling and clipping."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import dispatch_clip_grad
+from torch import Tensor, nn
+
+from timm_tokens.tasks.schedules import cosine
+from timm_tokens.training.batches import Plan
+from timm_tokens.training.settings import Settings
+
+
+class Optimization:
+    """What turns gradients into new weights, and how that changes with the step.
+
+    Args:
+        module: What is trained, not yet wrapped in DDP.
+        settings: Of the run.
+        plan: Of the run.
+
+    Raises:
+        ValueError: The warm-up is longer than the run, or timm doesn't know the optimizer.
+    """
+
+    def __init__(self, module: nn.Module, settings: Settings, plan: Plan):
+        self.settings, self.total_steps = settings, plan.total_steps
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        options = {} if settings.opt_betas is None else {"betas": tuple(settings.opt_betas)}
+        self.optimizer = create_optimizer_v2(
+            parameter_groups(module, settings.weight_decay, settings.layer_decay),
+            opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum, **options,
+        )  # fmt: skip
+        self.decayed = [bool(group["weight_decay"]) for group in self.optimizer.param_groups]
+        self.scheduler = _scheduler(self.optimizer, settings, plan)
+        self.scaler = torch.amp.GradScaler(settings.device.split(":")[0], enabled=settings.amp == "float16")
+
+    @property
+    def lr(self) -> float:
+        """The largest learning rate of any parameter."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def start_step(self, step: int) -> None:
+        """Set learning rate and weight decay for this step."""
+        if self.scheduler is not None:
+            self.scheduler.step(step)  # to timm's schedulers an epoch is here one step
+        if self.settings.weight_decay_end is not None:
+            decay = cosine(self.settings.weight_decay, self.settings.weight_decay_end, step, self.total_steps)
+            for group, decayed in zip(self.optimizer.param_groups, self.decayed, strict=True):
+                group["weight_decay"] = decay if decayed else 0.0
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, before: Callable[[], None]) -> None:
+        """Unscale the gradients, call `before`, clip, update the weights, and forget the gradients."""
+        self.scaler.unscale_(self.optimizer)
+        before()
+        if self.settings.clip_grad is not None:
+            clip(self.parameters, self.settings.clip_grad, self.settings.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
+    """timm's parameter groups, where what a part of the module exempts from weight decay stays exempt in the whole.
+
+    Raises:
+        ValueError: layer_decay is given, and the module doesn't sort its parameters into layers.
+    """
+    exempt = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, part in module.named_modules()
+        if hasattr(part, "no_weight_decay")
+        for name in part.no_weight_decay()
+    }
+    if layer_decay is None:
+        return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt)
+    if not hasattr(module, "group_matcher"):
+        raise ValueError(f"layer_decay needs a model that sorts its layers (group_matcher): {type(module).__name__}")
+    return param_groups_layer_decay(module, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+
+
+def clip(parameters: Iterable[nn.Parameter], value: float, mode: str) -> None:
+    """Clip gradients as timm does, or with mode "parameter" by the norm of each parameter's own."""
+    if mode != "parameter":
+        dispatch_clip_grad(parameters, value, mode)
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    factors = [(value / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(gradients)]
+    torch._foreach_mul_(gradients, factors)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, plan: Plan) -> Any:
+    epochs = settings.warmup_epochs
+    warmup = plan.total_steps // 20 if epochs is None else round(epochs * plan.steps_per_epoch)
+    if warmup >= plan.total_steps:
+        raise ValueError(
+            f"a warm-up of {warmup} steps is not shorter than the run of {plan.total_steps}: lower --warmup-epochs"
+        )
+    linear = {"sched": "poly", "decay_rate": 1.0}
+    kind = linear if settings.sched == "linear" else {"sched": settings.sched}
+    return create_scheduler_v2(
+        optimizer, **kind, num_epochs=plan.total_steps, warmup_epochs=warmup,
+        warmup_lr=min(settings.warmup_lr, settings.lr), min_lr=min(settings.min_lr, settings.lr),
+    )[0]  # fmt: skip
