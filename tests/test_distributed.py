@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from timm_tokens import distributed
-from timm_tokens.losses import DTMLoss, MIRALoss
+from timm_tokens.losses import DINOLoss, DTMLoss, IBOTPatchLoss, MIRALoss, MoBYLoss, MTELoss
 from timm_tokens.ops import assignment_information, mira_assign, sinkhorn_assign
 
 PARTS = [slice(0, 5), slice(5, 12)]
@@ -46,6 +46,31 @@ def outcome(part):
         student = data["student"].clone().requires_grad_()
         loss = DTMLoss()(student, data["teacher"], mask, schedules=[[4, 2], [7]])
         out[f"{name} gradient"], out[f"{name} loss"] = torch.autograd.grad(loss, student)[0], loss.detach()
+    return out | view_losses(part)
+
+
+def view_losses(part):
+    """The losses between views after two steps, with their centres and queues."""
+    generator, out = torch.Generator().manual_seed(1), {}
+    mte, moby = MTELoss(DINOLoss(20, num_tokens=3)), MTELoss(MoBYLoss(20, 30))
+    ibot = IBOTPatchLoss(20)
+    for step in range(2):
+        student, teacher = torch.randn(2, 2, 12, 3, 20, generator=generator)
+        mask = torch.rand(2, 12, 3, generator=generator) < 0.4
+        mask[:, 5:] &= step > 0  # in the first step the second process has nothing masked
+        student.requires_grad_()
+        views, targets, masks = student[:, part], teacher[:, part], mask[:, part]
+        equal = slice(part.start, min(part.stop or 12, 10))  # all processes must give the queue as many keys
+        losses = {
+            "mte": (terms := mte(views, targets)).loss,
+            "moby": moby(student[:, equal], teacher[:, equal]).loss,
+            "ibot": ibot(views, targets, masks),
+            "ibot rows": ibot([v[m] for v, m in zip(views, masks, strict=True)], targets, masks),
+        }
+        for name, loss in losses.items():
+            out[f"{name} loss"], out[f"{name} gradient"] = loss.detach(), torch.autograd.grad(loss, student)[0]
+    out["watched"] = torch.stack(terms[2:])
+    out["centre"], out["patch centre"], out["queue"] = mte.baseline.center.value, ibot.center.value, moby.baseline.queue
     return out
 
 
@@ -93,6 +118,20 @@ def test_losses_and_gradients(one, two, name, dim):
     torch.testing.assert_close(average, one[f"{name} loss"])
     joined = torch.cat([out[f"{name} gradient"] for out in two], dim) / 2  # as DistributedDataParallel averages
     torch.testing.assert_close(joined, one[f"{name} gradient"], atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mte", "moby", "ibot", "ibot rows"])
+def test_losses_between_views(one, two, name):
+    """Each process has the gradients of its own samples, the others' are 0."""
+    for what in ("loss", "gradient"):
+        average = (two[0][f"{name} {what}"] + two[1][f"{name} {what}"]) / 2
+        torch.testing.assert_close(average, one[f"{name} {what}"], atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["watched", "centre", "patch centre", "queue"])
+def test_state_of_the_losses_between_views(one, two, name):
+    for out in two:
+        torch.testing.assert_close(out[name], one[name])
 
 
 def test_reductions(two):

@@ -62,3 +62,12 @@ def batch_logmeanexp(x: Tensor) -> Tensor:
 def batch_size(x: Tensor) -> Tensor:
     """The size of the joined batch of all processes, a scalar on the device: nothing waits for it."""
     return all_reduce_sum(torch.full((), x.shape[0], dtype=torch.float32, device=x.device))
+
+
+def all_gather_batch(x: Tensor) -> Tensor:
+    """The joined batch of all processes, in their order: (B, ...) -> (processes B, ...). All must have the same B."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)

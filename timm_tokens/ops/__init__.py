@@ -2,6 +2,7 @@
 
 from timm_tokens.ops.assignment import Information, assignment_information, mira_assign
 from timm_tokens.ops.attention import aux_attention_mask, size_bias
+from timm_tokens.ops.cross_entropy import soft_cross_entropy
 from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
 from timm_tokens.ops.labels import SparseLabels, crop_maps, crop_token_labels, warp_token_labels
 from timm_tokens.ops.matching import Matching, bipartite_match, merge, unmerge
@@ -34,6 +35,7 @@ __all__ = [
     "schedule",
     "sinkhorn_assign",
     "size_bias",
+    "soft_cross_entropy",
     "unmerge",
     "warp_token_labels",
 ]

@@ -1,0 +1,89 @@
+"""The patch loss of iBOT (arXiv 2111.07832): guess what the teacher makes of the patches that were masked."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from timm_tokens.losses.center import Center
+from timm_tokens.losses.views import samples_a_process
+from timm_tokens.ops.cross_entropy import soft_cross_entropy
+
+
+class IBOTPatchLoss(nn.Module):
+    """Cross entropy between the teacher's and the student's assignment of each masked patch, in the same view.
+
+        loss = IBOTPatchLoss(8192)
+        loss(student_logits, teacher_logits, masks)        # lists with an entry for each view
+
+    Averaged over the masked patches of an image, then over images (those without a mask count as 0), then over views.
+    iBOT adds this to `DINOLoss` on the class token, with the same weight. Logits may be given for the masked patches
+    alone, (M, K) in the order of `x[mask]`, so that the head need not run on the others; the centre then is the mean
+    over those. In training mode each call moves the centre, after it was used.
+
+    Args:
+        num_prototypes: K.
+        tau_student: Temperature of the student.
+        tau_teacher: Temperature of the teacher.
+        center_momentum: Of the centre, see `Center`.
+
+    Raises:
+        ValueError: If a temperature is not positive, when building; if shapes don't fit, when called.
+
+    Source: iBOT (arXiv 2111.07832), equation 2.
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int = 8192,
+        *,
+        tau_student: float = 0.1,
+        tau_teacher: float = 0.04,
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        for name, value in [("tau_student", tau_student), ("tau_teacher", tau_teacher)]:
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self.tau_student, self.tau_teacher = tau_student, tau_teacher
+        self.center = Center(num_prototypes, momentum=center_momentum)
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+        """The loss, a scalar; 0 if nothing is masked.
+
+        Args:
+            student: Logits of the views that were masked, (B, N, K) or (M, K) each.
+            teacher: Logits of the same views, whole; as many, without gradient.
+            masks: (B, N) bool each, True where a patch is masked.
+        """
+        if not len(student) == len(teacher) == len(masks) > 0:
+            raise ValueError(
+                f"student, teacher and masks must have a view each, got {len(student)}, {len(teacher)}, {len(masks)}"
+            )
+        losses = [self._view(*view) for view in zip(student, teacher, masks, strict=True)]
+        if self.training:
+            self.center.update(torch.cat([logits.flatten(0, -2) for logits in teacher]))
+        return torch.stack(losses).mean()
+
+    def _view(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        student, teacher = _masked(student, mask), _masked(teacher, mask)  # (M, K)
+        target = (self.center(teacher.detach()) / self.tau_teacher).softmax(-1)
+        losses = soft_cross_entropy(student.unsqueeze(0), target.unsqueeze(0), self.tau_student).squeeze(0)
+        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # each image counts the same
+        return (losses * weight[mask]).sum() / samples_a_process(mask)
+
+    def extra_repr(self) -> str:
+        return f"tau_student={self.tau_student}, tau_teacher={self.tau_teacher}"
+
+
+def _masked(logits: Tensor, mask: Tensor) -> Tensor:
+    """The masked rows: (B, N, K) -> (M, K)."""
+    if logits.shape[:-1] == mask.shape:
+        return logits[mask]
+    rows = int(mask.sum())
+    if logits.ndim != 2 or len(logits) != rows:
+        raise ValueError(
+            f"logits must be (B, N, K) with (B, N) = {tuple(mask.shape)}, or (M, K) with M = {rows} masked patches, "
+            f"got {tuple(logits.shape)}"
+        )
+    return logits

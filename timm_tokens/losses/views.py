@@ -1,0 +1,54 @@
+"""What the losses between views of an image share."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_tokens.distributed import batch_size, world_size
+
+# (student (B, T, K), {view: target (B, 1, K) or (B, T, K)}) -> (B, T), summed over the views
+Compare = Callable[[Tensor, Mapping[int, Tensor]], Tensor]
+
+
+def cross_view_losses(compare: Compare, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """The loss of each token, averaged over all pairs of a teacher's and another of the student's views.
+
+    Args:
+        compare: The loss of one view of the student towards targets from other views.
+        student: V views (B, T, K), first those of the teacher, in its order. Later ones may lack the last tokens.
+        targets: Of the teacher's views, (B, T, K), or (B, 1, K) for all tokens.
+
+    Returns:
+        (T,), the batch's mean. The average of it over processes is what the joined batch gives, sizes may differ.
+
+    Raises:
+        ValueError: If there is no pair of views.
+    """
+    if not 1 <= len(targets) <= len(student) or len(student) < 2:
+        raise ValueError(
+            "each of the teacher's views must be one of the student's, which needs another to compare with: got "
+            f"{len(targets)} for the teacher and {len(student)} for the student"
+        )
+    tokens, totals, pairs = student[0].shape[1], [], [0] * student[0].shape[1]
+    for view, predicted in enumerate(student):
+        others = {u: target[:, : predicted.shape[1]] for u, target in enumerate(targets) if u != view}
+        if others:
+            total = compare(predicted, others).sum(0)
+            totals.append(F.pad(total, (0, tokens - len(total))))
+            pairs[: len(total)] = [n + len(others) for n in pairs[: len(total)]]
+    losses = torch.stack(totals).sum(0)
+    return losses / (losses.new_tensor(pairs) * samples_a_process(student[0]))
+
+
+def samples_a_process(x: Tensor) -> Tensor | int:
+    """What a sum over this process's samples (B, ...) is divided by, so that processes average to the joined mean."""
+    return len(x) if world_size() == 1 else batch_size(x) / world_size()
+
+
+def as_tokens(views: Sequence[Tensor]) -> list[Tensor]:
+    """Views (B, K) of one token as (B, 1, K)."""
+    if any(x.ndim != 2 for x in views):
+        raise ValueError(f"views must have shape (B, K), got {[tuple(x.shape) for x in views]}")
+    return [x.unsqueeze(1) for x in views]
