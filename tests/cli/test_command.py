@@ -36,7 +36,7 @@ def fails(capsys, *argv):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert stop.value.code == 0 and command in capsys.readouterr().out
 
 

@@ -9,10 +9,12 @@ from timm_tokens.cli._errors import CommandError
 
 __all__ = ["COMMANDS", "CommandError", "main"]
 
-# Sub-command `name` is the module `timm_tokens.cli.<name>`, with `add_arguments(parser)` and `run(**arguments)`.
+# Sub-command `name` is the module `timm_tokens.cli.<name>`, with `add_arguments(parser)` and `run(**arguments)`. Of two
+# words, with an underscore for the space, it is looked for first: `draw labels` is a picture of its own.
 COMMANDS = {
     "bench": "speed of a model with its tokens merged, against the model itself",
     "draw": "a picture of an image's patch groups",
+    "draw labels": "a picture of an image's label map, and of the targets of a crop",
     "fewshot": "few-shot accuracy of a model's features, with and without ESFR",
     "run": "run one of timm's own scripts with this package's models registered",
 }
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; None: those of the process.
     """
     command, rest = _parse(argv)
-    module = import_module(f"timm_tokens.cli.{command}")
+    module = import_module(f"timm_tokens.cli.{command.replace(' ', '_')}")
     parser = ArgumentParser(
         f"timm-tokens {command}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
     )
@@ -52,7 +54,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[str, list[str]]:
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; each has its --help")
     parser.add_argument("arguments", nargs=REMAINDER, help="of the command")
     options = parser.parse_args(argv)
-    return options.command, options.arguments
+    longer = " ".join([options.command, *options.arguments[:1]])
+    return (longer, options.arguments[1:]) if longer in COMMANDS else (options.command, options.arguments)
 
 
 def _version() -> str:

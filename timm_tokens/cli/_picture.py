@@ -1,10 +1,13 @@
-"""Pictures of patch groups: tensors in, tensors out, and a sheet of titled panels."""
+"""Pictures of patches and classes: tensors in, tensors out, and a sheet of titled panels with a legend."""
 
 from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+SIDE = 448  # pixels of a panel's shorter side, at least
 
 
 def paint_groups(groups: Tensor, image: Tensor, line: float = 1.0) -> Tensor:
@@ -51,18 +54,82 @@ def enlarge(image: Tensor, side: int) -> Tensor:
     return larger[0].clamp(0, 1)
 
 
-def sheet(panels: Sequence[tuple[str, Tensor]], gap: int = 16) -> Image.Image:
-    """Titled images (3, h, w) of values in [0, 1], all of one size, side by side on white."""
-    height, width = panels[0][1].shape[1:]
-    font = ImageFont.load_default(size=max(12, width // 18))
-    title = 2 * font.size
-    picture = Image.new("RGB", (len(panels) * (width + gap) + gap, title + height + gap), "white")
+def paint_classes(classes: Tensor, strength: Tensor, colours: Tensor, image: Tensor) -> Tensor:
+    """Tint the cells of a grey image with their classes' colours, and draw a white line where classes meet.
+
+    Args:
+        classes: (H, W) int64, rows of `colours`.
+        strength: (H, W) in [0, 1], how much of the tint a cell gets.
+        colours: (n, 3)
+        image: (3, h, w), h >= H and w >= W.
+
+    Returns:
+        (3, h, w)
+    """
+    (rows, columns), (height, width) = classes.shape, image.shape[1:]
+    y, x = torch.arange(height) * rows // height, torch.arange(width) * columns // width
+    owner, share = classes[y][:, x], strength[y][:, x]  # (h, w)
+    painted = torch.lerp(image.mean(0, keepdim=True), colours[owner].permute(2, 0, 1), share)
+    painted[:, borders(owner)] = 1.0
+    return painted
+
+
+def outline(image: Tensor, corners: Sequence[tuple[float, float]]) -> Tensor:
+    """Draw a polygon on an image (3, h, w); its corners are (row, column) as fractions of the image."""
+    height, width = image.shape[1:]
+    picture, points = _to_pil(image), [(column * (width - 1), row * (height - 1)) for row, column in corners]
     draw = ImageDraw.Draw(picture)
-    for i, (text, image) in enumerate(panels):
-        left = gap + i * (width + gap)
-        draw.text((left + width / 2, title / 2), text, fill="black", font=font, anchor="mm")
-        picture.paste(_to_pil(image), (left, title))
+    for colour, thickness in (("black", 6), ("white", 3)):
+        draw.line([*points, *points[:2]], fill=colour, width=thickness, joint="curve")
+    return from_pil(picture)
+
+
+def sheet(
+    panels: Sequence[tuple[str, Tensor]], legend: Sequence[tuple[str, Tensor]] = (), note: str = "", gap: int = 16
+) -> Image.Image:
+    """Titled images (3, h, w) of values in [0, 1], all of one height, side by side on white.
+
+    Args:
+        panels: Titles and images.
+        legend: Names and colours (3,), below the panels.
+        note: A last line.
+    """
+    height = panels[0][1].shape[1]
+    font = ImageFont.load_default(size=max(12, height // 18))
+    line, width = 2 * font.size, gap + sum(image.shape[2] + gap for _, image in panels)
+    below = line + height + gap  # where the legend starts
+    places = _flow([font.getlength(name) + 3 * font.size for name, _ in legend], width - gap)
+    lines = (places[-1][1] + 1 if places else 0) + bool(note)
+    picture = Image.new("RGB", (width, below + lines * line), "white")
+    draw, left = ImageDraw.Draw(picture), gap
+    for text, image in panels:
+        draw.text((left + image.shape[2] / 2, line / 2), text, fill="black", font=font, anchor="mm")
+        picture.paste(_to_pil(image), (left, line))
+        left += image.shape[2] + gap
+    for (name, colour), (x, row) in zip(legend, places, strict=True):
+        left, top = gap + x, below + row * line
+        swatch = [left, top + line / 4, left + font.size, top + 3 * line / 4]
+        draw.rectangle(swatch, fill=tuple(colour.mul(255).round().int().tolist()), outline="black")
+        draw.text((left + 1.5 * font.size, top + line / 2), name, fill="black", font=font, anchor="lm")
+    if note:
+        draw.text((gap, below + (lines - 0.5) * line), note, fill="black", font=font, anchor="lm")
     return picture
+
+
+def _flow(widths: Sequence[float], line_width: float) -> list[tuple[float, int]]:
+    """Where things of these widths come to stand, in lines of at most `line_width`: (left, line)."""
+    places, left, line = [], 0.0, 0
+    for width in widths:
+        if left and left + width > line_width:
+            left, line = 0.0, line + 1
+        places.append((left, line))
+        left += width
+    return places
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """(3, h, w) values in [0, 1]."""
+    return pil_to_tensor(image).float() / 255
 
 
 def _to_pil(image: Tensor) -> Image.Image:

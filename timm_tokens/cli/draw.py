@@ -19,11 +19,9 @@ from torch import Tensor
 
 from timm_tokens.cli import _models
 from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._files import replacing
-from timm_tokens.cli._picture import enlarge, paint_groups, sheet
+from timm_tokens.cli._files import check_picture, read_image, replacing
+from timm_tokens.cli._picture import SIDE, enlarge, paint_groups, sheet
 from timm_tokens.vit import TokenViT
-
-SIDE = 448  # pixels of a panel's shorter side, at least
 
 
 class Panel(NamedTuple):
@@ -70,8 +68,8 @@ def run(
         CommandError: If something is missing or doesn't fit; then nothing is written.
     """
     out = Path(out)
-    _check_out(out)
-    photo = _open(Path(image))
+    check_picture(out)
+    photo = read_image(Path(image))
     net = _models.merged(_models.create(model, pretrained=checkpoint is None), r, metric)
     if checkpoint is not None:
         _models.load(net, Path(checkpoint))
@@ -97,24 +95,6 @@ def _as_seen(net: TokenViT, photo: Image.Image) -> tuple[Tensor, Tensor]:
     pixels = create_transform(**config)(photo)
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     return pixels[None], (pixels * std + mean).clamp(0, 1)
-
-
-def _open(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise CommandError(f"{path} is a folder, not an image" if path.is_dir() else f"no image {path}")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
-        raise CommandError(f"{path} can't be read as an image: {error}") from error
-
-
-def _check_out(path: Path) -> None:
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
-    if path.suffix.lower() not in known:
-        raise CommandError(f"can't write a picture as {path}: end its name in .png, .jpg or .webp")
-    if path.is_dir():
-        raise CommandError(f"can't write a picture as {path}: it is a folder")
 
 
 def _check_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:
