@@ -56,12 +56,15 @@ def test_auxiliary_tokens_change_nothing(family):
 @pytest.mark.parametrize("training", [False, True])
 @torch.no_grad()
 def test_auxiliary_tokens_change_no_merging(family, training):
-    # in double precision: relaxed merging's low temperatures make 1e-4 of float32's rounding
-    base, x = create(family).double(), images().double()
+    base, x = create(family), images()
+    mixed = "mixed" in family  # timm 1.0.26 has their rotary embeddings in float32 only
+    if training and not mixed:  # relaxed merging's low temperatures make 1e-4 of float32's rounding
+        base, x = base.double(), x.double()
     merging = apply_dtem_merging(base, r=7).train(training)
     model = with_aux(merging).train(training)
-    close(model(x, tokens=True).patches, merging(x, tokens=True).patches)
-    close(model(x, tokens=True).cls, merging(x, tokens=True).cls)
+    tolerance = 1e-3 if training and mixed else 1e-5
+    close(model(x, tokens=True).patches, merging(x, tokens=True).patches, tolerance)
+    close(model(x, tokens=True).cls, merging(x, tokens=True).cls, tolerance)
 
 
 @pytest.mark.parametrize("sees", [{}, dict(aux_sees_cls=True), dict(aux_sees_aux=True)])
