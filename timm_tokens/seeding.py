@@ -6,7 +6,7 @@ So there is no random state to save: a run that was killed draws the same number
 import hashlib
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -40,3 +40,8 @@ def seeded(*numbers: int) -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
+
+
+def drawn_from(generator: torch.Generator | None) -> AbstractContextManager[None]:
+    """`seeded` by a number drawn from the generator, or from torch's own where none is given."""
+    return seeded(int(torch.randint(2**62, (), generator=generator)))

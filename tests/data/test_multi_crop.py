@@ -4,8 +4,9 @@ import timm
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
-from timm_tokens.data import Crop, MultiCrop, MultiCropDataset, dino_crops, keyed_generator, swav_crops
+from timm_tokens.data import Crop, MultiCrop, dino_crops, swav_crops
 
 PLAIN = Crop(8, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter_prob=0.0, grayscale=0.0, blur=0.0)
 
@@ -85,34 +86,13 @@ def test_drawn_from_the_generator_alone():
     assert torch.equal(states, torch.get_rng_state())
 
 
-def test_dataset_draws_by_seed_epoch_and_index():
-    images = [(photo(seed=i), i) for i in range(6)]
-    transform = MultiCrop(dino_crops(16, 8, 2))
-    one, two = (MultiCropDataset(images, transform, seed=5) for _ in range(2))
-    in_order = [one[i] for i in range(6)]
-    for i in (4, 0, 5):  # whatever came before
-        assert torch.equal(two[i][0][3], in_order[i][0][3]) and two[i][1] == i
-    assert not torch.equal(MultiCropDataset(images, transform, seed=6)[0][0][0], in_order[0][0][0])
-    two.set_epoch(1)
-    assert not torch.equal(two[0][0][0], in_order[0][0][0])
-
-
-def test_the_epoch_reaches_workers_that_stay_alive():
-    dataset = MultiCropDataset([(photo(), 0)] * 4, MultiCrop(dino_crops(16, 8, 1)))
-    loader = DataLoader(dataset, batch_size=2, num_workers=1, persistent_workers=True)
-    for epoch in (0, 1):
-        dataset.set_epoch(epoch)
-        (crops, labels), _ = loader
-        assert [tuple(x.shape) for x in crops] == [(2, 3, 16, 16)] * 2 + [(2, 3, 8, 8)] and labels.tolist() == [0, 0]
-        assert torch.equal(crops[2][1], dataset[1][0][2])
-
-
-def test_near_keys_give_unrelated_draws():
-    keys = [(s, e, i) for s in range(3) for e in range(3) for i in range(300)]
-    draws = torch.tensor([torch.rand((), generator=keyed_generator(*key)) for key in keys])
-    assert len(draws.unique()) == len(keys) and abs(draws.mean() - 0.5) < 0.03
-    assert abs(torch.corrcoef(torch.stack([draws[:-1], draws[1:]]))[0, 1]) < 0.08
-    assert keyed_generator(1, 2).initial_seed() != keyed_generator(2, 1).initial_seed()
+def test_as_the_transform_of_a_data_set(tmp_path):
+    for i in range(4):
+        (tmp_path / str(i % 2)).mkdir(exist_ok=True)
+        photo(seed=i).save(tmp_path / str(i % 2) / f"{i}.png")
+    loader = DataLoader(ImageFolder(tmp_path, MultiCrop(dino_crops(16, 8, 1))), batch_size=2)
+    crops, labels = next(iter(loader))
+    assert [tuple(x.shape) for x in crops] == [(2, 3, 16, 16)] * 2 + [(2, 3, 8, 8)] and labels.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

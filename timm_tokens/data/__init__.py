@@ -6,15 +6,13 @@ from timm_tokens.data.label_store import TokenLabelStore
 from timm_tokens.data.label_transforms import TokenLabelTransform, View
 from timm_tokens.data.label_writer import TokenLabelWriter, pack_labels, unpack_labels
 from timm_tokens.data.masking import block_masks, random_ratio_masks
-from timm_tokens.data.multi_crop import Crop, MultiCrop, MultiCropDataset, dino_crops, swav_crops
-from timm_tokens.data.seeding import keyed_generator
+from timm_tokens.data.multi_crop import Crop, MultiCrop, dino_crops, swav_crops
 
 __all__ = [
     "Crop",
     "LabelMap",
     "LabeledTarget",
     "MultiCrop",
-    "MultiCropDataset",
     "TokenLabelDataset",
     "TokenLabelStore",
     "TokenLabelTransform",
@@ -23,7 +21,6 @@ __all__ = [
     "block_masks",
     "dino_crops",
     "image_id",
-    "keyed_generator",
     "pack_labels",
     "random_ratio_masks",
     "swav_crops",

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from timm_tokens.data.rand_augment import TrackedRandAugment
-from timm_tokens.data.seeding import seeded
+from timm_tokens.seeding import drawn_from
 
 
 class View(NamedTuple):
@@ -90,7 +90,7 @@ class TokenLabelTransform:
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> View:
         """Draw one view. All of its randomness comes from the generator, or from torch's own where none is given."""
-        with seeded(generator):
+        with drawn_from(generator):
             image, matrix = self._crop(image)
             if self.rand_augment is not None:
                 image, step = self.rand_augment(image)

@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from timm_tokens.data.seeding import keyed_generator, seeded
+from timm_tokens.seeding import drawn_from
 
 
 class Crop(NamedTuple):
@@ -83,6 +82,7 @@ class MultiCrop:
     """Turn an image into a list of normalised crops (C, size, size), those of the first kind first.
 
         transform = MultiCrop.for_model(vit, dino_crops(num_local=6))
+        dataset = ImageFolder("images", transform)        # torchvision's or timm's; a batch is a list of crops
 
     Args:
         crops: The kinds of crops.
@@ -120,41 +120,13 @@ class MultiCrop:
         if isinstance(image, Image.Image):
             image = v2.functional.pil_to_tensor(image.convert(self.mode))
         drawn = []
-        with seeded(generator):
+        with drawn_from(generator):
             for crop, transform in zip(self.crops, self.transforms, strict=True):
                 drawn += [transform(image) for _ in range(crop.count)]
         return drawn
 
     def __repr__(self) -> str:
         return f"MultiCrop({list(self.crops)}, mean={self.mean}, std={self.std})"
-
-
-class MultiCropDataset(Dataset):
-    """A data set of images as one of crops: `(list of (C, size, size), label)`, in which no draw depends on the order.
-
-    The crops of an image are drawn from (seed, epoch, index), so a run that is resumed, or spread over other
-    processes and workers, sees the crops that it would have seen.
-
-    Args:
-        dataset: Map-style, of (PIL image or uint8 tensor, label) pairs: timm's ImageDataset, torchvision's ImageFolder.
-        transform: (image, generator) to crops, such as a `MultiCrop`.
-        seed: Of all the draws.
-    """
-
-    def __init__(self, dataset: Dataset, transform: MultiCrop, seed: int = 0) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other crops than in other epochs. Call it before an epoch, as a DistributedSampler's."""
-        self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
-        image, label = self.dataset[index]
-        return self.transform(image, keyed_generator(self.seed, int(self._epoch), index)), label
 
 
 def _transform(crop: Crop, mean: Sequence[float], std: Sequence[float], interpolation: InterpolationMode) -> v2.Compose:
