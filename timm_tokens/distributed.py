@@ -4,9 +4,10 @@ No gradient passes through them, except for `all_reduce_sum_with_gradient`. Wher
 DistributedDataParallel, which averages the gradients of the processes, makes it the gradient of the joined batch.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_with_gradient
 from torch import Tensor
 
 
@@ -31,7 +32,17 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 def all_reduce_sum_with_gradient(x: Tensor) -> Tensor:
     """The sum of x over the processes; the gradient of x is the sum of theirs."""
-    return x if world_size() == 1 else dist_with_gradient.all_reduce(x)
+    return x if world_size() == 1 else _AllReduceSum.apply(x)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_reduce_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient)
 
 
 def all_reduce_max(x: Tensor) -> Tensor:

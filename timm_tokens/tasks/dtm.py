@@ -1,0 +1,108 @@
+"""Masked image modelling on a teacher's morphed tokens (DTM, arXiv 2401.00254).
+
+Shapes: B images, N patches, C channels of the student, D of the teacher.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from timm_tokens import blocks, seeding
+from timm_tokens.data.masking import block_masks
+from timm_tokens.losses import DTMLoss
+from timm_tokens.tasks.task import TokenTask
+from timm_tokens.tasks.token_teacher import TokenTeacher, channels, normalisation_of
+from timm_tokens.vit import TokenViT
+from timm_tokens.wrap import add_mask_token
+
+
+class MaskedStudent(nn.Module):
+    """A ViT whose masked patches are a learned token, and a linear map of its tokens to the teacher's width.
+
+    Args:
+        vit: The student with a mask token.
+        width: D.
+    """
+
+    def __init__(self, vit: TokenViT, width: int) -> None:
+        super().__init__()
+        self.vit = vit
+        self.project = nn.Linear(vit.embed_dim, width)
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """(B, 3, H, W) and (B, N) bool, True where masked -> (B, N, D)."""
+        return self.project(self.vit(images, tokens=True, mask=mask).patches)
+
+
+class DTMTask(TokenTask):
+    """The student sees the image with blocks of patches masked, and predicts the tokens that a frozen teacher makes of
+    the whole image, both morphed: averaged over patches that the teacher finds alike, drawn anew each step.
+
+        task = DTMTask(timm.create_model("vit_base_patch16_224", num_classes=0), teacher)
+
+    The draw of a step is the same on all processes, so that they have equal work.
+
+    Args:
+        student: A timm ViT that can be driven, or a TokenViT; `product` is the plain ViT, trained.
+        teacher: Any timm ViT; a frozen copy is taken, brought to the student's grid and normalisation (TokenTeacher).
+        criterion: Compares tokens (B, N, D), as `DTMLoss` does, which is the default. DTMLoss(rounds=()) compares them
+            one by one.
+        mask_ratio: Share of the patches that are masked.
+        masked_only: Whether the masked tokens alone count in the loss; all of them take part in the morphing.
+        teacher_head: Whether the targets go through the teacher's classifier: CLIP's projection.
+        seed: Of masks and draws.
+
+    Raises:
+        TypeError: If the student can't be driven.
+        ValueError: If mask_ratio is not in (0, 1], the teacher can't be brought to the student's grid, or their
+            channels differ.
+
+    Source: DTM (arXiv 2401.00254), section 3; the masks are BEiT's (arXiv 2106.08254).
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        criterion: nn.Module | None = None,
+        *,
+        mask_ratio: float = 75 / 196,
+        masked_only: bool = False,
+        teacher_head: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < mask_ratio <= 1:
+            raise ValueError(f"mask_ratio must be in (0, 1], got {mask_ratio}; the paper masks 75 of 196 patches, 0.38")
+        vit = student if getattr(student, "mask_token", None) is not None else add_mask_token(student)
+        if vit.in_chans != channels(teacher):
+            raise ValueError(f"the student takes {vit.in_chans} channels and the teacher {channels(teacher)}")
+        grid = blocks.grid_size(vit.base, vit.image_size)
+        targets = TokenTeacher(teacher, grid, normalisation=normalisation_of(vit.base), head=teacher_head)
+        super().__init__(MaskedStudent(vit, targets.width), seed=seed)
+        self.teacher, self.criterion = targets, DTMLoss() if criterion is None else criterion
+        self.grid, self.masked_only = grid, masked_only
+        self.find_unused_parameters = _has_unused(vit.base)
+        self.masked = max(1, round(mask_ratio * grid[0] * grid[1]))
+
+    @property
+    def product(self) -> nn.Module:
+        """The student as a plain timm ViT."""
+        return self.student.vit.base
+
+    def forward(self, input: Tensor | list[Tensor], target: Any = None) -> dict[str, Tensor]:
+        """The loss of images (B, C, H, W); of [images, mask (B, N)] with these masks instead of drawn ones."""
+        images, mask = (input, self._draw_masks(input)) if isinstance(input, Tensor) else input
+        tokens = self.trainable_module(images, mask)
+        drawn = seeding.generator(self.seed, self.step)  # without the rank: the same on all processes
+        loss = self.criterion(tokens, self.teacher(images), mask if self.masked_only else None, generator=drawn)
+        return {"loss": loss}
+
+    def _draw_masks(self, images: Tensor) -> Tensor:
+        mask = block_masks(self.masked, self.grid, len(images), generator=self.generator())
+        return mask.to(images.device, non_blocking=True)
+
+
+def _has_unused(base: nn.Module) -> bool:
+    """Whether the ViT has pooling or a classifier with weights, which tokens don't go through."""
+    modules = [getattr(base, name, None) for name in ("fc_norm", "attn_pool", "head", "head_dist")]
+    return any(p.requires_grad for module in modules if module is not None for p in module.parameters())
