@@ -60,9 +60,10 @@ class Driver:
         index, the tokens, and the merges so far.
         """
         x, ropes = blocks.embed(self.base, images, edit)
-        stream, trace = Stream(x, num_aux=0, effective=x.shape[1]), []
+        own, num_aux, trace = x.shape[1], 0, []
         if aux and self.aux.tokens is not None:
-            stream = stream._replace(x=self.aux.append(x), num_aux=self.aux.num_cls)
+            x, num_aux = self.aux.append(x), self.aux.num_cls
+        stream = Stream(x, num_aux, effective=own)
         for i in range(len(self.base.blocks) if depth is None else depth):
             rope = None if ropes is None else ropes[i]
             if self.base.grad_checkpointing:
@@ -78,7 +79,8 @@ class Driver:
     def _block(self, i: int, stream: Stream, rope: Tensor | None) -> tuple[Stream, Matching | RelaxedMatching | None]:
         block, x, attention = self.base.blocks[i], stream.x, self._attention(stream, rope)
         if self.merger is None or not self.merger.count(i, stream.effective, self.num_prefix_tokens):
-            return stream._replace(x=block(x, **attention)), None
+            # not _replace, which torch 2.6 can't compile
+            return Stream(block(x, **attention), stream.num_aux, stream.effective, stream.size, stream.rows), None
         y = blocks.read(block, x)
         x, aux = stream.split(blocks.attend(block, x, y, **attention))
         y, _ = stream.split(y)
