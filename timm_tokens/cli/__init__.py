@@ -14,6 +14,7 @@ __all__ = ["COMMANDS", "CommandError", "main"]
 COMMANDS = {
     "bench": "speed of a model with its tokens merged, against the model itself",
     "draw": "a picture of an image's patch groups",
+    "draw attention": "a picture of what a model's auxiliary tokens look at",
     "draw labels": "a picture of an image's label map, and of the targets of a crop",
     "fewshot": "few-shot accuracy of a model's features, with and without ESFR",
     "run": "run one of timm's own scripts with this package's models registered",

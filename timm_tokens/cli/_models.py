@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from PIL import Image
 from safetensors import SafetensorError
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_tokens.cli._errors import CommandError
@@ -71,6 +74,32 @@ def load(model: TokenViT, path: Path) -> None:
             raise CommandError(f"{path} doesn't fit the model: it {verb} {len(names)} weights, such as {names[0]}")
     if not whole:  # embeddings that start as the keys start as those that were loaded
         model.merger.reset_parameters(model.base)
+
+
+def as_seen(model: nn.Module, photo: Image.Image) -> tuple[Tensor, Tensor]:
+    """The image (1, 3, h, w) as the model takes it, and (3, h, w) in colours from 0 to 1."""
+    config = resolve_model_data_config(model)
+    if isinstance(model, TokenViT):
+        config["input_size"] = (config["input_size"][0], *model.image_size)
+    pixels = create_transform(**config)(photo)
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return pixels[None], (pixels * std + mean).clamp(0, 1)
+
+
+def load_whole(model: TokenViT, path: Path) -> None:
+    """Load a checkpoint of the whole TokenViT, strictly.
+
+    Raises:
+        CommandError: If there is no such file, it holds no weights, those of the base alone, or they don't fit.
+    """
+    state = _read(path)
+    if not any(name.startswith("base.") for name in state):
+        raise CommandError(f"{path} holds a plain model, not one with the parts that are to be drawn")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1:2] or [str(error)]
+        raise CommandError(f"{path} doesn't fit the model: {detail[0].strip()}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

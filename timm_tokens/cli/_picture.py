@@ -116,6 +116,37 @@ def sheet(
     return picture
 
 
+def rows_of_panels(rows: Sequence[Sequence[tuple[str, Tensor]]], gap: int = 16) -> Image.Image:
+    """Rows of titled images, as `sheet` makes one, one below the other."""
+    sheets = [sheet(panels, gap=gap) for panels in rows]
+    picture = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    top = 0
+    for one in sheets:
+        picture.paste(one, (0, top))
+        top += one.height
+    return picture
+
+
+def paint_heat(values: Tensor, image: Tensor) -> Tensor:
+    """A map of values (H, W), from its least, dark, to its largest, bright, over the grey image (3, h, w)."""
+    spread = (values.max() - values.min()).clamp_min(1e-12)
+    heat = ((values - values.min()) / spread)[None, None]
+    heat = torch.nn.functional.interpolate(heat, size=image.shape[1:], mode="bilinear")[0]  # (1, h, w)
+    grey = image.mean(dim=0, keepdim=True)
+    return torch.lerp(0.5 * grey.expand(3, -1, -1), _ramp(heat[0]), 0.25 + 0.5 * heat)
+
+
+def paint_matrix(values: Tensor, side: int) -> Tensor:
+    """A matrix (T, T) of values from -1, dark, to 1, bright, as an image (3, side, side)."""
+    cells = torch.arange(side) * values.shape[0] // side
+    return _ramp((values[cells][:, cells] / 2 + 0.5).clamp(0, 1))
+
+
+def _ramp(values: Tensor) -> Tensor:
+    """Values in [0, 1] as colours from black over red and yellow to white: (h, w) -> (3, h, w)."""
+    return torch.stack([(3 * values - start).clamp(0, 1) for start in (0, 1, 2)])
+
+
 def _flow(widths: Sequence[float], line_width: float) -> list[tuple[float, int]]:
     """Where things of these widths come to stand, in lines of at most `line_width`: (left, line)."""
     places, left, line = [], 0.0, 0

@@ -85,7 +85,7 @@ def peak_memory(machine: Machine, setting: Setting) -> float | None:
     """MiB at the most. On a GPU what torch allocated; on the CPU what a process grew by, so it takes one of its own."""
     if machine.device.startswith("cuda"):
         step = make_step(machine, setting, build(machine, setting))
-        torch.cuda.resetpeak_memory_stats()
+        torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() / 2**20
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from timm_tokens.cli import _models
@@ -74,7 +71,7 @@ def run(
     if checkpoint is not None:
         _models.load(net, Path(checkpoint))
     blocks = _check_blocks(blocks, depth=len(net.base.blocks))
-    pixels, shown = _as_seen(net, photo)
+    pixels, shown = _models.as_seen(net, photo)
     panels = [_panel(net, pixels, block) for block in blocks]
     _check_r(r, patches=panels[0].groups.numel())
     shown = enlarge(shown, SIDE)
@@ -87,14 +84,6 @@ def run(
 def _panel(net: TokenViT, pixels: Tensor, block: int) -> Panel:
     groups = net.token_groups(pixels, block)[0]
     return Panel(block, groups, len(groups.unique()))
-
-
-def _as_seen(net: TokenViT, photo: Image.Image) -> tuple[Tensor, Tensor]:
-    """The image (1, 3, h, w) as the model takes it, and (3, h, w) in colours from 0 to 1."""
-    config = resolve_model_data_config(net)
-    pixels = create_transform(**config)(photo)
-    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    return pixels[None], (pixels * std + mean).clamp(0, 1)
 
 
 def _check_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:

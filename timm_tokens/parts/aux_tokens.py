@@ -121,7 +121,7 @@ class AdaptivePool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooled tokens (B, k_p, C) of a map x (B, C, H, W)."""
-        u = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        u = self.normed(x)
         w = self.weights(u)
         u = u.flatten(2)  # (B, C, N)
         if self.per_channel:
@@ -129,6 +129,10 @@ class AdaptivePool(nn.Module):
         else:
             pooled = torch.einsum("bkn,bcn->bkc", w.to(u.dtype), u)
         return self.out_norm(pooled)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """A map (B, C, H, W), normed over its channels."""
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def weights(self, u: Tensor) -> Tensor:
         """Weights over the N positions of a normed map u (B, C, H, W): (B, C, k_p, N), or (B, k_p, N) if spatial."""

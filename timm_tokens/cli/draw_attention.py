@@ -1,0 +1,87 @@
+"""Draw what a model's auxiliary tokens look at in an image, and how alike they are.
+
+    timm-tokens draw attention photo.jpg attention.png --model vit_small_mte --checkpoint output/student.safetensors
+    timm-tokens draw attention photo.jpg attention.png --model vit_small_mte --checkpoint last.pth --block 6
+
+The panels: the image; the attention of the class token and of each auxiliary class token, averaged over heads; the
+weights by which each pooled token pools the patches, averaged over channels; and the cosines between all of them.
+Each map is drawn from its least to its largest value.
+"""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from timm_tokens.cli import _models
+from timm_tokens.cli._attention import Looks, looks
+from timm_tokens.cli._errors import CommandError
+from timm_tokens.cli._files import check_picture, read_image, replacing
+from timm_tokens.cli._picture import enlarge, paint_heat, paint_matrix, rows_of_panels
+from timm_tokens.vit import TokenViT
+
+SIDE = 224  # pixels of a panel's shorter side, at least
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options of the sub-command: the keyword arguments of `run`."""
+    parser.add_argument("image", type=Path, help="the image to read")
+    parser.add_argument("out", type=Path, help="the picture to write; its suffix says how (.png, .jpg, .webp)")
+    parser.add_argument("--model", required=True, help="a model with auxiliary tokens, such as vit_small_mte")
+    parser.add_argument("--checkpoint", type=Path, help="weights of the whole model, which timm has none of")
+    parser.add_argument("--block", type=int, help="whose attention, from 1 (default: the last)")
+    parser.add_argument("--image-size", type=int, help="side of the image (default: the model's)")
+
+
+def run(
+    *,
+    image: str | Path,
+    out: str | Path,
+    model: str,
+    checkpoint: str | Path | None = None,
+    block: int | None = None,
+    image_size: int | None = None,
+) -> Looks:
+    """Write the picture; see the command's --help.
+
+    Returns:
+        What it shows, for a batch of one.
+
+    Raises:
+        CommandError: If something is missing or doesn't fit; then nothing is written.
+    """
+    out = Path(out)
+    check_picture(out)
+    photo = read_image(Path(image))
+    if checkpoint is None and ":" not in model:
+        raise CommandError("give --checkpoint: the weights of a model trained with auxiliary tokens; timm has none")
+    sized = {} if image_size is None else {"img_size": image_size}
+    net = _models.create(model, pretrained=checkpoint is None, **sized)
+    if not isinstance(net, TokenViT) or net.aux is None:
+        raise CommandError(f"{model} has no auxiliary tokens: give a model that has, such as vit_small_mte")
+    depth = len(net.base.blocks)
+    if block is not None and not 1 <= block <= depth:
+        raise CommandError(f"--block takes a number from 1 to {depth}, the model's depth, got {block}")
+    if checkpoint is not None:
+        _models.load_whole(net, Path(checkpoint))
+    pixels, shown = _models.as_seen(net, photo)
+    try:
+        seen = looks(net, pixels, (block or depth) - 1)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    with replacing(out) as partial:
+        _picture(enlarge(shown, SIDE), seen).save(partial)
+    return seen
+
+
+def _picture(shown: Tensor, seen: Looks) -> Image.Image:
+    first = [("image", shown)]
+    if seen.cls is not None:
+        first.append(("class token", paint_heat(seen.cls[0], shown)))
+    first.append(("cosines", paint_matrix(seen.cosine[0], shown.shape[1])))
+    rows = [first]
+    for name, maps in (("aux", seen.aux_cls), ("pooled", seen.pooled)):
+        if maps is not None:
+            rows.append([(f"{name} {i + 1}", paint_heat(m, shown)) for i, m in enumerate(maps[0])])
+    return rows_of_panels(rows)
