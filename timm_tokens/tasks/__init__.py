@@ -1,9 +1,21 @@
 """Training tasks: what is trained, and how its loss comes about. `timm_tokens.training` runs them."""
 
 from timm_tokens.tasks.dtm import DTMTask
+from timm_tokens.tasks.encoder import PooledTokens
 from timm_tokens.tasks.mira import MIRATask
+from timm_tokens.tasks.mte import MTETask
 from timm_tokens.tasks.schedules import cosine, linear
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy, update_teacher
 
-__all__ = ["DTMTask", "MIRATask", "TokenTask", "cosine", "frozen_copy", "linear", "update_teacher"]
+__all__ = [
+    "DTMTask",
+    "MIRATask",
+    "MTETask",
+    "PooledTokens",
+    "TokenTask",
+    "cosine",
+    "frozen_copy",
+    "linear",
+    "update_teacher",
+]

@@ -51,14 +51,19 @@ class Projector(nn.Sequential):
 
 
 class Prototypes(nn.Module):
-    """(B, D) of unit length -> (B, K) cosines with K prototypes: their weight is normed, whatever length it learns."""
+    """(B, D) of unit length -> (B, K) cosines with K prototypes: their weight is normed, whatever length it learns.
 
-    def __init__(self, width: int, count: int) -> None:
+    With learn_scale each prototype also learns a factor for its cosines (DINO's norm_last_layer=False).
+    """
+
+    def __init__(self, width: int, count: int, learn_scale: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(count, width), dim=1))
+        self.scale = nn.Parameter(torch.ones(count)) if learn_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, F.normalize(self.weight, dim=1))
+        cosines = F.linear(x, F.normalize(self.weight, dim=1))
+        return cosines if self.scale is None else cosines * self.scale
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"

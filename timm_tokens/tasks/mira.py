@@ -14,7 +14,7 @@ from timm_tokens.losses import MIRALoss
 from timm_tokens.tasks.clustering import Projector, Prototypes
 from timm_tokens.tasks.schedules import cosine
 from timm_tokens.tasks.task import TokenTask
-from timm_tokens.tasks.teacher import frozen_copy, update_teacher
+from timm_tokens.tasks.teacher import frozen_copy, update_teacher, use_batch_statistics
 
 
 class Encoder(nn.Module):
@@ -94,7 +94,7 @@ class MIRATask(TokenTask):
         _check(backbone, num_prototypes, global_crops, beta, momentum)
         encoder = Encoder(backbone, hidden, width)
         super().__init__(ClusteringStudent(encoder, Prototypes(width, num_prototypes)), seed=seed)
-        self.teacher = _use_batch_statistics(frozen_copy(encoder))
+        self.teacher = use_batch_statistics(frozen_copy(encoder))
         self.criterion = MIRALoss() if criterion is None else criterion
         self.global_crops, self.frozen_epochs = global_crops, frozen_epochs
         self.betas, self.momenta = tuple(beta), tuple(momentum)
@@ -130,13 +130,6 @@ class MIRATask(TokenTask):
 
     def end_step(self) -> None:
         update_teacher(self.teacher, self.student.encoder, self.momentum)
-
-
-def _use_batch_statistics(teacher: nn.Module) -> nn.Module:
-    for module in teacher.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.training = True  # not train(): timm's hold an activation, and may hold a dropout
-    return teacher
 
 
 def _check(

@@ -39,3 +39,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
             value.copy_(given)
     if averaged[0]:
         torch._foreach_lerp_(*averaged, 1 - momentum)
+
+
+def use_batch_statistics(teacher: nn.Module) -> nn.Module:
+    """Let the batch norms of a frozen copy normalise by the batch, as the student's do; everything else stays as is."""
+    for module in teacher.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = True  # not train(): timm's hold an activation, and may hold a dropout
+    return teacher

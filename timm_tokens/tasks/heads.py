@@ -1,0 +1,44 @@
+"""Heads of self-supervised methods: from tokens to what a loss compares.
+
+Shapes: C features, D projected, K prototypes.
+"""
+
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from timm_tokens.tasks.clustering import JoinedBatchNorm
+
+
+class DINOHead(nn.Sequential):
+    """(..., C) -> (..., D) of unit length: an MLP with GELU, two hidden layers, and no batch norm.
+
+    The prototypes that DINO counts as the head's last layer are `clustering.Prototypes`, so that tokens of several
+    kinds can each have a head and share them.
+
+    Source: DINO (arXiv 2104.14294), section 3.1 and appendix C.
+    """
+
+    def __init__(self, features: int, hidden: int = 2048, width: int = 256) -> None:
+        layers = [nn.Linear(features, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, width)]
+        super().__init__(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+        for layer in layers:
+            trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(super().forward(x), dim=-1)
+
+
+class MoBYHead(nn.Sequential):
+    """(..., C) -> (..., D): MoBY's projector and its predictor, with the batch norm of all processes' tokens together.
+
+    Source: MoBY (arXiv 2105.04553), section 3.
+    """
+
+    def __init__(self, features: int, hidden: int = 4096, width: int = 256) -> None:
+        first = nn.Linear(features, hidden, bias=False)  # the batch norm has one
+        super().__init__(first, JoinedBatchNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])

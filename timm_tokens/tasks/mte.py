@@ -1,0 +1,182 @@
+"""Pre-training without labels, with auxiliary tokens that teach the global one (MTE, arXiv 2411.15787).
+
+Shapes: B images, V crops of each, T tokens of a crop, K prototypes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_tokens import seeding
+from timm_tokens.data import random_ratio_masks
+from timm_tokens.distributed import batch_mean, rank, world_size
+from timm_tokens.losses import IBOTPatchLoss, MTELoss, MTETerms
+from timm_tokens.tasks.encoder import token_counts
+from timm_tokens.tasks.objectives import OBJECTIVES, make_loss, make_student, token_backbone, token_names
+from timm_tokens.tasks.schedules import cosine, linear
+from timm_tokens.tasks.task import TokenTask
+from timm_tokens.tasks.teacher import frozen_copy, update_teacher, use_batch_statistics
+from timm_tokens.tasks.views import Views
+
+
+class MTETask(TokenTask):
+    """DINO, iBOT or MoBY, with as many auxiliary tokens as the model has.
+
+        vit = timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True, drop_path_rate=0.1)
+        task = MTETask(timm_tokens.add_aux_tokens(vit), "dino")
+
+    A plain ViT is trained by the objective itself. The student sees all crops of an image; its teacher, a moving
+    average of the student, head and all, sees the global ones. What comes out is `product`, the teacher's plain timm
+    model, which the auxiliary tokens are no part of.
+
+    Args:
+        model: A TokenViT by `add_aux_tokens`, a plain timm ViT, or `PooledTokens` around any other timm model; with
+            num_classes=0, and a ViT with dynamic_img_size=True if crops have several sizes. iBOT's mask token is added.
+        objective: "dino", "ibot" (DINO and its patch loss) or "moby", which takes two crops.
+        num_prototypes: K; None: the objective's, 65536 or 8192.
+        hidden: Width of the heads' hidden layers; None: the objective's. width: of what they project to.
+        learn_scale: Whether prototypes learn their lengths (norm_last_layer=False).
+        aux_target, include_global: Of `MTELoss`.
+        aux_on_local: Whether the student's local crops have auxiliary tokens, too, where they cost most.
+        global_crops: How many crops, the first, the teacher sees.
+        tau_teacher: From and to, in a line over the first tau_epochs.
+        momentum: Of the teacher, from and to along a cosine; None: the objective's, to 1.
+        frozen_epochs: For so long the prototypes do not learn.
+        mask_ratio, mask_prob: Of iBOT's masks, see `random_ratio_masks`. patch_weight: of its patch loss.
+        queue_size: Of MoBY.
+        seed: Of the run.
+
+    Raises:
+        ValueError: If the model has a classifier, or a value is out of its range.
+        TypeError: If the model can't be driven.
+
+    Source: MTE (arXiv 2411.15787) as `MTELoss` defines it; DINO (arXiv 2104.14294), iBOT (arXiv 2111.07832), MoBY
+    (arXiv 2105.04553).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: str = "dino",
+        *,
+        num_prototypes: int | None = None,
+        hidden: int | None = None,
+        width: int = 256,
+        learn_scale: bool = False,
+        aux_target: str = "ensemble",
+        include_global: bool = True,
+        aux_on_local: bool = False,
+        global_crops: int = 2,
+        tau_teacher: tuple[float, float] = (0.04, 0.07),
+        tau_epochs: float = 30,
+        momentum: tuple[float, float] | None = None,
+        frozen_epochs: float = 1.0,
+        mask_ratio: tuple[float, float] = (0.1, 0.5),
+        mask_prob: float = 0.5,
+        patch_weight: float = 1.0,
+        queue_size: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        backbone, recipe = token_backbone(model, objective), OBJECTIVES[objective]
+        prototypes = recipe.num_prototypes if num_prototypes is None else num_prototypes
+        student = make_student(backbone, objective, prototypes, hidden or recipe.hidden, width, learn_scale)
+        super().__init__(student, seed=seed)
+        self.teacher = use_batch_statistics(frozen_copy(student))
+        self.teacher.predictor = None
+        self.objective, self.aux_on_local, self.global_crops = objective, aux_on_local, global_crops
+        self.names = token_names(token_counts(backbone))
+        baseline = make_loss(objective, prototypes, width, queue_size, len(self.names))
+        self.criterion = MTELoss(baseline, aux_target=aux_target, include_global=include_global)
+        self.patch_criterion = IBOTPatchLoss(prototypes) if objective == "ibot" else None
+        self.mask_ratio, self.mask_prob, self.patch_weight = mask_ratio, mask_prob, patch_weight
+        self.temperatures, self.tau_epochs, self.frozen_epochs = tuple(tau_teacher), tau_epochs, frozen_epochs
+        self.momenta = (recipe.momentum, 1.0) if momentum is None else tuple(momentum)
+        self.start_step(0, 2, 1)
+
+    @property
+    def product(self) -> nn.Module:
+        """The teacher's plain timm model: frozen, so call requires_grad_() to train it further."""
+        return self.teacher.encoder.backbone.base
+
+    def start_step(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        super().start_step(step, total_steps, steps_per_epoch)
+        self.momentum = cosine(*self.momenta, step, total_steps)
+        self.frozen = step < self.frozen_epochs * steps_per_epoch
+        tau = linear(*self.temperatures, step, round(self.tau_epochs * steps_per_epoch))
+        for criterion in (self.criterion.baseline, self.patch_criterion):
+            if hasattr(criterion, "tau_teacher"):
+                criterion.tau_teacher = tau
+
+    def forward(self, input: list[Tensor], target: Any = None) -> dict[str, Tensor]:
+        """The loss of V crops (B, 3, h, w), those that the teacher sees first.
+
+        Returns:
+            "loss", and of each token "loss/NAME", "entropy/NAME", "marginal_entropy/NAME", "agreement/NAME" (see
+            `MTETerms`), "cosine/NAME", between its projection and the other tokens', and "gradient/NAME", the norm of
+            the gradient of its feature. NAME is cls, aux0, ..., pooled0, ...; iBOT adds "loss/patch".
+        """
+        crops = self._check(input)
+        mask = self._draw_mask(crops) if self.patch_criterion is not None else None
+        options = dict(num_global=self.global_crops, aux_on_local=self.aux_on_local, mask=mask, patches=mask)
+        student = self.trainable_module(crops, **options)
+        with torch.no_grad():
+            views = crops[: self.global_crops]
+            teacher = self.teacher(views, num_global=self.global_crops, patches=mask)
+        terms = self.criterion(student.tokens, teacher.tokens)
+        outputs = {"loss": terms.loss}
+        if mask is not None:
+            patch = self.patch_criterion([student.patches], [teacher.patches], [mask])
+            outputs = {"loss": terms.loss + self.patch_weight * patch, "loss/patch": patch.detach()}
+        return outputs | self._log(terms, student, teacher)
+
+    def before_optimizer(self) -> None:
+        if self.frozen and self.student.prototypes is not None:
+            for parameter in self.student.prototypes.parameters():
+                parameter.grad = None  # not zero: weight decay and momentum would move them
+
+    def end_step(self) -> None:
+        update_teacher(self.teacher, self.student, self.momentum)
+
+    def _log(self, terms: MTETerms, student: Views, teacher: Views) -> dict[str, Tensor]:
+        rows = {
+            "loss": terms.token_losses,
+            "entropy": terms.entropy,
+            "marginal_entropy": terms.marginal_entropy,
+            "agreement": terms.agreement,
+            "cosine": _cosines(teacher.projected),
+            "gradient": student.gradient_norms,  # filled in by backward
+        }
+        return {f"{what}/{name}": row[i] for what, row in rows.items() for i, name in enumerate(self.names)}
+
+    def _draw_mask(self, crops: list[Tensor]) -> Tensor:
+        """(global_crops B, N): this process's part of what is drawn for the joined batch, whatever the processes."""
+        batch, backbone = len(crops[0]), self.student.encoder.backbone
+        self._draws += 1
+        generator = seeding.generator(self.seed, self.step, self._draws)
+        grid, masks = backbone._grid(crops[0]), []
+        for _ in range(self.global_crops):
+            joined = random_ratio_masks(
+                batch * world_size(), grid, ratio=self.mask_ratio, prob=self.mask_prob, generator=generator
+            )
+            masks.append(joined[batch * rank() : batch * (rank() + 1)])
+        return torch.cat(masks).to(crops[0].device)
+
+    def _check(self, crops: list[Tensor]) -> list[Tensor]:
+        least, most = max(2, self.global_crops), 2 if self.objective == "moby" else 10**6
+        if isinstance(crops, Tensor) or not least <= len(crops) <= most:
+            got = "one tensor" if isinstance(crops, Tensor) else f"{len(crops)} crops"
+            what = "two crops, both global" if most == 2 else f"a list of {least} crops or more"
+            raise ValueError(f"MTETask({self.objective!r}) takes {what}, got {got}")
+        if len({crop.shape for crop in crops[: self.global_crops]}) > 1:
+            shapes = [tuple(crop.shape) for crop in crops]
+            raise ValueError(f"the first {self.global_crops} crops are global, of one size, got {shapes}")
+        return crops
+
+
+def _cosines(projected: Tensor) -> Tensor:
+    """(T,) mean cosine of each token's projection (B, T, D) with the others'; 1 for a single token."""
+    x = nn.functional.normalize(projected.detach().float(), dim=-1)
+    others = x.shape[1] - 1
+    mean = batch_mean((x * (x.sum(1, keepdim=True) - x)).sum(-1))
+    return mean / others if others else torch.ones_like(mean)

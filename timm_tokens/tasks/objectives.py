@@ -1,0 +1,80 @@
+"""What DINO, iBOT and MoBY differ in: the student's heads, and the loss."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from timm_tokens.losses import DINOLoss, MoBYLoss
+from timm_tokens.tasks.clustering import Prototypes
+from timm_tokens.tasks.encoder import Encoder, PooledTokens, token_counts
+from timm_tokens.tasks.heads import DINOHead, MoBYHead
+from timm_tokens.tasks.views import ViewEncoder
+from timm_tokens.vit import TokenViT
+from timm_tokens.wrap import add_mask_token
+
+
+class Recipe(NamedTuple):
+    """What a paper sets: the heads' hidden width, the number of prototypes, the teacher's momentum at first."""
+
+    hidden: int
+    num_prototypes: int
+    momentum: float
+
+
+OBJECTIVES = {
+    "dino": Recipe(2048, 65536, 0.996),
+    "ibot": Recipe(2048, 8192, 0.996),
+    "moby": Recipe(4096, 0, 0.99),
+}
+
+
+def token_backbone(model: nn.Module, objective: str) -> TokenViT | PooledTokens:
+    """The model as one that gives `Tokens`; for iBOT with a mask token.
+
+    Raises:
+        ValueError: If the objective is unknown, the model has a classifier, or it has no patches that iBOT could mask.
+        TypeError: If the model can't be driven.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    base = getattr(model, "base", model)
+    if base.num_classes:
+        raise ValueError(
+            f"the model has a classifier for {base.num_classes} classes, but it is to learn without labels: "
+            "make it with num_classes=0, or call reset_classifier(0)"
+        )
+    if isinstance(model, PooledTokens):
+        if objective == "ibot":
+            raise ValueError("iBOT masks patches, which takes a ViT: choose 'dino' or 'moby'")
+        return model
+    if objective == "ibot" and getattr(model, "mask_token", None) is None:
+        return add_mask_token(model)
+    return model if isinstance(model, TokenViT) else TokenViT(model)
+
+
+def make_student(
+    backbone: TokenViT | PooledTokens, objective: str, num_prototypes: int, hidden: int, width: int, learn_scale: bool
+) -> ViewEncoder:
+    """Heads on a backbone.
+
+    DINO and iBOT have a head for each kind of token, and prototypes that all share, so that assignments can be
+    averaged. MoBY has one projector and one predictor, for its keys are.
+    """
+    base, counts = backbone.base, token_counts(backbone)
+    features = dict.fromkeys(counts, base.num_features)
+    features["cls"] = getattr(base, "head_hidden_size", base.num_features)
+    if objective == "moby":
+        projector, predictor = MoBYHead(features["cls"], hidden, width), MoBYHead(width, hidden, width)
+        return ViewEncoder(Encoder(backbone, {"cls": projector}), predictor=predictor)
+    heads = {kind: DINOHead(features[kind], hidden, width) for kind in counts}
+    return ViewEncoder(Encoder(backbone, heads), Prototypes(width, num_prototypes, learn_scale))
+
+
+def make_loss(objective: str, num_prototypes: int, width: int, queue_size: int, num_tokens: int) -> DINOLoss | MoBYLoss:
+    """The baseline's loss, for so many tokens."""
+    return MoBYLoss(width, queue_size) if objective == "moby" else DINOLoss(num_prototypes, num_tokens=num_tokens)
+
+
+def token_names(counts: dict[str, int]) -> list[str]:
+    """cls, aux0, aux1, ..., pooled0, ..."""
+    return ["cls"] + [f"{kind}{i}" for kind, count in counts.items() if kind != "cls" for i in range(count)]

@@ -1,0 +1,91 @@
+"""A student or teacher as the losses between views see it: crops of an image in, logits of tokens out.
+
+Shapes: B images, V crops of each, T tokens, D projected, K prototypes, M masked patches.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from timm_tokens.tasks.encoder import Encoder
+
+
+class Views(NamedTuple):
+    """What a `ViewEncoder` makes of crops.
+
+    Attributes:
+        tokens: A view each, (B, T, K): logits, or (B, T, D) where there are no prototypes.
+        patches: (M, K) logits of the patches asked for, None if none were.
+        projected: (V B, T, D) of the V global crops.
+        gradient_norms: (T,) of the global crops' features, averaged over the batch; 0 until backward fills it in.
+    """
+
+    tokens: list[Tensor]
+    patches: Tensor | None
+    projected: Tensor
+    gradient_norms: Tensor
+
+
+class ViewEncoder(nn.Module):
+    """An encoder of crops of several sizes, and the prototypes or the predictor that tell views apart.
+
+    Args:
+        encoder: Of images of one size.
+        prototypes: (..., D) -> (..., K), shared by tokens of all kinds and by patches; None for contrastive methods.
+        predictor: (..., D) -> (..., D) of the student alone, or None.
+    """
+
+    def __init__(
+        self, encoder: Encoder, prototypes: nn.Module | None = None, predictor: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder, self.prototypes, self.predictor = encoder, prototypes, predictor
+
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        *,
+        num_global: int = 2,
+        aux_on_local: bool = False,
+        mask: Tensor | None = None,
+        patches: Tensor | None = None,
+    ) -> Views:
+        """V views of B images: crops (B, 3, h, w), the global ones, of one size, first; one forward a size.
+
+        Args:
+            num_global: How many crops are global.
+            aux_on_local: Whether the others have auxiliary tokens, too.
+            mask, patches: (num_global B, N) of the global crops, see `Encoder`.
+        """
+        batch, encoded = len(crops[0]), self.encoder(torch.cat(list(crops[:num_global])), mask=mask, patches=patches)
+        norms = _norms_of_gradient(encoded.features)
+        projected = [encoded.projected]
+        for _, same in groupby(crops[num_global:], key=lambda crop: crop.shape[1:]):
+            projected.append(self.encoder(torch.cat(list(same)), aux=aux_on_local).projected)
+        tokens, rows = self._compare(projected, encoded.patches)
+        return Views([view for x in tokens for view in x.split(batch)], rows, encoded.projected, norms)
+
+    def _compare(self, projected: list[Tensor], patches: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """Logits of all tokens by one product with the prototypes; or the predictions, through one batch norm."""
+        last = self.prototypes if self.prototypes is not None else self.predictor
+        if last is None:
+            return projected, patches
+        rows = [x.flatten(0, 1) for x in projected] + ([] if patches is None else [patches])
+        logits = last(torch.cat(rows)).split([len(x) for x in rows])
+        tokens = [x.unflatten(0, shape.shape[:2]) for x, shape in zip(logits, projected, strict=False)]
+        return tokens, None if patches is None else logits[-1]
+
+
+def _norms_of_gradient(features: Tensor) -> Tensor:
+    """(T,) norms of the gradient of features (B, T, C), of each sample's own loss, averaged; filled in by backward."""
+    norms = torch.zeros(features.shape[1], device=features.device)
+
+    def fill(gradient: Tensor) -> None:
+        norms.copy_(gradient.float().norm(dim=2).sum(0))
+
+    if features.requires_grad:
+        features.register_hook(fill)
+    return norms
