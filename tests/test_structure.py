@@ -25,7 +25,7 @@ ALLOWED = {  # what may import what, inside the package
     "wrap": {"vit", "parts", "ops", "blocks", "flops"},
     "models": {"models", "vit", "wrap", "parts", "protocol"},
     "seeding": set(),
-    "tasks": {"tasks", "vit", "wrap", "blocks", "losses", "ops", "distributed", "data", "seeding"},
+    "tasks": {"tasks", "vit", "wrap", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
     "training": {"training", "tasks", "distributed", "seeding"},
 }
 FILES = [
