@@ -10,6 +10,8 @@ from timm.models.vision_transformer import (
     ResPostBlock,
 )
 
+from timm_tokens.models.lvvit_base import lvvit_base
+
 TINY = dict(img_size=48, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=5)
 NAFLEX = dict(patch_size=8, embed_dim=48, depth=3, num_heads=3, pos_embed_grid_size=(6, 6))
 
@@ -36,6 +38,7 @@ MERGEABLE = {
     "vit_scale_norms": vit(scale_attn_norm=True, scale_mlp_norm=True),
     "deit_distilled": lambda **more: VisionTransformerDistilled(**TINY, **more),
     "deit3": vit(no_embed_class=True, init_values=0.3),
+    "lvvit": lambda **more: lvvit_base(**TINY, skip_lam=2.0, **more),
     "clip": vit(pre_norm=True, act_layer="quick_gelu"),
     "siglip_map": vit(class_token=False, global_pool="map"),
     "dinov2_registers": vit(reg_tokens=4, no_embed_class=True, init_values=0.3),

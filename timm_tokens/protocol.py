@@ -12,6 +12,9 @@ def _of_base(name: str) -> property:
     return property(lambda self: getattr(self.base, name), doc=f"The base's {name}.")
 
 
+PUBLISHED_HEAD = "aux_head"  # the token-label head in published checkpoints
+
+
 class TimmProtocol:
     """Mixed into TokenViT: the members by which timm trains, saves and takes features from a model."""
 
@@ -27,14 +30,23 @@ class TimmProtocol:
 
     def _init_protocol(self) -> None:
         cfg = dict(getattr(self.base, "pretrained_cfg", None) or {})
-        cfg.update({key: under_base(cfg[key]) for key in ("first_conv", "classifier") if cfg.get(key)})
-        self.pretrained_cfg = self.default_cfg = cfg | {"architecture": "token_vit"}
+        if cfg.get("first_conv"):
+            cfg["first_conv"] = under_base(cfg["first_conv"])
+        self.pretrained_cfg = self.default_cfg = cfg | {"architecture": "token_vit", "classifier": self.classifiers}
         self.register_load_state_dict_pre_hook(_accept_plain_checkpoint)
 
     @property
     def num_classes(self) -> int:
         """How many classes the logits are for."""
         return self.base.num_classes if self.head is None else self.head.num_classes
+
+    @property
+    def classifiers(self) -> tuple[str, ...]:
+        """Names of the layers that make the logits."""
+        if self.head is not None and self.head.cls is not None:
+            return ("head.cls", "head.tokens")
+        names = tuple(under_base(name) for name in _classifiers(self.base) if name != PUBLISHED_HEAD)
+        return names if self.head is None else (*names, "head.tokens")
 
     @property
     def has_class_token(self) -> bool:
@@ -75,6 +87,8 @@ class TimmProtocol:
         if self.num_classes != self.base.num_classes:
             args["base_num_classes"] = self.base.num_classes
         args |= {name: part and part.config for name, part in self.parts.items()}
+        if self.head is not None:
+            del args["head"]["num_classes"]  # said above, and there to be overridden
         return args | {"mask_token": self.mask_token is not None}
 
     @property
@@ -183,13 +197,31 @@ def _patterns_under_base(patterns: Any) -> Any:
     return [(_patterns_under_base(pattern), order) for pattern, order in patterns]
 
 
+def _classifiers(base: nn.Module) -> tuple[str, ...]:
+    """Names of the classifiers in the base's published checkpoints."""
+    names = (getattr(base, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def _accept_plain_checkpoint(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before loading: a checkpoint of the plain ViT goes to the base, and the parts keep what they have."""
+    """Before loading: a checkpoint of the plain ViT goes to the base, and the parts keep what they have.
+
+    A published token-label head goes to the head. It must be there if the base is one that is published with it.
+    """
     own = {name for name in state_dict if name.startswith(prefix)}
     if not own or any(name.startswith(f"{prefix}base.") for name in own):
         return
     for name in own:
-        state_dict[f"{prefix}base.{name[len(prefix) :]}"] = state_dict.pop(name)
+        state_dict[prefix + whole_name(name[len(prefix) :])] = state_dict.pop(name)
+    given = {name.rpartition(".")[0] for name in state_dict}
+    if PUBLISHED_HEAD in _classifiers(model.base):
+        given.add(f"{prefix}head.tokens")
     for name, value in model.state_dict(prefix=prefix, keep_vars=True).items():
-        if not name.startswith(f"{prefix}base."):
+        if not name.startswith(f"{prefix}base.") and name.rpartition(".")[0] not in given:
             state_dict[name] = value.detach()
+
+
+def whole_name(name: str) -> str:
+    """A TokenViT's name of a weight in a plain or published checkpoint."""
+    module, _, leaf = name.rpartition(".")
+    return f"head.tokens.{leaf}" if module == PUBLISHED_HEAD else f"base.{name}"

@@ -1,5 +1,5 @@
 """Registered models: importing this makes them known to timm.create_model."""
 
-from timm_tokens.models import dtem, mte, token_vit
+from timm_tokens.models import dtem, lvvit, mte, token_vit
 
-__all__ = ["dtem", "mte", "token_vit"]
+__all__ = ["dtem", "lvvit", "mte", "token_vit"]

@@ -1,106 +1,121 @@
-"""LV-ViT: the Vision Transformer made for token labeling (arXiv 2104.10858), assembled from timm's.
+"""LV-ViT: the Vision Transformer made for token labeling (arXiv 2104.10858), with its dense head.
 
-    timm.create_model("lvvit_s", checkpoint_path="lvvit_s-26M-224-83.3.pth.tar")
+    model = timm.create_model("lvvit_s", checkpoint_path="lvvit_s-26M-224-83.3.pth.tar")
+    logits = model(images)  # (B, K): the class token's logits + 0.5 times the largest of the patches'
+    cls, tokens = model(images, dense=True)  # (B, K) and (B, N, K)
 
-The base is timm's VisionTransformer with a convolutional stem and with residual branches divided by a constant.
+Published checkpoints load as they are, strictly, at any image size: the position embedding is resampled. Their
+published top-1 on ImageNet: T 79.1, S 83.3 (at 384: 84.4), M 84.0 (384: 85.4), L 86.2 (448) and 86.4 (512).
 """
 
-from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
-from timm.layers import LayerNorm, PatchEmbed, to_2tuple
-from timm.layers.format import nchw_to
-from timm.layers.trace_utils import _assert
-from timm.models import VisionTransformer
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import VisionTransformer, build_model_with_cfg, clean_state_dict, generate_default_cfgs, register_model
+from torch import Tensor
+
+from timm_tokens.models.lvvit_base import lvvit_base
+from timm_tokens.models.token_vit import fit_position_embedding, with_parts
+from timm_tokens.protocol import PUBLISHED_HEAD, whole_name
+from timm_tokens.vit import TokenViT
+
+_SIZES = {
+    "lvvit_t": dict(embed_dim=240, depth=12, num_heads=4),
+    "lvvit_s": dict(embed_dim=384, depth=16, num_heads=6, skip_lam=2.0),
+    "lvvit_m": dict(embed_dim=512, depth=20, num_heads=8, skip_lam=2.0),
+    "lvvit_l": dict(embed_dim=768, depth=24, num_heads=12, skip_lam=3.0, stem_width=128),
+}
+# Arguments that need no record: the model tells them by itself, or they are no part of it.
+_NOT_KEPT = ("num_classes", "in_chans", "global_pool", "img_size", "device", "dtype")
 
 
-class ConvStem(PatchEmbed):
-    """Patch embedding after three convolutions at half resolution: (B, 3, H, W) -> (B, N, C).
-
-    Args:
-        width: Channels of the convolutions.
-        patch_size: Side of a patch in pixels of the image, even.
-        options: Of timm's PatchEmbed.
-    """
-
-    def __init__(self, width: int = 64, *, patch_size: int = 16, in_chans: int = 3, embed_dim: int, **options: Any):
-        super().__init__(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **options)
-        conv = partial(nn.Conv2d, device=options.get("device"), dtype=options.get("dtype"))
-        norm = partial(nn.BatchNorm2d, width, device=options.get("device"), dtype=options.get("dtype"))
-        self.conv1, self.bn1 = conv(in_chans, width, 7, stride=2, padding=3, bias=False), norm()
-        self.conv2, self.bn2 = conv(width, width, 3, padding=1, bias=False), norm()
-        self.conv3, self.bn3 = conv(width, width, 3, padding=1, bias=False), norm()
-        self.proj = conv(width, embed_dim, patch_size // 2, stride=patch_size // 2)
-
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Take images of another size; patches stay as they are.
-
-        Raises:
-            ValueError: If another patch size is asked for.
-        """
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            raise ValueError(f"this stem's patch size is {self.patch_size} and can't be changed, got {patch_size}")
-        super().set_input_size(img_size=img_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._whole_patches(x)
-        x = F.relu(self.bn1(self.conv1(x)))  # (B, 3, H, W) -> (B, width, H / 2, W / 2)
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = F.relu(self.bn3(self.conv3(x)))
-        x = self.proj(x)
-        return self.norm(x.flatten(2).transpose(1, 2) if self.flatten else nchw_to(x, self.output_fmt))
-
-    def _whole_patches(self, x: Tensor) -> Tensor:
-        """The images, refused or padded where timm's own patch embedding does so."""
-        (height, width), (rows, columns) = x.shape[-2:], self.patch_size
-        if self.img_size is not None and self.strict_img_size:
-            fits = (height, width) == tuple(self.img_size)
-            _assert(fits, f"Images of {height} x {width} pixels don't match the model, made for {self.img_size}.")
-        if self.dynamic_img_pad:
-            return F.pad(x, (0, -width % columns, 0, -height % rows))
-        _assert(
-            height % rows == 0 and width % columns == 0,
-            f"Images of {height} x {width} pixels should be divisible by the patch size, {self.patch_size}.",
-        )
-        return x
-
-
-class ScaledBlock(Block):
-    """timm's Block with both residual branches divided by `skip_lam`; its forward is timm's."""
-
-    def __init__(self, *args: Any, skip_lam: float = 1.0, **options: Any):
-        super().__init__(*args, **options)
-        if skip_lam != 1:
-            self.ls1, self.ls2 = Divide(skip_lam), Divide(skip_lam)
-
-
-class Divide(nn.Module):
-    """x / by, in the place of a LayerScale and without its weights."""
-
-    def __init__(self, by: float):
-        super().__init__()
-        self.by = by
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / self.by
-
-    def extra_repr(self) -> str:
-        return f"by={self.by}"
-
-
-def lvvit(*, skip_lam: float = 1.0, stem_width: int = 64, **options: Any) -> VisionTransformer:
-    """The plain model, without its dense head: a timm VisionTransformer whose weights are named as the published ones.
-
-    Args:
-        skip_lam: What both residual branches of a block are divided by.
-        stem_width: Channels of the stem's convolutions.
-        options: Of timm's VisionTransformer.
-    """
-    return VisionTransformer(
-        **{"mlp_ratio": 3.0, "qkv_bias": False, "norm_layer": partial(LayerNorm, eps=1e-5)} | options,
-        embed_layer=partial(ConvStem, stem_width),
-        block_fn=partial(ScaledBlock, skip_lam=skip_lam),
+def _cfg(file: str, size: int = 224, crop_pct: float = 1.0) -> dict[str, Any]:
+    return dict(
+        url=f"https://github.com/zihangJiang/TokenLabeling/releases/download/{file}",
+        num_classes=1000,
+        input_size=(3, size, size),
+        pool_size=None,
+        fixed_input_size=True,
+        crop_pct=crop_pct,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="base.patch_embed.conv1",
+        classifier=("base.head", "head.tokens"),
+        license="apache-2.0",
     )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "lvvit_t.tl_in1k": _cfg("v0.2.0/lvvit_t.pth", crop_pct=0.9),
+        "lvvit_s.tl_in1k": _cfg("1.0/lvvit_s-26M-224-83.3.pth.tar", crop_pct=0.9),
+        "lvvit_s.tl_in1k_384": _cfg("1.0/lvvit_s-26M-384-84.4.pth.tar", 384, crop_pct=0.9),
+        "lvvit_m.tl_in1k": _cfg("1.0/lvvit_m-56M-224-84.0.pth.tar"),
+        "lvvit_m.tl_in1k_384": _cfg("1.0/lvvit_m-56M-384-85.4.pth.tar", 384),
+        "lvvit_l.tl_in1k_448": _cfg("1.0/lvvit_l-150M-448-86.2.pth.tar", 448),
+        "lvvit_l.tl_in1k_512": _cfg("1.0/lvvit_l-150M-512-86.4.pth.tar", 512),
+    }
+)
+
+
+def _lvvit(variant: str, pretrained: bool, **kwargs: Any) -> TokenViT:
+    """Create a variant; kwargs are `timm_tokens.models.token_vit.build`'s parts, and timm's arguments for the base."""
+
+    def make(**base_args: Any) -> VisionTransformer:
+        vit = lvvit_base(**_SIZES[variant] | base_args)
+        vit._model_args = {name: value for name, value in base_args.items() if name not in _NOT_KEPT}
+        return vit
+
+    def create(head: dict[str, Any] | None = None, **options: Any) -> TokenViT:
+        dense = {} if options.get("num_classes") != 0 else None
+        model = with_parts(make, head=dense if head is None else head, **options)
+        model.register_load_state_dict_pre_hook(_fit)
+        return model
+
+    feature_cfg = dict(out_indices=3, feature_cls="getter")
+    model = build_model_with_cfg(
+        create, variant, pretrained, pretrained_filter_fn=_from_published, feature_cfg=feature_cfg, **kwargs
+    )
+    if isinstance(model, TokenViT):  # and no feature extractor
+        published = dict(first_conv="patch_embed.conv1", classifier=("head", PUBLISHED_HEAD))
+        model.base.pretrained_cfg = model.base.default_cfg = model.pretrained_cfg | published
+    return model
+
+
+def _from_published(state_dict: dict[str, Any], model: TokenViT) -> dict[str, Tensor]:
+    """The weights of a published checkpoint by a TokenViT's names, fit to the model's image size."""
+    weights = clean_state_dict(state_dict.get("state_dict", state_dict))
+    if not any(name.startswith("base.") for name in weights):
+        weights = {whole_name(name): weight for name, weight in weights.items()}
+    return fit_position_embedding(weights, model)
+
+
+def _fit(model: TokenViT, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before loading, and after names are a TokenViT's: a checkpoint of another image size fits."""
+    if not prefix:
+        fit_position_embedding(state_dict, model)
+
+
+@register_model
+def lvvit_t(pretrained: bool = False, **kwargs: Any) -> TokenViT:
+    """LV-ViT-T: 8.53 M parameters."""
+    return _lvvit("lvvit_t", pretrained, **kwargs)
+
+
+@register_model
+def lvvit_s(pretrained: bool = False, **kwargs: Any) -> TokenViT:
+    """LV-ViT-S: 26.15 M parameters."""
+    return _lvvit("lvvit_s", pretrained, **kwargs)
+
+
+@register_model
+def lvvit_m(pretrained: bool = False, **kwargs: Any) -> TokenViT:
+    """LV-ViT-M: 55.83 M parameters."""
+    return _lvvit("lvvit_m", pretrained, **kwargs)
+
+
+@register_model
+def lvvit_l(pretrained: bool = False, **kwargs: Any) -> TokenViT:
+    """LV-ViT-L: 150.47 M parameters, made for images of 448 pixels."""
+    return _lvvit("lvvit_l", pretrained, **kwargs)

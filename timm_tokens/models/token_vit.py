@@ -1,11 +1,13 @@
 """`token_vit`: any timm ViT by name, with parts from plain data. Every registered model is made by `build`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
 from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_tokens.protocol import under_base
 from timm_tokens.vit import TokenViT
@@ -31,7 +33,7 @@ def build(
         variant: The registered name.
         pretrained: Load weights: the base's own, or those of a whole TokenViT where timm found such a checkpoint
             (`local-dir:`, `hf-hub:`).
-        base: Any timm ViT's name, with or without a tag.
+        base: Any timm ViT's name, with or without a tag; or a model's of this package, which then gets the parts.
         aux: Arguments of `timm_tokens.add_aux_tokens`, or None.
         merger: Arguments of `timm_tokens.apply_dtem_merging`, or None.
         head: Arguments of `timm_tokens.token_label_head`, or None.
@@ -50,25 +52,45 @@ def build(
     weights = dict(pretrained=pretrained and not whole, cache_dir=kwargs.get("cache_dir"))
     if not whole:
         weights["pretrained_cfg_overlay"] = pretrained_cfg_overlay
+    parts = dict(aux=aux, merger=merger, head=head, mask_token=mask_token, base_num_classes=base_num_classes)
 
     def create(**base_args: Any) -> TokenViT:
-        if base_num_classes is not None:
-            base_args["num_classes"] = base_num_classes
-        model = TokenViT(timm.create_model(base, **weights, **base_args))
-        for add, options in ((add_aux_tokens, aux), (apply_dtem_merging, merger), (token_label_head, head)):
-            model = model if options is None else add(model, **options)
-        return add_mask_token(model) if mask_token else model
+        make = partial(timm.create_model, base, **weights)
+        return make(**parts, **base_args) if _is_own(base) else with_parts(make, **parts, **base_args)
 
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         create,
         variant,
         pretrained=pretrained and whole,
         pretrained_cfg=pretrained_cfg if whole else wrapped_cfg(base) | {"architecture": variant},
         pretrained_cfg_overlay=pretrained_cfg_overlay,
-        pretrained_filter_fn=_fit_position_embedding,
+        pretrained_filter_fn=fit_position_embedding,
         feature_cfg=dict(out_indices=3, feature_cls="getter"),
         **kwargs,
     )
+    if isinstance(model, TokenViT):  # and no feature extractor
+        model.pretrained_cfg["classifier"] = model.classifiers
+    return model
+
+
+def with_parts(
+    make: Callable[..., nn.Module],
+    *,
+    aux: dict[str, Any] | None = None,
+    merger: dict[str, Any] | None = None,
+    head: dict[str, Any] | None = None,
+    mask_token: bool = False,
+    base_num_classes: int | None = None,
+    **base_args: Any,
+) -> TokenViT:
+    """A TokenViT around the plain ViT that make(**base_args) gives; the other arguments are those of `build`."""
+    if base_num_classes is not None:
+        head = {"num_classes": base_args.get("num_classes")} | (head or {})
+        base_args["num_classes"] = base_num_classes
+    model = TokenViT(make(**base_args))
+    for add, options in ((add_aux_tokens, aux), (apply_dtem_merging, merger), (token_label_head, head)):
+        model = model if options is None else add(model, **options)
+    return add_mask_token(model) if mask_token else model
 
 
 def wrapped_cfg(base: str) -> dict[str, Any]:
@@ -77,7 +99,13 @@ def wrapped_cfg(base: str) -> dict[str, Any]:
     if cfg is None:
         raise RuntimeError(f"Unknown base model ({base})")
     cfg = cfg.to_dict()
-    return cfg | {key: under_base(cfg[key]) for key in ("first_conv", "classifier") if cfg.get(key)}
+    names = () if _is_own(base) else ("first_conv", "classifier")  # which are those of a TokenViT already
+    return cfg | {key: under_base(cfg[key]) for key in names if cfg.get(key)}
+
+
+def _is_own(base: str) -> bool:
+    """Whether the model of this name is one of this package's."""
+    return timm.is_model(base) and timm.models.model_entrypoint(base).__module__.startswith(__package__)
 
 
 def cfgs(variants: dict[str, str]) -> dict[str, Any]:
@@ -91,7 +119,7 @@ def cfgs(variants: dict[str, str]) -> dict[str, Any]:
     )
 
 
-def _fit_position_embedding(state_dict: dict[str, Tensor], model: TokenViT) -> dict[str, Tensor]:
+def fit_position_embedding(state_dict: dict[str, Tensor], model: TokenViT) -> dict[str, Tensor]:
     """Resample a whole checkpoint's position embedding to the model's grid."""
     own, given = getattr(model.base, "pos_embed", None), state_dict.get("base.pos_embed")
     if own is not None and given is not None and own.shape != given.shape:
