@@ -216,5 +216,5 @@ def test_a_damaged_image_is_named_and_not_replaced_by_the_next(folders):
 
 def test_streams_are_refused(folders):
     stream = IterableImageDataset(folders[0], reader=[])
-    with pytest.raises(TypeError, match=r"must be a timm.data.ImageDataset, got IterableImageDataset"):
+    with pytest.raises(TypeError, match=r"must be indexed, such as a timm.data.ImageDataset, got IterableImageDataset"):
         TokenLabelDataset(stream, {}, TokenLabelTransform())

@@ -4,9 +4,10 @@ from timm_tokens.data.label_dataset import LabeledTarget, TokenLabelDataset
 from timm_tokens.data.label_format import LabelMap, image_id
 from timm_tokens.data.label_store import TokenLabelStore
 from timm_tokens.data.label_transforms import TokenLabelTransform, View
-from timm_tokens.data.label_writer import TokenLabelWriter, pack_labels, unpack_labels
+from timm_tokens.data.label_writer import TokenLabelWriter, flush_journals, pack_labels, unpack_labels
 from timm_tokens.data.masking import block_masks, random_ratio_masks
 from timm_tokens.data.multi_crop import Crop, MultiCrop, dino_crops, swav_crops
+from timm_tokens.data.reading import image_names, read_image
 
 __all__ = [
     "Crop",
@@ -20,9 +21,12 @@ __all__ = [
     "View",
     "block_masks",
     "dino_crops",
+    "flush_journals",
     "image_id",
+    "image_names",
     "pack_labels",
     "random_ratio_masks",
+    "read_image",
     "swav_crops",
     "unpack_labels",
 ]

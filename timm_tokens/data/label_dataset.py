@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from PIL import Image
-from timm.data import ImageDataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_tokens.data.label_format import LabelMap, image_id
+from timm_tokens.data.label_format import LabelMap
 from timm_tokens.data.label_transforms import View
+from timm_tokens.data.reading import check_indexed, image_name, image_names, read_image
 
 
 class LabeledTarget(NamedTuple):
@@ -40,22 +40,19 @@ class TokenLabelDataset(Dataset):
         for images, target in DataLoader(dataset, 64, shuffle=True, num_workers=4): ...
 
     Args:
-        dataset: an indexed timm data set; its images are read as it would, its own transform is not used.
-        labels: label maps by image id (see `image_id`), such as a `TokenLabelStore`.
+        dataset: an indexed data set, such as timm's `ImageDataset`, whose own transform is not used.
+        labels: label maps by image id (see `image_id`; the image's number where a data set knows no files), such as a
+            `TokenLabelStore`.
         transform: PIL image to `View`, such as a `TokenLabelTransform`.
 
     Raises:
-        TypeError: the data set is not an indexed one of timm.
+        TypeError: the data set is a stream.
         KeyError: on reading, an image has no label; names the image.
         OSError: on reading, an image is damaged; names the image.
     """
 
-    def __init__(self, dataset: ImageDataset, labels: Mapping[str, LabelMap], transform: Callable[[Image.Image], View]):
-        if not isinstance(dataset, ImageDataset):
-            raise TypeError(
-                f"dataset must be a timm.data.ImageDataset, got {type(dataset).__name__}: "
-                "labels are found by image name, and streams of images have no names by index"
-            )
+    def __init__(self, dataset: Dataset, labels: Mapping[str, LabelMap], transform: Callable[[Image.Image], View]):
+        check_indexed(dataset)
         self.dataset = dataset
         self.labels = labels
         self.transform = transform
@@ -64,24 +61,11 @@ class TokenLabelDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, LabeledTarget]:
-        name = image_id(self.dataset.filename(index))
-        values, indices = self.labels[name]
-        image, label = self._read(index, name)
+        values, indices = self.labels[image_name(self.dataset, index)]
+        image, label = read_image(self.dataset, index)
         view = self.transform(image)
         return view.image, LabeledTarget(label, values, indices, view.map)
 
     def missing_labels(self) -> list[str]:
         """Ids of the images without a label. Ask before a long run."""
-        return [name for name in map(image_id, self.dataset.filenames()) if name not in self.labels]
-
-    def _read(self, index: int, name: str) -> tuple[Image.Image, int]:
-        # Not dataset[index]: for a damaged image that returns the next one, which has another label map.
-        try:
-            file, label, *_ = self.dataset.reader[index]
-            with file, Image.open(file) as image:
-                image = image.convert(self.dataset.input_img_mode or "RGB")
-        except OSError as error:
-            raise OSError(f"image {name!r} can't be read: {error}") from error
-        if label is None:
-            return image, -1
-        return image, self.dataset.target_transform(label) if self.dataset.target_transform else label
+        return [name for name in image_names(self.dataset) if name not in self.labels]

@@ -141,6 +141,18 @@ class TokenLabelWriter:
             _publish(part, self.folder / INDEX)
 
 
+def flush_journals(folder: str | Path, num_classes: int) -> None:
+    """Make shards of what killed writers left in their journals, whatever their parts.
+
+    Before several processes fill a folder: then each knows all that is done, however many there were before.
+
+    Raises:
+        RuntimeError: a writer is at work in the folder.
+    """
+    for journal in sorted(Path(folder).glob("part-*.journal")):
+        TokenLabelWriter(folder, num_classes, part=int(journal.stem.removeprefix("part-"))).close()
+
+
 def pack_labels(source: str | Path, folder: str | Path, num_classes: int, *, shard_size: int = 4096) -> TokenLabelStore:
     """Convert labels, such as the published `.pt` files, into shards. A killed conversion continues when repeated.
 
