@@ -22,6 +22,7 @@ ALLOWED = {  # what may import what, inside the package
     "driver": {"parts", "ops", "blocks"},
     "features": {"parts", "blocks"},
     "vit": {"driver", "features", "parts", "ops", "blocks", "flops", "protocol"},
+    "dense": {"vit", "blocks"},
     "wrap": {"vit", "parts", "ops", "blocks", "flops"},
     "models": {"models", "vit", "wrap", "parts", "protocol"},
     "seeding": set(),

@@ -3,40 +3,72 @@
 import torch
 from torch import Tensor, nn
 
+from timm_tokens import blocks
 from timm_tokens.vit import TokenViT
 
 
 def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
     """Scores before the softmax: what the model would say of an image that looks everywhere as it does in this cell.
 
-    Every cell of the features after the last layer is given to the model's own head, as the features of an image all
-    of whose cells are this one. So pooling gives the cell itself, and all that comes after it acts: norms, hidden
-    layers, the classifier, and both classifiers (averaged) of a distilled model. Where nothing nonlinear follows the
-    average pooling, the mean over cells is the model's logits. For a ViT that reads its class token, patch tokens take
-    that token's place. A `TokenViT` with a label head is asked for its own token scores.
+    * Models that pool their cells (conv nets, Swin, ViTs that average or attend over patches): each cell of the last
+      features goes through the model's own head, as the features of an image all of whose cells are this one. Where
+      nothing nonlinear follows an average pooling, the mean over cells is the model's logits.
+    * ViTs that read class tokens: in the last block these tokens attend to this cell alone. (The head on the patch
+      tokens themselves would say little: no loss has ever seen them.) Both class tokens of a distilled model count.
+    * A `TokenViT` with a label head is asked for its own token scores; one without, for its base's.
 
     Args:
-        model: with timm's `forward_features` and `forward_head`, in evaluation mode.
+        model: a timm classifier, in evaluation mode.
         images: (B, 3, h, w).
 
     Returns:
         (B, H, W, K)
 
     Raises:
-        TypeError: the model has no classifier, or no spatial map; says what it has.
+        TypeError: the model has no classifier or no spatial map, or reads class tokens in a way that is not known here.
     """
-    height, width = images.shape[-2:]
-    if isinstance(model, TokenViT) and model.head is not None:
+    aspect = images.shape[-2] / images.shape[-1]
+    if isinstance(model, TokenViT):
+        if model.head is None:
+            return dense_scores(model.base, images)
         tokens = model(images, dense=True).tokens
-        return tokens.unflatten(1, _grid(tokens.shape[1], height / width) or _refuse(model, tokens))
+        return tokens.unflatten(1, blocks.grid_size(model.base, images.shape[-2:]))
     if not getattr(model, "num_classes", 0) or not hasattr(model, "forward_head"):
         raise TypeError(f"{type(model).__name__} has no classifier: make it with its classes, not num_classes=0")
+    if getattr(model, "global_pool", None) == "token":
+        return _class_token_scores(model, images)
     features = model.forward_features(images)
-    cells, grid = _cells(model, features, height / width)  # (B * H * W, ...)
+    cells, grid = _cells(model, features, aspect)  # (B * H * W, ...)
     scores = model.forward_head(cells)
     if not isinstance(scores, Tensor) or scores.shape[:-1] != cells.shape[:1]:
         _refuse(model, features)
     return scores.view(-1, *grid, scores.shape[-1])
+
+
+def _class_token_scores(model: nn.Module, images: Tensor) -> Tensor:
+    try:
+        vit = TokenViT(model)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(model).__name__} reads a class token, and can't be asked what it would read from one cell: "
+            f"{error}; or use a model that pools a map, such as a conv net or a Swin"
+        ) from error
+    before = vit.forward_intermediates(
+        images,
+        indices=[len(model.blocks) - 2],
+        return_prefix_tokens=True,
+        stop_early=True,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )
+    patches, prefix = before[0]
+    # Every cell with its own copy of the prefix, (B, N, C) -> (B * N, P + 1, C), and all look at the cell alone.
+    tokens = torch.cat([prefix[:, None].expand(-1, patches.shape[1], -1, -1), patches[:, :, None]], dim=2)
+    mask = tokens.new_full((tokens.shape[2],) * 2, float("-inf"))
+    mask[:, -1] = 0
+    x = model.blocks[-1](tokens.flatten(0, 1), attn_mask=mask)
+    scores = model.forward_head(model.norm(x))
+    return scores.view(len(images), *blocks.grid_size(model, images.shape[-2:]), -1)
 
 
 def _cells(model: nn.Module, features: Tensor, aspect: float) -> tuple[Tensor, tuple[int, int]]:

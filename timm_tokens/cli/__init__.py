@@ -12,6 +12,7 @@ __all__ = ["COMMANDS", "CommandError", "main"]
 # Sub-command `name` is the module `timm_tokens.cli.<name>`, with `add_arguments(parser)` and `run(**arguments)`. Of two
 # words, with an underscore for the space, it is looked for first: `draw labels` is a picture of its own.
 COMMANDS = {
+    "annotate": "label maps of a data set's images, by any classifier, for token labeling",
     "bench": "speed of a model with its tokens merged, against the model itself",
     "draw": "a picture of an image's patch groups",
     "draw attention": "a picture of what a model's auxiliary tokens look at",

@@ -95,6 +95,19 @@ def load_whole(model: TokenViT, path: Path) -> None:
     state = _read(path)
     if not any(name.startswith("base.") for name in state):
         raise CommandError(f"{path} holds a plain model, not one with the parts that are to be drawn")
+    _load_strictly(model, state, path)
+
+
+def load_all(model: nn.Module, path: Path) -> None:
+    """Load a checkpoint that has every weight of the model, its classifier's too, and no others.
+
+    Raises:
+        CommandError: If there is no such file, it holds no weights, or they don't fit.
+    """
+    _load_strictly(model, _read(path), path)
+
+
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -3,8 +3,18 @@
 from torch import Tensor
 
 
-def check_features(features: Tensor, labels: Tensor, name: str = "features") -> None:
-    """Refuse what is not features (N, D) with labels (N,), N > 0."""
+def check_pair(train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor) -> None:
+    """Refuse what is not two sets of features (N, D) with labels (N,), N > 0, of one width."""
+    _check("train_features", train_features, train_labels)
+    _check("features", features, labels)
+    if train_features.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"train_features have {train_features.shape[1]} channels, features {features.shape[1]}: "
+            "take both from one model"
+        )
+
+
+def _check(name: str, features: Tensor, labels: Tensor) -> None:
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise ValueError(
             f"{name} must be (N, D) with one label a row, N at least 1, "
@@ -12,11 +22,3 @@ def check_features(features: Tensor, labels: Tensor, name: str = "features") -> 
         )
     if labels.is_floating_point() or labels.min() < 0:
         raise ValueError(f"labels of the {name} must be classes from 0 up, got {labels.dtype}, min {labels.min()}")
-
-
-def check_same_width(train: Tensor, features: Tensor) -> None:
-    """Refuse features of two models."""
-    if train.shape[1] != features.shape[1]:
-        raise ValueError(
-            f"train_features have {train.shape[1]} channels, features {features.shape[1]}: take both from one model"
-        )

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from timm_tokens.probing._checks import check_features, check_same_width
+from timm_tokens.probing._checks import check_pair
 
 # Cosines held at a time: 256 MB in float32.
 _BUDGET = 2**26
@@ -38,9 +38,7 @@ def knn_accuracy(
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv 1805.01978;
         k and tau as DINO (arXiv 2104.14294) evaluates.
     """
-    check_features(train_features, train_labels, "train_features")
-    check_features(features, labels)
-    check_same_width(train_features, features)
+    check_pair(train_features, train_labels, features, labels)
     if not k or min(k) < 1 or max(k) > len(train_features):
         raise ValueError(f"k must lie in [1, {len(train_features)}], the number of training features, got {tuple(k)}")
     right = dict.fromkeys(k, 0)

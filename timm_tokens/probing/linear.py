@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from timm_tokens.probing._checks import check_features, check_same_width
+from timm_tokens.probing._checks import check_pair
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
@@ -54,44 +54,47 @@ def linear_probe(
 ) -> LinearResult:
     """Top-1 accuracy of a linear classifier on frozen features.
 
-    Features are standardised by the training set's mean and deviation. All learning rates are trained together, by SGD
-    with a cosine schedule, on the training set without a held-out part, which chooses among them; then the chosen one
-    is trained on the whole training set. `features` and `labels` decide nothing: they are only scored, once.
+    Features are standardised by the training set's. All learning rates are trained together, by SGD with a cosine
+    schedule, on the training set without a held-out part, which chooses among them; then the chosen one is trained on
+    the whole training set. `features` and `labels` decide nothing: they are only scored, once.
 
     Args:
-        train_features: (M, D), on the device that computes.
-        train_labels: (M,) int64.
-        features: (N, D).
-        labels: (N,) int64.
-        lrs: learning rates to choose from.
-        epochs, batch_size, momentum, weight_decay: of SGD.
+        train_features, train_labels: (M, D), on the device that computes, and (M,) int64.
+        features, labels: (N, D) and (N,) int64.
+        lrs: learning rates to choose from. epochs, batch_size, momentum, weight_decay: of SGD.
         held_out: share of the training set that chooses.
         generator: on the CPU, of the split and the order; None: one with seed 0, so that results repeat.
 
     Raises:
         ValueError: shapes do not fit, there is nothing to hold out, or an argument is out of range.
     """
-    check_features(train_features, train_labels, "train_features")
-    check_features(features, labels)
-    check_same_width(train_features, features)
-    if not lrs or min(lrs) <= 0 or epochs < 1 or batch_size < 1:
-        raise ValueError(f"lrs, epochs and batch_size must be positive, got {tuple(lrs)}, {epochs}, {batch_size}")
+    check_pair(train_features, train_labels, features, labels)
+    _check_positive(lrs, epochs, batch_size)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     num_classes = 1 + max(int(train_labels.max()), int(labels.max()))
-    train, y = train_features.float(), train_labels.to(train_features.device)
-    mean, std = train.mean(0), train.std(0, correction=0).clamp_min(1e-6)
-    x, target = (train - mean) / std, (features.to(train) - mean) / std
+    x, target = _standardise(train_features.float(), features.to(train_features.device).float())
+    y, truth = train_labels.to(x.device), labels.to(x.device)
 
     def fit(rows: Tensor, rates: Sequence[float]) -> Classifiers:
-        steps = _batches(rows, epochs, batch_size, generator)
-        return _sgd(x, y, steps, num_classes, rates, momentum, weight_decay)
+        batches = _batches(rows, epochs, batch_size, generator)
+        return _sgd(x, y, batches, num_classes, rates, momentum, weight_decay)
 
     judges, rest = _split(len(x), held_out, generator, x.device)
     scores = _accuracy(fit(rest, lrs), x[judges], y[judges])
     best = max(range(len(lrs)), key=scores.__getitem__)
-    everything = torch.arange(len(x), device=x.device)
-    accuracy = _accuracy(fit(everything, [lrs[best]]), target, labels.to(x.device))[0]
+    accuracy = _accuracy(fit(torch.arange(len(x), device=x.device), [lrs[best]]), target, truth)[0]
     return LinearResult(accuracy, lrs[best], dict(zip(lrs, scores, strict=True)))
+
+
+def _check_positive(lrs: Sequence[float], epochs: int, batch_size: int) -> None:
+    if not lrs or min(lrs) <= 0 or epochs < 1 or batch_size < 1:
+        raise ValueError(f"lrs, epochs and batch_size must be positive, got {tuple(lrs)}, {epochs}, {batch_size}")
+
+
+def _standardise(train: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Both less the training features' mean, over their deviation."""
+    mean, std = train.mean(0), train.std(0, correction=0).clamp_min(1e-6)
+    return (train - mean) / std, (features - mean) / std
 
 
 def _split(count: int, share: float, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:

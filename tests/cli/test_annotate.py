@@ -1,0 +1,263 @@
+"""The annotate command: its maps, its summary, kills, damaged images, several processes, and what it refuses."""
+
+import argparse
+import json
+import os
+import signal
+import socket
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from timm_tokens.cli import _images, annotate
+from timm_tokens.cli._data import class_names, class_targets, model_classes, open_dataset
+from timm_tokens.cli._errors import CommandError
+from timm_tokens.data import TokenLabelStore, TokenLabelWriter
+from timm_tokens.dense import dense_scores
+
+# timm's data sets and Pillow leave the closing of files to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Three classes of five images, none of them square."""
+    for c, name in enumerate(["ant", "bee", "cat"]):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = torch.randint(255, (40 + i, 60, 3), dtype=torch.uint8)
+            pixels[..., c] = 255
+            Image.fromarray(pixels.numpy()).save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
+
+
+@pytest.fixture
+def arguments(images, weights, tmp_path):
+    given = {"data": images, "out": tmp_path / "labels", "model": "test_resnet", "checkpoint": weights}
+    return given | {"num_classes": 3, "image_size": [64, 96], "top_k": 2, "batch_size": 4, "workers": 0}
+
+
+def expected_scores(weights, file):
+    """The scores (H, W, K) of an image, squashed to 64 x 96 by hand."""
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    model.load_state_dict(torch.load(weights))
+    config = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with Image.open(file) as image:
+        pixels = image.convert("RGB").resize((96, 64), Image.Resampling[config["interpolation"].upper()])
+    x = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8).view(64, 96, 3).permute(2, 0, 1) / 255
+    with torch.no_grad():
+        return dense_scores(model, ((x - mean) / std)[None])[0]
+
+
+def test_maps_are_the_best_classes_of_every_cell_of_the_whole_image(arguments, images, weights, capsys):
+    summary = annotate.run(**arguments)
+    store = TokenLabelStore(arguments["out"])
+    assert len(store) == 15 and store.num_classes == 3
+    right = 0
+    for file in sorted(images.rglob("*.png")):
+        scores = expected_scores(weights, file)
+        values, indices = store[f"{file.parent.name}/{file.stem}"]
+        best = scores.topk(2, dim=-1)
+        torch.testing.assert_close(values.permute(1, 2, 0).float(), best.values, atol=2e-3, rtol=2e-3)
+        close = (best.values[..., 0] - best.values[..., 1]).abs() < 5e-3
+        assert ((indices.permute(1, 2, 0) == best.indices).all(-1) | close).float().mean() > 0.9
+        votes = torch.zeros(3).scatter_add(0, indices.flatten().long(), values.float().softmax(0).flatten())
+        right += ["ant", "bee", "cat"][int(votes.argmax())] == file.parent.name
+    assert summary == (15, 15, 15, pytest.approx(right / 15))
+    printed = capsys.readouterr().out
+    assert "15 of 15 images have a map of 2 x 3 cells, 15 of them new; the map's top class is the folder's" in printed
+
+
+def test_a_second_run_has_nothing_to_do(arguments, monkeypatch):
+    first = annotate.run(**arguments)
+    monkeypatch.setattr(_images, "read_image", None)  # not called
+    assert annotate.run(**arguments) == first._replace(annotated=0)
+
+
+def test_new_images_are_added(arguments, images):
+    annotate.run(**arguments)
+    Image.new("RGB", (50, 50)).save(images / "bee" / "new.jpg")
+    assert annotate.run(**arguments)[:3] == (16, 1, 16)
+
+
+def in_processes(count, work):
+    """Run work(rank) in forked processes, as torchrun would start them; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 1
+            try:
+                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+                os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="localhost")
+                work(rank)
+                code = 0
+            finally:
+                os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def annotate_until_killed(arguments, count):
+    """A run that is killed before it adds one more map than count."""
+    add = TokenLabelWriter.add
+
+    def add_or_die(writer, *label):
+        if len(writer) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(writer, *label)
+
+    TokenLabelWriter.add = add_or_die
+    annotate.run(**arguments)
+
+
+@needs_fork
+def test_a_killed_run_resumes_and_loses_nothing(arguments, tmp_path):
+    arguments |= {"shard_size": 3, "device": "cpu"}
+    assert in_processes(1, lambda rank: annotate_until_killed(arguments, 7)) == [-signal.SIGKILL]
+    assert list(arguments["out"].glob("*.journal"))
+    summary = annotate.run(**arguments)
+    assert summary[:3] == (15, 8, 15)
+    assert annotate.run(**arguments | {"out": tmp_path / "at once"}).agreement == summary.agreement
+    resumed, whole = TokenLabelStore(arguments["out"]), TokenLabelStore(tmp_path / "at once")
+    for name in whole:
+        torch.testing.assert_close(resumed[name].values, whole[name].values, atol=2e-3, rtol=2e-3)
+
+
+@needs_fork
+def test_processes_take_disjoint_shares_of_one_store(arguments, images, tmp_path):
+    arguments |= {"device": "cpu"}
+    (images / "cat" / "4.png").write_text("no picture")
+    assert in_processes(1, lambda rank: annotate_until_killed(arguments, 2)) == [-signal.SIGKILL]
+
+    def work(rank):
+        with pytest.raises(CommandError, match=r"1 of 15 images can't be read.*'cat/4'"):
+            annotate.run(**arguments)
+        (tmp_path / f"{rank} is done").touch()
+
+    assert in_processes(2, work) == [0, 0]
+    assert (tmp_path / "0 is done").exists() and (tmp_path / "1 is done").exists()
+    store = TokenLabelStore(arguments["out"])
+    assert len(store) == 14 and not list(arguments["out"].glob("*.journal"))
+    index = json.loads((arguments["out"] / "index.json").read_text())
+    rows = {shard["file"]: len(load_file(arguments["out"] / shard["file"])["keys"]) for shard in index["shards"]}
+    assert sum(rows.values()) == 14  # no image twice
+    assert rows["labels-00000-00000.safetensors"] == 2  # what the killed run had
+    assert sum(count for file, count in rows.items() if file.startswith("labels-00001")) >= 6
+    (images / "cat" / "4.png").unlink()
+    assert annotate.run(**arguments)[:3] == (14, 0, 14)
+
+
+def test_a_damaged_image_is_named_and_costs_no_other(arguments, images):
+    broken = images / "bee" / "2.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    (images / "cat" / "4.png").write_text("no picture")
+    with pytest.raises(CommandError, match=r"2 of 15 images can't be read: repair or remove .*'bee/2'.*; .*'cat/4'"):
+        annotate.run(**arguments)
+    assert len(TokenLabelStore(arguments["out"])) == 13
+    broken.write_bytes(whole)
+    (images / "cat" / "4.png").unlink()
+    assert annotate.run(**arguments)[:3] == (14, 1, 14)
+
+
+def test_two_runs_in_one_folder_are_refused(arguments):
+    with (
+        TokenLabelWriter(arguments["out"], 3),
+        pytest.raises(CommandError, match="another writer is at work on part 0 of"),
+    ):
+        annotate.run(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": "pit_ti_224", "image_size": None, "checkpoint": None},
+            "^PoolingVisionTransformer reads a class token",
+        ),
+        ({"model": "test_resnett"}, "timm has no model 'test_resnett'; close are"),
+        ({"checkpoint": "missing.pth"}, "no checkpoint file missing.pth"),
+        ({"num_classes": 4}, "weights.pth doesn't fit the model: size mismatch for fc.weight"),
+        ({"data": "nowhere"}, "no folder nowhere: give a folder with one folder of images a class"),
+        (
+            {"data": "torch/nothing", "data_dir": "."},
+            "no data set torch/nothing in ., split train: Unknown",
+        ),
+        ({"top_k": 4}, r"--top-k must lie in \[1, 3\], the model's classes, got 4"),
+        ({"top_k": 0}, r"--top-k must lie in"),
+    ],
+)
+def test_refuses_in_words_and_writes_nothing(change, message, arguments, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **k | {"pretrained": False}))
+    with pytest.raises(CommandError, match=message):
+        annotate.run(**arguments | change)
+    assert not arguments["out"].exists()
+
+
+def test_maps_of_two_annotators_are_not_mixed(arguments, images):
+    annotate.run(**arguments)
+    with pytest.raises(CommandError, match=r"holds maps with top 2, this run would make them with 1: write to another"):
+        annotate.run(**arguments | {"top_k": 1})
+    Image.new("RGB", (50, 50)).save(images / "bee" / "0.jpg")
+    with pytest.raises(CommandError, match=r"bee/0.(jpg|png) and bee/0.(jpg|png) are both named 'bee/0'"):
+        annotate.run(**arguments)
+
+
+def test_autocast_gives_nearly_the_same(arguments, tmp_path):
+    annotate.run(**arguments)
+    annotate.run(**arguments | {"out": tmp_path / "half", "dtype": "bfloat16"})
+    for name, label in TokenLabelStore(arguments["out"]).items():
+        half = TokenLabelStore(tmp_path / "half")[name].values
+        assert not torch.equal(half, label.values)
+        torch.testing.assert_close(half, label.values, atol=0.1, rtol=0.1)
+
+
+def test_a_vit_takes_other_sizes(arguments, tmp_path):
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.pth")
+    annotate.run(**arguments | {"model": "test_vit", "checkpoint": tmp_path / "vit.pth"})
+    assert TokenLabelStore(arguments["out"])["ant/0"].values.shape == (2, 4, 6)
+
+
+def test_torchvisions_data_sets_are_named_by_number(arguments, images):
+    summary = annotate.run(**arguments | {"data": "torch/image_folder", "data_dir": images})
+    assert summary[:3] == (15, 15, 15) and summary.agreement is not None
+    assert "00000014" in TokenLabelStore(arguments["out"])
+
+
+def test_folders_named_as_imagenets_classes_are_those(tmp_path):
+    for name in ("n02102040", "n01440764"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "a.png")
+    dataset = open_dataset(tmp_path)
+    assert class_names(dataset) == ["n01440764", "n02102040"] and class_targets(dataset) == [0, 1]
+    model = timm.create_model("test_resnet", num_classes=1000)
+    assert model_classes(class_names(dataset), model).tolist() == [0, 217]
+    assert model_classes(["cat", "dog"], model) is None and model_classes(None, model) is None
+    assert model_classes(["cat", "dog"], timm.create_model("test_resnet", num_classes=2)).tolist() == [0, 1]
+
+
+def test_arguments_of_the_command_are_those_of_run(arguments):
+    parser = argparse.ArgumentParser()
+    annotate.add_arguments(parser)
+    parsed = vars(parser.parse_args(["images", "labels", "--model", "test_vit"]))
+    defaults = annotate.run.__kwdefaults__
+    assert {name: value for name, value in parsed.items() if name in defaults} == defaults
+    assert set(parsed) - set(defaults) == {"data", "out", "model"}

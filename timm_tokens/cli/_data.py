@@ -1,0 +1,71 @@
+"""Data sets for the sub-commands: a folder of class folders, or a name that timm knows."""
+
+from pathlib import Path
+
+import torch
+from timm.data import ImageNetInfo, create_dataset, infer_imagenet_subset
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from timm_tokens.cli._errors import CommandError
+
+
+def open_dataset(data: str | Path, root: str | Path | None = None, split: str = "train") -> Dataset:
+    """A data set of images, without a transform.
+
+    Args:
+        data: a folder with one folder of images a class (or that of the split in it), a tar of them, or the name of a
+            data set in timm, such as "torch/cifar10", "hfds/cifar10".
+        root: where a data set with a name is kept.
+        split: of the data set.
+
+    Raises:
+        CommandError: there is no such data set.
+    """
+    path = Path(data)
+    named = not path.exists()
+    if named and "/" not in str(data):
+        raise CommandError(
+            f"no folder {data}: give a folder with one folder of images a class, "
+            "or a data set of timm with its prefix, such as torch/cifar10"
+        )
+    try:
+        return create_dataset(str(data) if named else "", str(root if named and root else path), split=split)
+    except (AssertionError, OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
+        reason = str(error) or "timm does not know it"
+        raise CommandError(f"no data set {data}{f' in {root}' if root else ''}, split {split}: {reason}") from error
+
+
+def class_names(dataset: Dataset) -> list[str] | None:
+    """The names of the classes by their numbers in the data set; None where it has none."""
+    reader = getattr(dataset, "reader", dataset)
+    for name in ("class_to_idx", "class_name_to_idx"):
+        numbers = getattr(reader, name, None)
+        if numbers:
+            return sorted(numbers, key=numbers.get)
+    return list(getattr(reader, "classes", ())) or None
+
+
+def class_targets(dataset: Dataset) -> list[int] | None:
+    """The class of every image, without reading images; None where the data set does not say."""
+    reader = getattr(dataset, "reader", dataset)
+    targets = getattr(reader, "targets", None)
+    if targets is not None:
+        return [int(target) for target in targets]
+    samples = getattr(reader, "samples", None)
+    return None if samples is None else [int(target) for _, target in samples]
+
+
+def model_classes(names: list[str] | None, model: nn.Module) -> Tensor | None:
+    """The model's class for each class of a data set: (K,) int64, or None if it can't be told.
+
+    Classes named by WordNet numbers (n01440764) are ImageNet's; otherwise as many classes as the model has are taken to
+    be the same, in the same order.
+    """
+    if not names:
+        return None
+    subset = infer_imagenet_subset(model)
+    known = {synset: i for i, synset in enumerate(ImageNetInfo(subset).label_names())} if subset else {}
+    if all(name in known for name in names):
+        return torch.tensor([known[name] for name in names])
+    return torch.arange(len(names)) if len(names) == model.num_classes else None

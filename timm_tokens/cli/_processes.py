@@ -1,0 +1,49 @@
+"""The processes of a run: one, or as many as torchrun started."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so
+
+
+class Process(NamedTuple):
+    """This process: its number, how many there are, and where it computes."""
+
+    rank: int
+    world: int
+    device: str
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def gather(self, items: list) -> list:
+        """The items of all processes, the same on each."""
+        if self.world == 1:
+            return items
+        parts: list = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[Process]:
+    """Join the processes that torchrun started, if it did, and leave them at the end.
+
+    Args:
+        device: None: "cuda" where there is one, else "cpu". With several processes each takes the one of its number.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dist.is_available() and dist.is_initialized():  # by the caller, whose group it stays
+        yield Process(dist.get_rank(), dist.get_world_size(), device)
+        return
+    found = init_distributed_device_so(device)
+    try:
+        yield Process(found["global_rank"], found["world_size"], found["device"])
+    finally:
+        if found["distributed"]:
+            dist.destroy_process_group()
