@@ -61,7 +61,7 @@ def linear_probe(
     Args:
         train_features, train_labels: (M, D), on the device that computes, and (M,) int64.
         features, labels: (N, D) and (N,) int64.
-        lrs: learning rates to choose from. epochs, batch_size, momentum, weight_decay: of SGD.
+        lrs: to choose from. epochs, batch_size, momentum, weight_decay: of SGD.
         held_out: share of the training set that chooses.
         generator: on the CPU, of the split and the order; None: one with seed 0, so that results repeat.
 
@@ -71,7 +71,7 @@ def linear_probe(
     check_pair(train_features, train_labels, features, labels)
     _check_positive(lrs, epochs, batch_size)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    num_classes = 1 + max(int(train_labels.max()), int(labels.max()))
+    num_classes = 1 + int(torch.cat([train_labels.cpu(), labels.cpu()]).max())
     x, target = _standardise(train_features.float(), features.to(train_features.device).float())
     y, truth = train_labels.to(x.device), labels.to(x.device)
 
