@@ -4,13 +4,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from PIL import Image
 from runs import Follow, Killed, Points, run
+from safetensors.torch import load_file
 from torch import nn
 
+from timm_tokens.cli import train
 from timm_tokens.training import Accuracy
 from timm_tokens.training.history import read
 
 OPTIONS = dict(epochs=2, clip_grad=0.5, weight_decay_end=0.4, ema=0.7)
+
+
+# Plain SGD: Adam would make large steps of gradients that are zero but for rounding.
+COMMAND = dict(objective="token-label", model="test_vit", img_size=32, steps=3, workers=0, device="cpu")
+COMMAND |= dict(opt="momentum", lr=0.1)
 
 
 def accuracy(model):
@@ -27,6 +35,7 @@ def process(rank, folder):
     parts = OPTIONS | dict(batch_size=1, accumulate=2)
     result, task = run(folder / "two", Follow(dropout=0, noise=0), evaluate=accuracy, **parts)
     torch.save((result.model.state_dict(), task.get_task_state()), folder / f"{rank}.pt")
+    train.run(**COMMAND, data_dir=folder / "images", out=folder / "command", batch_size=2)
     run(folder / "whole", Follow(), **OPTIONS)
     try:
         run(folder / "killed", Follow(), kill=3, **OPTIONS)
@@ -39,6 +48,10 @@ def process(rank, folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
+    for i in range(12):
+        path = folder / "images" / ("train", "val")[i // 8] / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (20 * i, 100, 200)).save(path)
     torch.multiprocessing.spawn(process, (folder,), nprocs=2)
     return folder
 
@@ -54,6 +67,17 @@ def test_joined_batch(folder, tmp_path):
     for table in ("steps.csv", "summary.csv"):
         for found, expected in zip(read(folder / "two" / table), read(tmp_path / table), strict=True):
             assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's ImageDataset leaves that to the collector
+def test_command(folder, tmp_path):
+    train.run(**COMMAND, data_dir=folder / "images", out=tmp_path, batch_size=4)
+    for table in ("steps.csv", "summary.csv"):
+        for found, expected in zip(read(folder / "command" / table), read(tmp_path / table), strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
+    weights = load_file(folder / "command" / "model.safetensors")
+    for name, value in load_file(tmp_path / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_killed_and_resumed(folder):

@@ -7,12 +7,14 @@ from timm_tokens.tasks.mte import MTETask
 from timm_tokens.tasks.schedules import cosine, linear
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy, update_teacher
+from timm_tokens.tasks.token_label import TokenLabelTask
 
 __all__ = [
     "DTMTask",
     "MIRATask",
     "MTETask",
     "PooledTokens",
+    "TokenLabelTask",
     "TokenTask",
     "cosine",
     "frozen_copy",

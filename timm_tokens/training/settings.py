@@ -51,7 +51,7 @@ class Settings:
                          type=float, metavar="DECAY")  # fmt: skip
     seed: int = _option(0, "decides everything random")
     workers: int = _option(4, "processes that load images")
-    device: str = _option("cpu", "such as cuda")
+    device: str = _option("cpu", "such as cuda (default: that if there is one, else cpu)")
     resume: bool = _option(False, "go on from the last checkpoint in --out; start anew if there is none", **_FLAG)
     save_every: int = _option(1000, "steps between checkpoints, besides that of every epoch")
     eval_every: int = _option(1, "epochs between validations")

@@ -1,0 +1,90 @@
+"""TokenLabelTask against the loss written out, MixToken, and what it does without token labels."""
+
+import pytest
+import timm
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import timm_tokens
+from timm_tokens.data import LabeledTarget
+from timm_tokens.losses import TokenLabelLoss
+from timm_tokens.ops import crop_maps, draw_mix_box, warp_token_labels
+from timm_tokens.tasks import TokenLabelTask
+
+
+def labelled(batch=4):
+    generator = torch.Generator().manual_seed(3)
+    indices = torch.rand(batch, 10, 6, 6, generator=generator).argsort(1)[:, :3].int()
+    values = torch.randn(batch, 3, 6, 6, generator=generator).half()
+    boxes = torch.tensor([[0.1, 0.2, 0.5, 0.6]]).expand(batch, 4)
+    flips = torch.arange(batch) % 2 == 0
+    return LabeledTarget(torch.arange(batch), values, indices, crop_maps(boxes, flips))
+
+
+def task(**kwargs):
+    torch.manual_seed(0)  # for the head
+    task = TokenLabelTask(timm_tokens.token_label_head(tiny.base()), **kwargs).train()
+    task.start_step(5, 10, 5)
+    return task
+
+
+@pytest.mark.parametrize("truth", [False, True])
+def test_is_the_loss_of_the_parts(truth):
+    loss = TokenLabelLoss(ground_truth=truth, smoothing=0.1)
+    images, target, trained = tiny.images(4), labelled(), task(loss=loss)
+    out = trained(images, target)
+    again = task()
+    box = draw_mix_box((4, 4), again.generator())
+    assert 0 < (box[2] - box[0]) * (box[3] - box[1]) < 16  # else this step would show nothing
+    logits = trained.student(images, dense=True, box=box)
+    dense = warp_token_labels(target.values, target.indices, target.map, 10, (4, 4), dense=True)
+    expected = loss(logits, dense, target.label, box)
+    torch.testing.assert_close(out["loss"], expected)
+    assert torch.equal(out["output"], logits.cls) and not out["output"].requires_grad
+    out["loss"].backward()
+    assert trained.student.head.tokens.weight.grad.abs().sum() > 0
+
+
+def test_mixing_is_for_training_and_can_be_left_out():
+    images, target = tiny.images(4), labelled()
+    plain = task(mix=False)(images, target)["loss"]
+    mixed = task()
+    assert mixed(images, target)["loss"] != plain
+    torch.testing.assert_close(mixed.eval()(images, target)["loss"], plain)
+    first, second = task(), task()
+    assert first(images, target)["loss"] == second(images, target)["loss"]  # the same step, the same box
+
+
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_plain_targets_go_to_every_token(kind):
+    target = torch.tensor([1, 2, 3, 4])
+    target = target if kind == "classes" else F.one_hot(target, 10) * 0.9 + 0.01
+    trained = task(mix=False)
+    logits = trained.student(tiny.images(4), dense=True)
+    torch.testing.assert_close(trained(tiny.images(4), target)["loss"], TokenLabelLoss()(logits, target))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_any_classifier_is_trained_as_always(name):
+    model = timm.create_model(name, num_classes=7)
+    trained = TokenLabelTask(model, TokenLabelLoss(smoothing=0.1))
+    images, target = torch.randn(3, 3, *model.pretrained_cfg["input_size"][1:]), torch.tensor([0, 6, 2])
+    torch.manual_seed(0)
+    out = trained(images, target)
+    torch.manual_seed(0)
+    expected = nn.CrossEntropyLoss(label_smoothing=0.1)(model(images), target)
+    torch.testing.assert_close(out["loss"], expected)
+    assert trained.product is model
+    with pytest.raises(ValueError, match="token labels need a model with a token-label head"):
+        trained(images, labelled(3))
+
+
+def test_refuses_labels_over_other_classes():
+    vit = tiny.base()
+    TokenLabelTask(vit, num_classes=10)
+    with pytest.raises(ValueError, match=r"over 1000 classes, the model has 10: make the model with num_classes=1000"):
+        TokenLabelTask(vit, num_classes=1000)
+    with pytest.raises(ValueError, match=r"over 10 classes, the model's token-label head has 5"):
+        TokenLabelTask(timm_tokens.token_label_head(vit, 5), num_classes=10)

@@ -1,0 +1,125 @@
+"""Train a classifier; with token labels (see `timm-tokens annotate`) every patch learns a label of its own.
+
+    timm-tokens train token-label --data-dir images --labels labels --model lvvit_s --out run
+    timm-tokens train token-label --data-dir images --model vit_small_patch16_224 --out run
+
+--data-dir has train/<class>/ and val/<class>/. With --labels, a ViT without a token-label head gets one. Without them
+the model is trained as an ordinary classifier, with the same augmentation.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from timm_tokens.cli._data import class_names
+from timm_tokens.cli._errors import CommandError
+from timm_tokens.cli._sources import add_sources, make_model, open_split
+from timm_tokens.cli.objectives import Objective
+from timm_tokens.data import TokenLabelDataset, TokenLabelStore, TokenLabelTransform
+from timm_tokens.losses import TokenLabelLoss
+from timm_tokens.tasks import TokenLabelTask
+from timm_tokens.training import Accuracy
+from timm_tokens.vit import TokenViT
+from timm_tokens.wrap import token_label_head
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options of the objective."""
+    add_sources(parser)
+    labels = parser.add_argument_group("labels")
+    labels.add_argument(
+        "--labels", type=Path, help="label store, or folder of published .pt labels; none: classes alone"
+    )
+    labels.add_argument("--num-classes", type=int, help="of the labels (default: as they or the folders say)")
+    labels.add_argument("--dense-weight", type=float, default=0.5, help="of the patches' loss")
+    labels.add_argument("--cls-weight", type=float, default=1.0, help="of the class token's loss")
+    labels.add_argument("--ground-truth", action="store_true", help="mix the class token's label with the true class")
+    labels.add_argument("--smoothing", type=float, default=0.1, help="of the labels")
+    labels.add_argument("--no-mix", dest="mix", action="store_false", help="leave MixToken out")
+    augment = parser.add_argument_group("augmentation")
+    augment.add_argument("--scale", type=float, nargs=2, default=(0.08, 1.0), help="range of a crop's area")
+    augment.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="range of its aspect ratio")
+    augment.add_argument("--hflip", type=float, default=0.5, help="probability of a left-right flip")
+    augment.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment as timm writes it; '' for none")
+    augment.add_argument("--re-prob", type=float, default=0.25, help="probability of random erasing")
+
+
+def build(options: Namespace) -> Objective:
+    """The task, the images with their labels, and validation by top-1 accuracy."""
+    store = None if options.labels is None else TokenLabelStore(options.labels)
+    train = open_split(options, options.train_split)
+    names = class_names(train)
+    count = options.num_classes or (store is not None and store.num_classes) or len(names or ())
+    if not count:
+        raise CommandError("neither the labels nor the images say how many classes there are: give --num-classes")
+    numbers = class_numbers(names, count)
+    if numbers is not None:
+        train = open_split(options, options.train_split, class_map=numbers)
+    model = make_model(options, num_classes=count)
+    if store is not None and not (isinstance(model, TokenViT) and model.head is not None):
+        model = token_label_head(model)
+    config = resolve_model_data_config(model, args={"img_size": options.img_size})
+    loss = TokenLabelLoss(options.dense_weight, options.cls_weight, options.ground_truth, options.smoothing)
+    task = TokenLabelTask(model, loss, mix=options.mix, num_classes=store and store.num_classes)
+    evaluate = None
+    if options.val_split:
+        val = open_split(options, options.val_split, class_map=numbers)
+        val.transform = create_transform(**config)
+        evaluate = Accuracy(val, options.batch_size, options.workers, topk=(1, 5) if count > 5 else (1,))
+    return Objective(task, _training_data(train, store, options, config), evaluate=evaluate)
+
+
+def class_numbers(names: list[str] | None, count: int) -> dict[str, int] | None:
+    """The number of each class among so many: in the order of the folders, or ImageNet's for its WordNet names.
+
+    Returns:
+        None for a data set whose classes have no names.
+
+    Raises:
+        CommandError: The classes are not so many, and not named as ImageNet's are.
+    """
+    if not names or len(names) == count:
+        return None if not names else {name: i for i, name in enumerate(names)}
+    subset = infer_imagenet_subset({"num_classes": count})
+    synsets = {name: i for i, name in enumerate(ImageNetInfo(subset).label_names())} if subset else {}
+    odd = [name for name in names if name not in synsets]
+    if odd:
+        raise CommandError(
+            f"the labels are over {count} classes, the images are in {len(names)} folders, and {odd[0]!r} is no "
+            "WordNet name of ImageNet's: annotate with a classifier of these folders' classes"
+        )
+    return {name: synsets[name] for name in names}
+
+
+def _training_data(
+    train: Dataset, store: TokenLabelStore | None, options: Namespace, config: dict[str, Any]
+) -> Dataset:
+    transform = TokenLabelTransform(
+        config["input_size"][1:], tuple(options.scale), tuple(options.ratio), options.hflip,
+        auto_augment=options.aa or None, mean=config["mean"], std=config["std"], re_prob=options.re_prob,
+    )  # fmt: skip
+    if store is None:
+        train.transform = ViewImage(transform)
+        return train
+    labelled = TokenLabelDataset(train, store, transform)
+    missing = labelled.missing_labels()
+    if missing:
+        raise CommandError(
+            f"{len(missing)} of {len(train)} images have no label in {options.labels}, such as {missing[0]}: "
+            "annotate them, with timm-tokens annotate"
+        )
+    return labelled
+
+
+class ViewImage:
+    """The image alone of what a `TokenLabelTransform` gives."""
+
+    def __init__(self, transform: TokenLabelTransform):
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.transform(image).image

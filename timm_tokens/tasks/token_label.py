@@ -1,0 +1,89 @@
+"""Training of classifiers with a label for every patch (Jiang et al., NeurIPS 2021, arXiv 2104.10858)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_tokens import blocks
+from timm_tokens.data import LabeledTarget
+from timm_tokens.losses import TokenLabelLoss
+from timm_tokens.ops import draw_mix_box, warp_token_labels
+from timm_tokens.tasks.task import TokenTask
+from timm_tokens.vit import TokenViT
+
+
+class TokenLabelTask(TokenTask):
+    """A classifier, with token labels where there are any.
+
+        model = timm_tokens.token_label_head(timm.create_model("vit_small_patch16_224", num_classes=100))
+        task = TokenLabelTask(model, num_classes=store.num_classes)
+        task(images, target)["loss"].backward()  # target as TokenLabelDataset gives it, or just classes
+
+    A model with a token-label head is trained with `loss` on all of its tokens, and MixToken; where the targets are
+    classes (B,) or probabilities (B, K) alone, every token gets its image's. Any other timm classifier takes such
+    targets only, and is trained as always: by cross entropy.
+
+    Args:
+        model: A TokenViT with a token-label head, or any timm classifier.
+        loss: None: `TokenLabelLoss()`. Its smoothing holds for ordinary classifiers, too.
+        mix: Whether to mix the patches of two images in a random box (MixToken); a new box every step and process.
+        num_classes: Of the labels, to be checked against the model's; None: not checked.
+        seed: Of the run.
+
+    Raises:
+        ValueError: The labels have other classes than the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: TokenLabelLoss | None = None,
+        *,
+        mix: bool = True,
+        num_classes: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, seed=seed)
+        self.dense = isinstance(model, TokenViT) and model.head is not None
+        self.loss = TokenLabelLoss() if loss is None else loss
+        self.mix = mix
+        # A classifier of the head's own replaces the base's, and a block may merge nothing: DDP must not wait for them.
+        self.find_unused_parameters = self.dense and (model.head.cls is not None or model.merger is not None)
+        if num_classes is not None:
+            check_classes(model, num_classes)
+
+    def forward(self, input: Tensor, target: LabeledTarget | Tensor) -> dict[str, Tensor]:
+        """The loss of images (B, 3, H, W) and their targets; "output": class logits (B, K), without the patches'.
+
+        Raises:
+            ValueError: Token labels are given to a model without a token-label head.
+        """
+        labelled = isinstance(target, LabeledTarget)
+        if not self.dense:
+            if labelled:
+                raise ValueError("token labels need a model with a token-label head: token_label_head(model)")
+            output = self.trainable_module(input)
+            loss = F.cross_entropy(output.float(), target, label_smoothing=self.loss.smoothing)
+            return {"loss": loss, "output": output.detach()}
+        grid = blocks.grid_size(self.student.base, input.shape[-2:])
+        box = draw_mix_box(grid, self.generator()) if self.mix and self.training else None
+        logits = self.trainable_module(input, dense=True, box=box)
+        truth = target.label if labelled else None
+        if labelled:
+            target = warp_token_labels(target.values, target.indices, target.map, logits.cls.shape[1], grid)
+        return {"loss": self.loss(logits, target, truth, box), "output": logits.cls.detach()}
+
+
+def check_classes(model: nn.Module, num_classes: int) -> None:
+    """Refuse labels over other classes than the model's.
+
+    Raises:
+        ValueError: Names the number of classes of each.
+    """
+    head = model.head if isinstance(model, TokenViT) else None
+    counts = {"the model": model.num_classes} if head is None else {"the model's token-label head": head.num_classes}
+    for name, count in counts.items():
+        if count != num_classes:
+            raise ValueError(
+                f"the labels are over {num_classes} classes, {name} has {count}: make the model with "
+                f"num_classes={num_classes}, or annotate with a classifier of {count} classes"
+            )
