@@ -15,6 +15,8 @@ from timm_tokens.tasks import TokenTask
 from timm_tokens.training.loop import Evaluate
 
 OBJECTIVES = {
+    "dtm": "a ViT without labels, from a teacher's morphed tokens",
+    "mira": "any backbone without labels, by clustering with balanced pseudo-labels",
     "token-label": "a classifier; with token labels a label for every patch (LV-ViT)",
 }
 

@@ -1,0 +1,157 @@
+"""What the examples that compare ways of pre-training share: images in memory, features, and a table with spread."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from _data import InputError
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2.functional import pil_to_tensor
+from tqdm import tqdm
+
+
+class Part(NamedTuple):
+    """Images (N, C, size, size) of uint8, and their classes (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Images(NamedTuple):
+    """What is learned from, and what is reported on."""
+
+    train: Part
+    val: Part
+
+
+class Score(NamedTuple):
+    """One number of one run."""
+
+    method: str
+    seed: int
+    measure: str
+    value: float
+
+
+def digits(size: int) -> Images:
+    """scikit-learn's 1797 handwritten digits, grey; a quarter of each class is to report on."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_digits()  # 8 x 8, from 0 to 16
+    images = torch.from_numpy(source.images).float()[:, None] * (255 / 16)
+    images = F.interpolate(images, (size, size), mode="bilinear").round().byte()
+    labels = torch.from_numpy(source.target)
+    rows = train_test_split(range(len(labels)), test_size=0.25, random_state=0, stratify=labels)
+    return Images(*(Part(images[part], labels[part]) for part in rows))
+
+
+def folders(root: Path, size: int) -> Images:
+    """The images in root/train/<class>/ and root/val/<class>/, cut to squares and resized once.
+
+    Raises:
+        InputError: If a folder is missing or empty, or an image can't be read.
+    """
+    return Images(*(_read_folder(root / name, size) for name in ("train", "val")))
+
+
+def _read_folder(path: Path, size: int) -> Part:
+    try:
+        samples = ImageFolder(path).samples
+    except FileNotFoundError as error:
+        raise InputError(f"--data-dir: {str(error).splitlines()[0]}") from None
+
+    def read(sample: tuple[str, int]) -> Tensor:
+        try:
+            with Image.open(sample[0]) as image:
+                image.draft("RGB", (size, size))
+                side = min(image.size)
+                box = [(length - side) / 2 for length in image.size]
+                box += [start + side for start in box]
+                return pil_to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"can't read the image {sample[0]}: {str(error).splitlines()[0]}") from None
+
+    with ThreadPoolExecutor() as pool:
+        images = list(tqdm(pool.map(read, samples), f"reading {path}", len(samples)))
+    return Part(torch.stack(images), torch.tensor([label for _, label in samples]))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 -> [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, images: Tensor, batch_size: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the model, in evaluation mode, gives for uint8 images, in batches."""
+    model.eval()
+    return torch.cat([model(normalised(batch)).to(dtype) for batch in images.split(batch_size)])
+
+
+def table(scores: Sequence[Score]) -> str:
+    """Mean and standard deviation over the seeds, as Markdown: a row a method, a column a measure."""
+    methods, measures = (list(dict.fromkeys(getattr(s, name) for s in scores)) for name in ("method", "measure"))
+    lines = [f"| | {' | '.join(measures)} |", "|---" * (len(measures) + 1) + "|"]
+    for method in methods:
+        cells = [_cell([s.value for s in scores if (s.method, s.measure) == (method, m)]) for m in measures]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def plot(scores: Sequence[Score]) -> Figure:
+    """A panel for each measure: a dot a run, a bar at the mean."""
+    methods, measures = (list(dict.fromkeys(getattr(s, name) for s in scores)) for name in ("method", "measure"))
+    figure = Figure(figsize=(1 + 3.2 * len(measures), 3.6), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+        for i, method in enumerate(methods):
+            values = [s.value for s in scores if (s.method, s.measure) == (method, measure)]
+            axes.plot([i] * len(values), values, "o", color="C0", alpha=0.6)
+            axes.plot([i - 0.25, i + 0.25], [mean(values)] * 2, "-", color="C1", linewidth=2)
+        axes.set_xticks(range(len(methods)), [method.replace(" ", "\n") for method in methods], fontsize=8)
+        axes.set_title(measure, fontsize=10)
+        axes.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def save(scores: Sequence[Score], out: Path) -> None:
+    """Write scores.csv, a line a run and measure, and scores.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "scores.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([Score._fields, *scores])
+    plot(scores).savefig(out / "scores.png", dpi=120)
+
+
+def supervised(
+    model: nn.Module, part: Part, epochs: int, *, lr: float = 1e-3, batch_size: int = 64, generator: torch.Generator
+) -> nn.Module:
+    """Ordinary classification training: AdamW, cosine schedule, cross entropy."""
+    rows = [batch for _ in range(epochs) for batch in _order(len(part.images), batch_size, generator)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, len(rows), pct_start=0.1)
+    model.train()
+    for batch in tqdm(rows, "supervised training", leave=False):
+        loss = F.cross_entropy(model(normalised(part.images[batch])), part.labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def _order(count: int, batch_size: int, generator: torch.Generator) -> Iterable[Tensor]:
+    return torch.randperm(count, generator=generator).split(batch_size)

@@ -1,0 +1,196 @@
+"""What should a masked image model predict: a teacher's tokens one by one, morphed (DTM), or their mean?
+
+    python examples/dtm.py                             # handwritten digits: nothing to download, some minutes
+    python examples/dtm.py --data-dir DIR --teacher vit_tiny_patch16_224 [--teacher-checkpoint FILE]
+
+The same small ViT is pre-trained from the same teacher with each kind of target, from several seeds, for equally many
+steps. Then the features are judged on val/, which nothing was trained or chosen on: by a linear classifier on frozen
+features, and by fine-tuning on some of train/. A table with the spread over seeds, a plot and all numbers go to --out.
+
+The teacher of the digits is a ViT trained on their classes; that of a folder is timm's, with ImageNet's weights. To
+pre-train a model for use, with augmentation and from any teacher: timm-tokens train dtm.
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import timm
+import torch
+from _compare import Images, Part, Score, digits, folders, normalised, outputs, save, supervised, table
+from _data import InputError
+from timm.models import VisionTransformer, load_state_dict
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from timm_tokens.losses import DTMLoss
+from timm_tokens.probing import linear_probe
+from timm_tokens.tasks import DTMTask
+from timm_tokens.training import Settings, train
+
+
+def one_group(tokens: int) -> tuple[int, ...]:
+    """Rounds of morphing that leave one token: as many merges as a round can do, until there is nothing to merge."""
+    rounds = []
+    while tokens > 1:
+        rounds.append(tokens // 2)
+        tokens -= rounds[-1]
+    return tuple(rounds)
+
+
+TARGETS = {
+    "token by token": lambda tokens: DTMLoss(rounds=()),
+    "morphed (DTM)": lambda tokens: DTMLoss(),
+    "image-level": lambda tokens: DTMLoss(rounds=one_group(tokens)),
+}
+UNTRAINED = "no pre-training"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        run(args)
+    except InputError as error:
+        print(f"dtm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="train/<class>/ and val/<class>/ with images; default: digits")
+    parser.add_argument("--teacher", default="vit_tiny_patch16_224", help="any timm ViT (with --data-dir)")
+    parser.add_argument("--teacher-checkpoint", type=Path, help="its weights; default: timm's pretrained")
+    parser.add_argument("--out", type=Path, default=Path("output/dtm"), help="folder for the results")
+    parser.add_argument("--img-size", type=int, default=32)
+    parser.add_argument("--patch-size", type=int, default=4)
+    parser.add_argument("--dim", type=int, default=48, help="width of the student")
+    parser.add_argument("--depth", type=int, default=4, help="of the student")
+    parser.add_argument("--steps", type=int, default=150, help="of pre-training")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--finetune-images", type=int, default=200, help="labelled images to fine-tune on")
+    parser.add_argument("--finetune-epochs", type=int, default=20)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> list[Score]:
+    images = folders(args.data_dir, args.img_size) if args.data_dir else digits(args.img_size)
+    teacher = folder_teacher(args) if args.data_dir else digits_teacher(args, images)
+    targets = teach(teacher, images, args)
+    scores: list[Score] = []
+    for seed in range(args.seeds):
+        for method in [UNTRAINED, *TARGETS]:
+            student = make_student(args, images, seed)
+            if method != UNTRAINED:
+                task = RememberingTask(student, teacher, TARGETS[method](targets.tokens.shape[1]))
+                task.teacher = targets
+                pretrain(task, images.train.images, args, seed)
+            measures = measure(student, images, args, seed)
+            scores += [Score(method, seed, name, value) for name, value in measures.items()]
+            print(f"seed {seed}, {method}: {measures}", flush=True)
+            save(scores, args.out)
+    print(table(scores))
+    return scores
+
+
+def make_student(args: argparse.Namespace, images: Images, seed: int) -> VisionTransformer:
+    torch.manual_seed(seed)
+    channels = images.train.images.shape[1]
+    student = VisionTransformer(
+        img_size=args.img_size, patch_size=args.patch_size, in_chans=channels,
+        embed_dim=args.dim, depth=args.depth, num_heads=max(1, args.dim // 24), num_classes=0,
+        class_token=False, global_pool="avg", fc_norm=False,
+    )  # fmt: skip
+    student.pretrained_cfg = {"mean": (0.5,) * channels, "std": (0.5,) * channels}  # as `normalised` makes images
+    return student
+
+
+def digits_teacher(args: argparse.Namespace, images: Images) -> nn.Module:
+    """A ViT trained on the classes of the digits."""
+    teacher = make_student(args, images, seed=1000)
+    teacher.reset_classifier(10)
+    supervised(teacher, images.train, 15, generator=torch.Generator().manual_seed(0))
+    right = outputs(teacher, images.val.images).argmax(1) == images.val.labels
+    print(f"The teacher gets {100 * right.float().mean():.1f} % of the digits right.")
+    return teacher
+
+
+def folder_teacher(args: argparse.Namespace) -> nn.Module:
+    if args.teacher_checkpoint and not args.teacher_checkpoint.is_file():
+        raise InputError(f"no file {args.teacher_checkpoint}")
+    try:
+        teacher = timm.create_model(args.teacher, pretrained=args.teacher_checkpoint is None)
+        if args.teacher_checkpoint:
+            teacher.load_state_dict(load_state_dict(str(args.teacher_checkpoint)))
+    except Exception as error:  # torch, safetensors, pickle and the hub each raise their own
+        raise InputError(f"can't use the teacher {args.teacher}: {' '.join(str(error).split())[:400]}") from None
+    return teacher
+
+
+class Indexed(Dataset):
+    """(image, its number)."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return normalised(self.images[index]), index
+
+
+class Remembered(nn.Module):
+    """The teacher's tokens (N, n, D) of images that never change, looked up by the images' numbers."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens, self.numbers = tokens, None
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tokens[self.numbers].float()
+
+
+class RememberingTask(DTMTask):
+    """DTM without augmentation beside the masks: the teacher sees each image once, before the training."""
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        self.teacher.numbers = target
+        return super().forward(input)
+
+
+def teach(teacher: nn.Module, images: Images, args: argparse.Namespace) -> Remembered:
+    """The tokens of all images to learn from, on the student's grid, in half precision."""
+    task = DTMTask(make_student(args, images, seed=0), teacher)
+    return Remembered(outputs(task.teacher, images.train.images, 64, torch.float16))
+
+
+def pretrain(task: DTMTask, images: Tensor, args: argparse.Namespace, seed: int) -> None:
+    with TemporaryDirectory() as out:
+        settings = Settings(
+            out=Path(out), steps=args.steps, batch_size=args.batch_size, lr=args.lr, opt_betas=(0.9, 0.98),
+            clip_grad=3.0, workers=0, seed=seed, log_every=50,
+        )  # fmt: skip
+        train(task, Indexed(images), settings)
+
+
+def measure(student: nn.Module, images: Images, args: argparse.Namespace, seed: int) -> dict[str, float]:
+    """Accuracies in percent on val/."""
+    (train_images, labels), (val_images, val_labels) = images
+    features = outputs(student, train_images), labels, outputs(student, val_images), val_labels
+    linear = linear_probe(*features, generator=torch.Generator().manual_seed(seed)).accuracy
+    tuned = copy.deepcopy(student)
+    tuned.reset_classifier(int(labels.max()) + 1)
+    generator = torch.Generator().manual_seed(seed)
+    some = torch.randperm(len(labels), generator=generator)[: args.finetune_images]
+    supervised(tuned, Part(train_images[some], labels[some]), args.finetune_epochs, generator=generator)
+    right = (outputs(tuned, val_images).argmax(1) == val_labels).float().mean().item()
+    return {"linear probe, %": 100 * linear, f"fine-tuned on {len(some)} images, %": 100 * right}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

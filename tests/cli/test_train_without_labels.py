@@ -1,0 +1,95 @@
+"""The command that pre-trains: from folders of images to a plain model that timm loads, and what it refuses."""
+
+import csv
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from timm_tokens.cli import train
+from timm_tokens.cli._errors import CommandError
+
+# timm's ImageDataset leaves the closing of its files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+QUICK = {"img_size": 32, "epochs": 2, "batch_size": 4, "workers": 0, "device": "cpu"}
+CLUSTERS = {"prototypes": 10, "hidden": 16, "width": 8, "local_crops": 1}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    (root / "train" / "all").mkdir(parents=True)
+    for i in range(8):
+        Image.new("RGB", (40, 40), (30 * i, 100, 200 - 20 * i)).save(root / "train" / "all" / f"{i}.png")
+    torch.manual_seed(0)
+    for name in ("test_vit", "test_resnet"):
+        save_file(timm.create_model(name).state_dict(), root / f"{name}.safetensors")
+    return root
+
+
+def rows(path):
+    with path.open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def pretrain(objective, images, out, **options):
+    if objective == "dtm":
+        options = {"teacher": "test_vit"} | options
+        options["teacher_checkpoint"] = images / f"{options['teacher']}.safetensors"
+    return train.run(objective=objective, data_dir=images, out=out, **{**QUICK, **options})
+
+
+@pytest.mark.parametrize(
+    ("objective", "model", "options"),
+    [
+        ("dtm", "test_vit", {"drop_path": None}),
+        ("dtm", "test_vit2", {"teacher_head": True, "distance": "cosine", "masked_only": True}),
+        ("mira", "test_vit", CLUSTERS),
+        ("mira", "test_resnet", {**CLUSTERS, "targets": "sinkhorn", "drop_path": None}),
+    ],
+)
+def test_a_plain_model_comes_out(images, tmp_path, objective, model, options):
+    result = pretrain(objective, images, tmp_path / "out", model=model, **options)
+    assert len(rows(tmp_path / "out" / "steps.csv")) == 4
+    sized = {} if "resnet" in model else {"img_size": 32}
+    path = str(tmp_path / "out" / "model.safetensors")
+    loaded = timm.create_model(model, num_classes=0, checkpoint_path=path, **sized).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), result.model(x))
+
+
+def test_mira_logs_its_information(images, tmp_path):
+    pretrain("mira", images, tmp_path, model="test_vit", **CLUSTERS)
+    for row in rows(tmp_path / "steps.csv"):
+        expected = row["marginal_entropy"] - row["entropy"]
+        assert row["mutual_information"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_student_of_other_patches(images, tmp_path):
+    options = {"model": "test_vit", "model_kwargs": {"patch_size": 8}, "steps": 1, "epochs": 1}
+    result = pretrain("dtm", images, tmp_path, **options)
+    assert result.model.patch_embed.grid_size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "message"),
+    [
+        ("dtm", {"teacher": None}, "--teacher is missing"),
+        ("dtm", {"teacher": "test_vitt"}, "no checkpoint file .*test_vitt"),
+        ("dtm", {"teacher": "test_resnet"}, "does not cut images into patches"),
+        ("dtm", {"mask_ratio": 1.5}, r"mask_ratio must be in \(0, 1\], got 1.5"),
+        ("dtm", {"draws": 0}, "draws must be at least 1, got 0"),
+        ("dtm", {"model": "test_resnet"}, "ResNet.* can't be driven"),
+        ("mira", {"beta": (0.7, 1.0)}, r"beta must stay in \[0, 1\), got \(0.7, 1.0\)"),
+        ("mira", {"tau_teacher": 0.0}, "tau must be a positive number"),
+        ("mira", {"tau_teacher": -1.0, "targets": "sinkhorn"}, "tau must be a positive number"),
+        ("mira", {"global_scale": (0.5, 0.2)}, r"scale must be a range of shares in \(0, 1\]"),
+    ],
+)
+def test_bad_options_are_refused(images, tmp_path, objective, options, message):
+    with pytest.raises(CommandError, match=message):
+        pretrain(objective, images, tmp_path, **{"model": "test_vit", **options})
