@@ -17,6 +17,7 @@ from timm_tokens.training.loop import Evaluate
 OBJECTIVES = {
     "dtm": "a ViT without labels, from a teacher's morphed tokens",
     "mira": "any backbone without labels, by clustering with balanced pseudo-labels",
+    "mte": "a backbone without labels: DINO, iBOT or MoBY, with auxiliary tokens (MTE)",
     "token-label": "a classifier; with token labels a label for every patch (LV-ViT)",
 }
 

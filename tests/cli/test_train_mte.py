@@ -1,0 +1,66 @@
+"""`timm-tokens train mte`: from a folder of images to a plain timm model."""
+
+import csv
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_tokens.cli import main
+
+# timm's ImageDataset leaves the closing of its files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+QUICK = "--img-size 32 --local-size 16 --prototypes 16 --head-hidden 16 --batch-size 4 --steps 2 --workers 0"
+
+
+@pytest.fixture
+def images(tmp_path):
+    for i in range(8):
+        folder = tmp_path / "images" / "train" / str(i % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (30 * i, 10, 250 - 30 * i)).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+def run(images, options):
+    out = images.parent / "run"
+    code = main(f"train mte --data-dir {images} {QUICK} --device cpu --out {out} {options}".split())
+    return code, out
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        ("--model test_vit --objective dino --local-crops 2", ["loss/cls", "loss/aux5", "loss/pooled5"]),
+        ("--model test_vit --objective ibot --num-cls 1 --num-pooled 0", ["loss/patch", "agreement/aux0"]),
+        ("--model test_vit --objective moby --aux-target own", ["gradient/pooled5"]),
+        ("--model test_efficientnet --num-pooled 2 --local-crops 1", ["cosine/pooled1"]),
+    ],
+)
+def test_objectives(images, options, columns):
+    code, out = run(images, options)
+    assert code == 0
+    with (out / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and all(0 <= float(rows[-1][name]) < 100 for name in columns)
+    assert json.loads((out / "options.json").read_text())["weight_decay_end"] == 0.4
+    name = options.split()[1]
+    kwargs = {"img_size": 32} if name == "test_vit" else {}
+    model = timm.create_model(name, num_classes=0, checkpoint_path=out / "model.safetensors", **kwargs)
+    assert model.eval()(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model test_efficientnet --objective ibot", "iBOT masks patches, which takes a ViT"),
+        ("--model test_vit --objective moby --local-crops 2", "takes two crops, both global, got 4 crops"),
+        ("--model test_vit --prototypes 0", "num_prototypes must be at least 1, got 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(images, options, message, capsys):
+    assert run(images, options)[0] == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,110 @@
+"""Pre-train without labels, with auxiliary tokens that teach the global one and are dropped afterwards (MTE).
+
+    timm-tokens train mte --data-dir images --model vit_small_patch16_224 --objective dino --out run
+    timm-tokens train mte --data-dir images --model vit_small_patch16_224 --objective moby --num-cls 0 --num-pooled 0 \\
+        --weight-decay 0.05 --weight-decay-end 0.05 --clip-grad inf --out baseline
+
+--data-dir has train/ with a folder a class; the classes play no part. What comes out is the teacher's plain timm model.
+Defaults are DINO's, whose learning rate of 5e-4 is for 256 images a step; the second line is MoBY as its paper has it.
+A ViT has auxiliary class tokens and pooled ones, any other model pooled ones alone.
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from torch import nn
+
+from timm_tokens import blocks
+from timm_tokens.cli._errors import CommandError
+from timm_tokens.cli._sources import add_sources, make_model, open_split
+from timm_tokens.cli.objectives import Objective
+from timm_tokens.data import Crop, MultiCrop, dino_crops
+from timm_tokens.tasks import MTETask, PooledTokens
+from timm_tokens.wrap import add_aux_tokens
+
+DEFAULTS = {
+    "lr": 5e-4,
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "clip_grad": 3.0,
+    "clip_mode": "parameter",
+    "drop_path": 0.1,
+    "val_split": "",
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options of the objective."""
+    add_sources(parser)
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--objective", dest="loss", choices=("dino", "ibot", "moby"), default="dino", help="the baseline")
+    loss.add_argument("--prototypes", type=int, help="how many (default: 65536 of DINO, 8192 of iBOT)")
+    loss.add_argument("--head-hidden", type=int, help="width of the heads (default: 2048, of MoBY 4096)")
+    loss.add_argument("--learn-scale", action="store_true", help="prototypes learn their lengths, too")
+    loss.add_argument("--tau-teacher", type=float, nargs=2, default=(0.04, 0.07), help="temperature, from and to")
+    loss.add_argument("--tau-epochs", type=float, default=30, help="in which the temperature changes")
+    loss.add_argument("--teacher-momentum", type=float, help="at first (default: 0.996, of MoBY 0.99); 1 at the end")
+    loss.add_argument("--frozen-epochs", type=float, default=1, help="in which the prototypes do not learn")
+    loss.add_argument("--mask-ratio", type=float, nargs=2, default=(0.1, 0.5), help="range of iBOT's masks")
+    loss.add_argument("--mask-prob", type=float, default=0.5, help="probability of iBOT's masks")
+    loss.add_argument("--queue-size", type=int, default=4096, help="of MoBY")
+    tokens = parser.add_argument_group("auxiliary tokens")
+    tokens.add_argument("--num-cls", type=int, default=6, help="auxiliary class tokens, of ViTs")
+    tokens.add_argument("--num-pooled", type=int, default=6, help="adaptively pooled tokens")
+    tokens.add_argument("--aux-target", choices=("ensemble", "own"), default="ensemble", help="what they learn from")
+    tokens.add_argument("--without-global", dest="include_global", action="store_false",
+                        help="the global token is no member of the ensemble")  # fmt: skip
+    tokens.add_argument("--aux-on-local", action="store_true", help="local crops have them, too")
+    crops = parser.add_argument_group("crops")
+    crops.add_argument("--local-crops", type=int, help="how many (default: 8, of MoBY none)")
+    crops.add_argument("--local-size", type=int, default=96, help="their side; the global ones have --img-size")
+    crops.add_argument("--global-scale", type=float, nargs=2, help="range of area (default: 0.4 1, of MoBY 0.08 1)")
+    crops.add_argument("--local-scale", type=float, nargs=2, default=(0.05, 0.4), help="range of area")
+
+
+def build(options: Namespace) -> Objective:
+    """The task, and the images as crops."""
+    model = _model(options)
+    base = getattr(model, "base", model)
+    images = open_split(options, options.train_split)
+    images.transform = MultiCrop.for_model(base, _crops(options, base.pretrained_cfg))
+    task = MTETask(
+        model,
+        options.loss,
+        num_prototypes=options.prototypes,
+        hidden=options.head_hidden,
+        learn_scale=options.learn_scale,
+        aux_target=options.aux_target,
+        include_global=options.include_global,
+        aux_on_local=options.aux_on_local,
+        tau_teacher=options.tau_teacher,
+        tau_epochs=options.tau_epochs,
+        momentum=None if options.teacher_momentum is None else (options.teacher_momentum, 1.0),
+        frozen_epochs=options.frozen_epochs,
+        mask_ratio=options.mask_ratio,
+        mask_prob=options.mask_prob,
+        queue_size=options.queue_size,
+    )
+    return Objective(task, images)
+
+
+def _model(options: Namespace) -> nn.Module:
+    """The model with its auxiliary tokens: a ViT that takes crops of any size, or anything else with pooled ones."""
+    try:
+        model = make_model(options, num_classes=0, dynamic_img_size=True)
+    except CommandError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+        model = make_model(options, num_classes=0)
+    try:
+        blocks.check(model, merging=False)
+    except TypeError:
+        return PooledTokens(model, options.num_pooled)
+    return add_aux_tokens(model, options.num_cls, options.num_pooled)
+
+
+def _crops(options: Namespace, cfg: dict) -> list[Crop]:
+    moby = options.loss == "moby"
+    num_local = (0 if moby else 8) if options.local_crops is None else options.local_crops
+    scale = tuple(options.global_scale or ((0.08, 1.0) if moby else (0.4, 1.0)))
+    size = options.img_size or cfg["input_size"][1]
+    return dino_crops(size, options.local_size, num_local, scale, tuple(options.local_scale))
