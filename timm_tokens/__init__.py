@@ -3,7 +3,7 @@
 Importing this registers the package's models with timm.
 """
 
-from timm_tokens import data, fewshot, losses, models, ops, parts, probing
+from timm_tokens import data, fewshot, losses, models, ops, parts, probing, tasks
 from timm_tokens.parts import DenseLogits
 from timm_tokens.vit import Tokens, TokenViT
 from timm_tokens.wrap import add_aux_tokens, apply_dtem_merging, token_label_head
@@ -24,5 +24,6 @@ __all__ = [
     "ops",
     "parts",
     "probing",
+    "tasks",
     "token_label_head",
 ]
