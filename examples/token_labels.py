@@ -1,0 +1,171 @@
+"""Train a small ViT with and without token labels, at equal budget, and see what they buy.
+
+    python examples/token_labels.py                   # handwritten digits: nothing to download, a few minutes
+    python examples/token_labels.py --data-dir DIR --annotator NAME [--checkpoint FILE] --model lvvit_t --img-size 96
+
+The annotator, any classifier of timm, labels every patch of the images in train/ once. Then the same model is trained
+with these labels and without, with the same images, augmentation and number of steps, for each of --seeds. The report,
+a table and a plot in --out, is the accuracy on val/ at the end, which nothing was trained or chosen on. For the digits
+an annotator is trained first. What was stopped goes on where it was when it is started again.
+
+Source: token labeling (arXiv 2104.10858).
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.utils import ParseKwargs
+
+from timm_tokens.cli import CommandError, annotate, train
+from timm_tokens.data import TokenLabelStore
+
+ARMS = {"classes alone": False, "token labels": True}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        run(args)
+    except CommandError as error:
+        print(f"token_labels: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="train/<class>/ and val/<class>/ with images; default: digits")
+    parser.add_argument("--annotator", help="any classifier of timm with a spatial map (with --data-dir)")
+    parser.add_argument("--checkpoint", type=Path, help="its weights; default: timm's pretrained")
+    parser.add_argument("--num-classes", type=int, help="of the checkpoint; default: the annotator's")
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="the ViT to train (with --data-dir)")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="such as depth=4")
+    parser.add_argument("--img-size", type=int, help="of the images that it is trained on; default: its own")
+    parser.add_argument("--val-split", default="val", help="folder to report on; choose settings on another")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--scale", type=float, nargs=2, default=(0.35, 1.0), help="range of a crop's area")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--out", type=Path, default=Path("output/token_labels"), help="folder for the results")
+    args = parser.parse_args(argv)
+    if args.data_dir and not args.annotator:
+        parser.error("--data-dir needs --annotator: a classifier that knows its classes, such as one of ImageNet")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    shared = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "scale": tuple(args.scale)}
+    shared |= {"workers": args.workers, "device": args.device, "resume": True, "aa": "", "re_prob": 0.0}
+    if not args.data_dir:
+        digits_job(args, shared)
+    labels = args.out / "labels"
+    loading = {"batch_size": args.batch_size, "workers": args.workers, "device": args.device}
+    annotate.run(
+        data=args.data_dir / "train", out=labels, model=args.annotator, checkpoint=args.checkpoint, **loading,
+        num_classes=args.num_classes,
+    )  # fmt: skip
+    shared |= {"data_dir": args.data_dir, "model": args.model, "img_size": args.img_size, "val_split": args.val_split}
+    classes = TokenLabelStore(labels).num_classes  # both tell as many classes apart
+    shared |= {"model_kwargs": args.model_kwargs, "num_classes": classes}
+    curves: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
+    for seed in range(args.seeds):
+        for arm, labelled in ARMS.items():
+            out = args.out / f"{arm.replace(' ', '-')}-{seed}"
+            chosen = {"labels": labels if labelled else None, "seed": seed, "out": out}
+            result = train.run(objective="token-label", **shared, **chosen)
+            curves[arm].append([row["eval_top1"] for row in result.epochs])
+    report(curves, args.out)
+
+
+def digits_job(args: argparse.Namespace, shared: dict[str, Any]) -> None:
+    """The digits as folders of images, and an annotator that is trained on them."""
+    shared |= {"hflip": 0.0}  # a mirrored digit is none
+    args.data_dir, args.img_size, args.model, args.annotator = write_digits(args.out / "digits"), None, *DIGIT_MODELS
+    result = train.run(
+        **shared | {"epochs": 2 * args.epochs}, objective="token-label", data_dir=args.data_dir, model=args.annotator,
+        out=args.out / "annotator",
+    )  # fmt: skip
+    args.checkpoint, args.num_classes = result.path, 10
+
+
+def write_digits(folder: Path) -> Path:
+    """scikit-learn's 1797 digits as train/<class>/ and val/<class>/; a quarter of each class is to report on."""
+    source = load_digits()  # 8 x 8, from 0 to 16
+    train, val = train_test_split(range(len(source.target)), test_size=0.25, random_state=0, stratify=source.target)
+    for split, chosen in (("train", train), ("val", val)):
+        for i in chosen[:DIGITS]:
+            path = folder / split / str(source.target[i]) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((source.images[i] * 255 / 16).astype("uint8")).resize((24, 24)).save(path)
+    return folder
+
+
+DIGIT_MODELS = ("digits_vit", "digits_annotator")  # registered below
+DIGITS = None  # how many to write of each split; all of them
+
+
+_cfg = {"input_size": (3, 24, 24), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "classifier": "head"}
+default_cfgs = generate_default_cfgs(dict.fromkeys(DIGIT_MODELS, _cfg))  # where timm looks for them
+
+
+def _digits_vit(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    shape = {"img_size": 24, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    return build_model_with_cfg(VisionTransformer, variant, pretrained, **shape | kwargs)
+
+
+@register_model
+def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """6 x 6 patches, and a class token."""
+    return _digits_vit("digits_vit", pretrained, **kwargs)
+
+
+@register_model
+def digits_annotator(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """6 x 6 patches, whose average is classified: so every patch has scores that were trained."""
+    return _digits_vit("digits_annotator", pretrained, class_token=False, global_pool="avg", **kwargs)
+
+
+def report(curves: dict[str, list[list[float]]], out: Path) -> None:
+    """Print the table of final accuracies, and write table.csv and accuracy.png."""
+    finals = {arm: [curve[-1] for curve in runs] for arm, runs in curves.items()}
+    gains = [b - a for a, b in zip(*finals.values(), strict=True)]
+    rows = [["", *(f"seed {seed}" for seed in range(len(gains))), "mean", "spread"]]
+    for name, values in [*finals.items(), ("gain", gains)]:
+        spread = stdev(values) if len(values) > 1 else float("nan")
+        rows.append([name, *(f"{value:.2f}" for value in [*values, fmean(values), spread])])
+    with (out / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    plot(curves).savefig(out / "accuracy.png", dpi=120)
+    print("\nAccuracy on val/ after the last epoch, in percent; the spread is the standard deviation over the seeds.\n")
+    print("\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["--:"] * len(rows[0]), *rows[1:]]))
+    print(f"\nThe table, the plot and the runs are in {out}.")
+
+
+def plot(curves: dict[str, list[list[float]]]) -> Figure:
+    """Accuracy by epoch: the mean over the seeds, and their range."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel="accuracy, %")
+    for arm, runs in curves.items():
+        epochs = list(zip(*runs, strict=True))  # the runs' accuracies at each epoch
+        steps = range(1, len(epochs) + 1)
+        axes.plot(steps, [fmean(values) for values in epochs], "o-", label=arm, markersize=4)
+        axes.fill_between(steps, [min(v) for v in epochs], [max(v) for v in epochs], alpha=0.2)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())
