@@ -246,6 +246,19 @@ def test_a_wrapped_model_saves_as_token_vit(tmp_path):
     assert again.merger.r == 7
 
 
+@pytest.mark.parametrize("head", [{}, dict(num_classes=9)])
+@torch.no_grad()
+def test_a_saved_model_with_a_label_head_can_get_other_classes(tmp_path, head):
+    model = timm.create_model("token_vit", base="test_vit", num_classes=6, head=head).eval()
+    save(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).eval()
+    x = torch.randn(1, 3, 160, 160)
+    assert again(x).shape == (1, 3) and again(x, dense=True).tokens.shape[2] == 3
+    close(again.forward_features(x), model.forward_features(x))
+    if head:  # the base keeps a classifier of its own
+        close(again.base(x), model.base(x))
+
+
 def test_a_base_without_a_name_cannot_be_described():
     with pytest.raises(ValueError, match="does not say by which name"):
         _ = apply_dtem_merging(create("vit")).model_args

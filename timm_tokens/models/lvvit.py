@@ -64,6 +64,7 @@ def _lvvit(variant: str, pretrained: bool, **kwargs: Any) -> TokenViT:
 
     def make(**base_args: Any) -> VisionTransformer:
         vit = lvvit_base(**_SIZES[variant] | base_args)
+        # as timm records for models of its own, so that saved models are made again with them
         vit._model_args = {name: value for name, value in base_args.items() if name not in _NOT_KEPT}
         return vit
 
@@ -92,8 +93,8 @@ def _from_published(state_dict: dict[str, Any], model: TokenViT) -> dict[str, Te
 
 
 def _fit(model: TokenViT, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before loading, and after names are a TokenViT's: a checkpoint of another image size fits."""
-    if not prefix:
+    """Before loading, and after names are a TokenViT's: a checkpoint of another image size is made to fit."""
+    if not prefix:  # not inside another model, whose checkpoint is its own affair
         fit_position_embedding(state_dict, model)
 
 
