@@ -129,11 +129,10 @@ def plot(scores: Sequence[Score]) -> Figure:
 
 
 def save(scores: Sequence[Score], out: Path) -> None:
-    """Write scores.csv, a line a run and measure, and scores.png."""
+    """Write scores.csv: a line a run and measure."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "scores.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Score._fields, *scores])
-    plot(scores).savefig(out / "scores.png", dpi=120)
 
 
 def supervised(

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import timm
 import torch
-from _compare import Images, Part, Score, digits, folders, normalised, outputs, save, supervised, table
+from _compare import Images, Part, Score, digits, folders, normalised, outputs, plot, save, supervised, table
 from _data import InputError
 from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor, nn
@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> list[Score]:
             scores += [Score(method, seed, name, value) for name, value in measures.items()]
             print(f"seed {seed}, {method}: {measures}", flush=True)
             save(scores, args.out)
-    print(table(scores))
+    plot(scores).savefig(args.out / "scores.png", dpi=120)
+    print(f"\n{table(scores)}\n\nThe numbers and a plot are in {args.out}.")
     return scores
 
 
