@@ -43,9 +43,9 @@ def open_split(options: Namespace, split: str, class_map: dict[str, int] | None 
     """
     if options.data_dir is None:
         raise CommandError("--data-dir is missing: a folder with train/<class>/ and val/<class>/")
-    root, numbered = options.data_dir, {"class_map": class_map}
+    root, numbered = Path(options.data_dir), {"class_map": class_map}
     if not options.dataset:
-        root = _split_folder(options.data_dir, split)
+        root = _split_folder(root, split)
     elif class_map is not None and "/" in options.dataset:
         numbered = {}  # its classes are numbered already
     try:
@@ -80,7 +80,7 @@ def make_model(options: Namespace, **kwargs: Any) -> nn.Module:
     if options.drop_path is not None:
         kwargs["drop_path_rate"] = options.drop_path
     if options.checkpoint is not None:
-        kwargs["pretrained_cfg_overlay"] = _as_pretrained(options.model, options.checkpoint)
+        kwargs["pretrained_cfg_overlay"] = _as_pretrained(options.model, Path(options.checkpoint))
     kwargs |= {"pretrained": options.pretrained or options.checkpoint is not None} | options.model_kwargs
     sized = {} if options.img_size is None else {"img_size": options.img_size}
     try:

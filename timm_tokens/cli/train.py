@@ -10,6 +10,7 @@ import json
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -87,7 +88,9 @@ def _complete(objective: str, options: dict[str, Any]) -> Namespace:
     unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise CommandError(f"{objective} has no option {unknown[0]!r}: it has {', '.join(sorted(known))}")
-    return Namespace(**known | options)
+    options = Namespace(**known | options)
+    options.out = options.out and Path(options.out)
+    return options
 
 
 def _note(objective: str, options: Namespace) -> None:

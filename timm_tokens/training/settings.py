@@ -58,6 +58,7 @@ class Settings:
     log_every: int = _option(10, "steps after which the losses are looked at, and written to steps.csv")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))  # the dataclass is frozen
         for name in ("epochs", "steps", "batch_size", "accumulate", "save_every", "eval_every", "log_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
