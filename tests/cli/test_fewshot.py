@@ -103,17 +103,54 @@ def test_interrupted_extraction_leaves_no_file(images, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_merging_wraps_the_model(images, tmp_path, monkeypatch):
-    seen = {}
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3"])
+def test_features_of_a_model_that_merges(images, tmp_path, name):
+    weights = tmp_path / "weights.safetensors"
+    torch.manual_seed(1)
+    net = timm.create_model(name, num_classes=7).eval()
+    save_file(net.state_dict(), weights)
+    arguments = {"model": name, "data_dir": images, "checkpoint": weights, "batch_size": 5}
+    plain, merged = (_features.cached_features(tmp_path, **arguments, merge_r=r) for r in (0, 30))
+    assert merged.metadata["merge_r"] == "30"
+    net.reset_classifier(0)
+    by_keys = timm_tokens.apply_dtem_merging(net, r=30, metric="keys").eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+    with torch.no_grad(), Image.open(images / "green" / "2.png") as image:
+        expected = by_keys(transform(image)[None])[0]
+    torch.testing.assert_close(merged.features[4 + 2], expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(merged.features, plain.features, atol=1e-4)
 
-    def wrap(model, **arguments):
-        seen.update(arguments)
-        return model
 
-    monkeypatch.setattr(timm_tokens, "apply_dtem_merging", wrap, raising=False)
-    merged = _features.cached_features(tmp_path, model="test_vit", data_dir=images, merge_r=2)
-    assert seen == {"r": 2, "metric": "keys"}
-    assert merged.metadata["merge_r"] == "2"
+def test_features_of_registered_models_with_parts(images, tmp_path):
+    torch.manual_seed(1)
+    plain = timm.create_model("test_vit").eval()
+    auxiliary = timm_tokens.add_aux_tokens(plain, num_cls=1, num_pooled=2)
+    merging = timm_tokens.apply_dtem_merging(plain, r=10)
+    for name, net in {"auxiliary": auxiliary, "merging": merging}.items():
+        timm.models.save_for_hf(net, tmp_path / name, model_args=net.model_args)
+
+    def features(name, merge_r=0):
+        model = f"local-dir:{tmp_path / name}"
+        found = _features.cached_features(tmp_path, model=model, pretrained=True, data_dir=images, merge_r=merge_r)
+        return found.features[4 + 2]
+
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(plain))
+    with Image.open(images / "green" / "2.png") as image:
+        x = transform(image)[None]
+    torch.testing.assert_close(features("auxiliary"), class_feature(plain, x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features("merging"), class_feature(merging, x), atol=1e-5, rtol=1e-5)
+    merging.merger.r = 30
+    torch.testing.assert_close(features("merging", merge_r=30), class_feature(merging, x), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def class_feature(net, x):
+    return net.eval().forward_head(net.forward_features(x), pre_logits=True)[0]
+
+
+def test_a_model_that_can_not_merge_is_refused(images, tmp_path):
+    with pytest.raises(CommandError, match="ResNet can't be driven from outside; supported are"):
+        fewshot.run(**QUICK | {"model": "test_resnet", "merge_r": 8, "data_dir": images, "out": tmp_path})
 
 
 def test_arguments_of_the_command_are_those_of_run(feature_file, tmp_path):
@@ -148,7 +185,7 @@ def test_refuses_in_words(arguments, message, tmp_path, monkeypatch):
 
 def test_refuses_models_and_checkpoints_that_do_not_fit(images, tmp_path):
     arguments = QUICK | {"data_dir": images, "out": tmp_path}
-    with pytest.raises(CommandError, match=r"cannot make the model no_such_vit"):
+    with pytest.raises(CommandError, match=r"timm has no model 'no_such_vit'"):
         fewshot.run(**arguments, model="no_such_vit")
     save_file({"cls_token": torch.zeros(1, 1, 64)}, tmp_path / "part.safetensors")
     with pytest.raises(CommandError, match=r"part.safetensors lacks \d+ weights of test_vit, such as"):

@@ -57,9 +57,9 @@ def test_golden_accuracies(golden, case, name, kind):
     torch.testing.assert_close(right.float().mean(), data[f"{case}.accuracy.{name}.{kind}"][0], atol=1e-4, rtol=0)
 
 
-# Case 0, by output: what the biases of two outputs drift by in the reference's twenty updates. These outputs fire on all
-# points most of the time; their biases then have no gradient, only rounding errors, which Adam magnifies. These two
-# numbers, fitted by least squares, account for all that the reference does otherwise.
+# Case 0, by output: what the biases of two outputs drift by in the reference's twenty updates. These outputs fire on
+# all points most of the time, so that their biases have no gradient, only rounding errors, which Adam magnifies. The
+# two numbers, fitted by least squares, account for all that the reference does otherwise.
 DRIFT = {40: 2.4074e-5, 50: 5.1913e-5}
 
 

@@ -11,12 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import timm_tokens
+from timm_tokens.cli import _models
 from timm_tokens.cli._errors import CommandError
+from timm_tokens.vit import TokenViT
 
 
 class Features(NamedTuple):
@@ -76,7 +77,7 @@ def cached_features(
         data_dir: one folder a class.
         checkpoint: weights of the model; None: see `pretrained`.
         pretrained: timm's own weights.
-        merge_r: tokens that every block merges away by their attention keys; 0: none.
+        merge_r: tokens that every block merges away, by the model's own merger or else by their keys; 0: as it is.
         batch_size, workers, device: how to compute.
     """
     metadata = {
@@ -118,22 +119,30 @@ def _listing(folder: Path) -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def _create(model: str, checkpoint: Path | None, pretrained: bool, merge_r: int) -> torch.nn.Module:
-    """The model without its classifier."""
+def _create(model: str, checkpoint: Path | None, pretrained: bool, merge_r: int) -> nn.Module:
+    """The model without its classifier; what merges its tokens is its own merger if it has one, else its keys."""
+    net = _models.create(model, pretrained=pretrained, num_classes=0)
+    if checkpoint:
+        _load(net, model, checkpoint)
+    if not merge_r:
+        return net
+    own = isinstance(net, TokenViT) and net.merger is not None
+    return _models.merged(net, merge_r, None if own else "keys")
+
+
+def _load(net: nn.Module, model: str, checkpoint: Path) -> None:
     try:
-        net = timm.create_model(model, pretrained=pretrained, num_classes=0)
         # Not strict, because a classifier in the checkpoint has no place here; but everything here must be filled.
-        missing = timm.models.load_checkpoint(net, str(checkpoint), strict=False).missing_keys if checkpoint else []
+        missing = timm.models.load_checkpoint(net, str(checkpoint), strict=False).missing_keys
     except (RuntimeError, OSError) as error:
-        raise CommandError(f"cannot make the model {model}: {error}") from error
+        raise CommandError(f"{checkpoint} doesn't fit {model}: {error}") from error
     if missing:
         raise CommandError(f"{checkpoint} lacks {len(missing)} weights of {model}, such as {missing[0]}")
-    return timm_tokens.apply_dtem_merging(net, r=merge_r, metric="keys") if merge_r else net
 
 
 @torch.inference_mode()
 def _extract(
-    net: torch.nn.Module, dataset: ImageDataset, batch_size: int, workers: int, device: str
+    net: nn.Module, dataset: ImageDataset, batch_size: int, workers: int, device: str
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) and labels (N,) on the CPU."""
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
