@@ -59,10 +59,14 @@ def rows(path):
 
 def test_with_token_labels(images, labels, tmp_path, capsys):
     out = tmp_path / "out"
-    result = train.run(objective="token-label", data_dir=str(images), labels=str(labels), out=str(out), **QUICK)
+    result = train.run(
+        objective="token-label", data_dir=str(images), labels=str(labels), out=str(out), plot=True, **QUICK
+    )
     assert [row["epoch"] for row in rows(out / "summary.csv")] == ["0", "1"]
     assert 0 <= float(rows(out / "summary.csv")[1]["eval_top1"]) <= 100
     assert len(rows(out / "steps.csv")) == 6
+    with Image.open(out / "curves.png") as picture:
+        assert picture.width > 400
     options = {"base": "test_vit", "num_classes": 3, "img_size": 32, "head": {}}
     loaded = timm.create_model("token_vit", **options, checkpoint_path=str(out / "model.safetensors"))
     x = torch.randn(2, 3, 32, 32)
@@ -100,6 +104,8 @@ def test_command_line_and_resume(images, labels, tmp_path, capsys):
     assert (tmp_path / "out" / "steps.csv").read_text() == before
     assert main([*line.split(), "--resume", "--lr", "0.5"]) == 2
     assert "started with other settings (lr 0.001 -> 0.5)" in capsys.readouterr().err
+    assert main([*line.split(), "--resume", "--no-mix", "--log-every", "1"]) == 2
+    assert "started with other settings (mix True -> False)" in capsys.readouterr().err
 
 
 def test_starts_from_a_checkpoint(images, tmp_path):
@@ -173,6 +179,12 @@ def test_refuses_labels_that_do_not_fit(images, tmp_path):
         train.run(**arguments, labels=three, num_classes=4)
     with pytest.raises(CommandError, match="ResNet can't be driven from outside"):
         train.run(**arguments | {"model": "test_resnet"}, labels=three)
+
+
+def test_refuses_to_plot_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(CommandError, match=r"--plot takes matplotlib: pip install 'timm-tokens\[viz\]'"):
+        train.run(objective="token-label", plot=True, out=tmp_path)
 
 
 def test_help_names_the_objectives(capsys):

@@ -10,6 +10,7 @@ import json
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import fields
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,9 @@ from timm_tokens.cli._files import replacing
 from timm_tokens.cli._processes import joined
 from timm_tokens.cli.objectives import OBJECTIVES
 from timm_tokens.training import Result, Settings, train
-from timm_tokens.training.settings import add_settings
+from timm_tokens.training.checkpoints import LAST, check_same
+from timm_tokens.training.curves import draw_curves
+from timm_tokens.training.settings import FREE, add_settings
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -37,7 +40,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         module = _module(name)
         options = objectives.add_parser(name, help=summary, description=module.__doc__, formatter_class=_Formatter)
         module.add_arguments(options)
-        add_settings(options.add_argument_group("training"))
+        training = options.add_argument_group("training")
+        add_settings(training)
+        training.add_argument("--plot", action="store_true", help="draw the losses to curves.png (takes matplotlib)")
         options.set_defaults(device=None, **getattr(module, "DEFAULTS", {}))
 
 
@@ -52,6 +57,8 @@ def run(*, objective: str, **options: Any) -> Result:
     options = _complete(objective, options)
     if options.out is None:
         raise CommandError("--out is missing: a folder for checkpoints, tables and the model")
+    if options.plot and find_spec("matplotlib") is None:
+        raise CommandError("--plot takes matplotlib: pip install 'timm-tokens[viz]'")
     try:
         with joined(options.device) as process:
             options.device = process.device
@@ -65,6 +72,8 @@ def run(*, objective: str, **options: Any) -> Result:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         raise CommandError(str(error)) from error
     if process.rank == 0:
+        if options.plot:
+            draw_curves(settings.out)
         print(f"The model is in {result.path}; the losses in {settings.out / 'steps.csv'}.")
     return result
 
@@ -94,8 +103,19 @@ def _complete(objective: str, options: dict[str, Any]) -> Namespace:
 
 
 def _note(objective: str, options: Namespace) -> None:
-    """Write down the options, unless they are those of a run that is there already."""
+    """Write down the options of a new run; refuse to continue one with others.
+
+    Raises:
+        ValueError: Names what differs.
+    """
     path = options.out / "options.json"
-    if options.resume or not path.is_file():
+    noted = json.loads(json.dumps({"objective": objective} | vars(options), default=str))  # as it will be read
+    running = (options.out / LAST).is_file()  # options alone may be those of an attempt that failed
+    if running and options.resume and path.is_file():
+        found = json.loads(path.read_text())
+        for free in (*FREE, "plot", "data_dir"):
+            found[free] = noted[free]
+        check_same(options.out, found, noted)
+    elif not running:
         with replacing(path) as partial:
-            partial.write_text(json.dumps({"objective": objective} | vars(options), indent=1, default=str))
+            partial.write_text(json.dumps(noted, indent=1))

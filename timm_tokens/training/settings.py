@@ -74,11 +74,11 @@ class Settings:
 
     def curve(self) -> dict[str, Any]:
         """What decides the losses: a run can only be resumed with the same. Plain data."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+        return {name: value for name, value in asdict(self).items() if name not in FREE}
 
 
 # What may change between a run and its continuation.
-_FREE = {"out", "resume", "workers", "device", "save_every", "eval_every", "log_every"}
+FREE = {"out", "resume", "workers", "device", "save_every", "eval_every", "log_every"}
 
 
 def add_settings(parser: ArgumentParser) -> None:
