@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import timm_tokens
 from timm_tokens.cli import _features, fewshot
+from timm_tokens.cli._data import open_dataset
 from timm_tokens.cli._errors import CommandError
 
 # timm's ImageDataset leaves the closing of its files to the garbage collector.
@@ -81,15 +82,15 @@ def test_features_are_those_of_the_model(images, tmp_path):
     torch.manual_seed(1)
     net = timm.create_model("test_vit", num_classes=7).eval()
     save_file(net.state_dict(), tmp_path / "weights.safetensors")
-    got = _features.cached_features(
-        tmp_path, model="test_vit", data_dir=images, checkpoint=tmp_path / "weights.safetensors"
-    )
+    dataset = open_dataset(images, split="")
+    source = _features.named("test_vit", tmp_path / "weights.safetensors")
+    got = _features.cached_features(tmp_path, dataset, source, batch_size=5)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
     with torch.no_grad(), Image.open(images / "green" / "2.png") as image:
         expected = net.forward_head(net.forward_features(transform(image)[None]), pre_logits=True)[0]
     torch.testing.assert_close(got.features[4 + 2], expected, atol=1e-5, rtol=1e-5)  # classes: blue, green, red
     assert got.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert got.metadata["model"] == "test_vit" and '"green": 1' in got.metadata["classes"]
+    assert got.metadata["model"] == "test_vit" and got.metadata["classes"] == '["blue", "green", "red"]'
 
 
 def test_interrupted_extraction_leaves_no_file(images, tmp_path, monkeypatch):
@@ -99,7 +100,7 @@ def test_interrupted_extraction_leaves_no_file(images, tmp_path, monkeypatch):
 
     monkeypatch.setattr(_features, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _features.cached_features(tmp_path / "cache", model="test_vit", data_dir=images)
+        _features.cached_features(tmp_path / "cache", open_dataset(images), _features.named("test_vit"))
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -109,8 +110,8 @@ def test_features_of_a_model_that_merges(images, tmp_path, name):
     torch.manual_seed(1)
     net = timm.create_model(name, num_classes=7).eval()
     save_file(net.state_dict(), weights)
-    arguments = {"model": name, "data_dir": images, "checkpoint": weights, "batch_size": 5}
-    plain, merged = (_features.cached_features(tmp_path, **arguments, merge_r=r) for r in (0, 30))
+    sources = (_features.named(name, weights, merge_r=r) for r in (0, 30))
+    plain, merged = (_features.cached_features(tmp_path, open_dataset(images), source) for source in sources)
     assert merged.metadata["merge_r"] == "30"
     net.reset_classifier(0)
     by_keys = timm_tokens.apply_dtem_merging(net, r=30, metric="keys").eval()
@@ -130,9 +131,8 @@ def test_features_of_registered_models_with_parts(images, tmp_path):
         timm.models.save_for_hf(net, tmp_path / name, model_args=net.model_args)
 
     def features(name, merge_r=0):
-        model = f"local-dir:{tmp_path / name}"
-        found = _features.cached_features(tmp_path, model=model, pretrained=True, data_dir=images, merge_r=merge_r)
-        return found.features[4 + 2]
+        source = _features.named(f"local-dir:{tmp_path / name}", pretrained=True, merge_r=merge_r)
+        return _features.cached_features(tmp_path, open_dataset(images), source).features[4 + 2]
 
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(plain))
     with Image.open(images / "green" / "2.png") as image:
@@ -173,7 +173,7 @@ def test_arguments_of_the_command_are_those_of_run(feature_file, tmp_path):
         ({"model": "test_vit"}, "pass either --features"),
         ({"features": "nowhere.safetensors"}, "no feature file nowhere.safetensors"),
         ({"model": "test_vit", "data_dir": "nowhere"}, "no folder nowhere"),
-        ({"model": "test_vit", "data_dir": ".", "checkpoint": "nowhere.pth"}, "no checkpoint nowhere.pth"),
+        ({"model": "test_vit", "data_dir": "."}, r"no data set \., split : Found 0 images"),
         ({"classifiers": ["svm"]}, "unknown classifiers svm: choose from nearest_centroid"),
     ],
 )
@@ -187,9 +187,18 @@ def test_refuses_models_and_checkpoints_that_do_not_fit(images, tmp_path):
     arguments = QUICK | {"data_dir": images, "out": tmp_path}
     with pytest.raises(CommandError, match=r"timm has no model 'no_such_vit'"):
         fewshot.run(**arguments, model="no_such_vit")
+    with pytest.raises(CommandError, match=r"no checkpoint nowhere.pth"):
+        fewshot.run(**arguments, model="test_vit", checkpoint="nowhere.pth")
     save_file({"cls_token": torch.zeros(1, 1, 64)}, tmp_path / "part.safetensors")
     with pytest.raises(CommandError, match=r"part.safetensors lacks \d+ weights of test_vit, such as"):
         fewshot.run(**arguments, model="test_vit", checkpoint=tmp_path / "part.safetensors")
+
+
+def test_a_damaged_image_is_named_and_not_replaced_by_the_next(images, tmp_path):
+    (images / "red" / "1.png").write_text("no picture")
+    with pytest.raises(CommandError, match=r"1 of 12 images can't be read, repair or remove them: image 'red/1'"):
+        fewshot.run(**QUICK, data_dir=images, out=tmp_path / "out", model="test_vit")
+    assert not (tmp_path / "out").exists()
 
 
 def test_refuses_feature_files_that_do_not_fit(feature_file, tmp_path):

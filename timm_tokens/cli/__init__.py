@@ -18,8 +18,9 @@ COMMANDS = {
     "draw attention": "a picture of what a model's auxiliary tokens look at",
     "draw labels": "a picture of an image's label map, and of the targets of a crop",
     "fewshot": "few-shot accuracy of a model's features, with and without ESFR",
-    "train": "train a model by token labels, MTE, DTM or MIRA",
+    "probe": "what a model's features are worth: nearest neighbours, a linear classifier, NMI of prototypes",
     "run": "run one of timm's own scripts with this package's models registered",
+    "train": "train a model by token labels, MTE, DTM or MIRA",
 }
 
 

@@ -1,9 +1,13 @@
 """Data sets for the sub-commands: a folder of class folders, or a name that timm knows."""
 
+import hashlib
+import json
+import os
 from pathlib import Path
 
 import torch
 from timm.data import ImageNetInfo, create_dataset, infer_imagenet_subset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -34,6 +38,20 @@ def open_dataset(data: str | Path, root: str | Path | None = None, split: str = 
     except (AssertionError, OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
         reason = str(error) or "timm does not know it"
         raise CommandError(f"no data set {data}{f' in {root}' if root else ''}, split {split}: {reason}") from error
+
+
+def identity(dataset: Dataset) -> dict[str, str]:
+    """What tells a data set from others: where it is, and a digest of its images' names and sizes, or their number."""
+    reader = getattr(dataset, "reader", dataset)
+    where = str(Path(getattr(reader, "root", None) or "").resolve())
+    if isinstance(reader, ReaderImageFolder):
+        files = [(os.path.relpath(path, reader.root), Path(path).stat().st_size) for path, _ in reader.samples]
+        return {"data": where, "images": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    # Data sets with a name do not change; what they print has their split.
+    return {
+        "data": f"{where} {type(reader).__name__} {getattr(reader, 'split', reader)!r}",
+        "images": str(len(dataset)),
+    }
 
 
 def class_names(dataset: Dataset) -> list[str] | None:

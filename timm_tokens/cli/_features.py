@@ -1,8 +1,10 @@
-"""Features of a folder of images by a timm model, computed once and kept in a safetensors file."""
+"""Features of a data set by a timm model, computed once and kept in a safetensors file."""
 
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,13 +12,15 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_tokens.cli import _models
+from timm_tokens.cli._data import class_names, identity
 from timm_tokens.cli._errors import CommandError
+from timm_tokens.cli._images import batches
 from timm_tokens.vit import TokenViT
 
 
@@ -57,51 +61,77 @@ def save_features(path: Path, features: Features) -> None:
         partial.unlink(missing_ok=True)
 
 
-def cached_features(
-    cache_dir: Path,
-    *,
+class Source(NamedTuple):
+    """A model whose features are wanted.
+
+    Attributes:
+        make: makes it, without a classifier; called when the features are not in the cache.
+        about: all that decides its weights, as plain text.
+        img_size: side of the images; None: the model's own.
+    """
+
+    make: Callable[[], nn.Module]
+    about: dict[str, str]
+    img_size: int | None = None
+
+
+def named(
     model: str,
-    data_dir: Path,
     checkpoint: Path | None = None,
     pretrained: bool = False,
     merge_r: int = 0,
-    batch_size: int = 64,
-    workers: int = 0,
-    device: str = "cpu",
-) -> Features:
-    """Features of all the images in a folder of class folders, from the cache when it has them.
+    img_size: int | None = None,
+) -> Source:
+    """A model of timm by its name.
 
     Args:
-        cache_dir: where feature files are kept; each is named after the model and all that decides its content.
-        model: name in timm.
-        data_dir: one folder a class.
         checkpoint: weights of the model; None: see `pretrained`.
         pretrained: timm's own weights.
         merge_r: tokens that every block merges away, by the model's own merger or else by their keys; 0: as it is.
-        batch_size, workers, device: how to compute.
+
+    Raises:
+        CommandError: there is no such checkpoint.
     """
-    metadata = {
-        "model": model,
-        "checkpoint": _identity(checkpoint) if checkpoint else f"pretrained={pretrained}",
-        "data_dir": str(data_dir.resolve()),
-        "images": _listing(data_dir),
-        "merge_r": str(merge_r),
-    }
+    weights = file_identity(checkpoint) if checkpoint else f"pretrained={pretrained}"
+    about = {"model": model, "checkpoint": weights, "merge_r": str(merge_r)}
+    return Source(partial(_create, model, checkpoint, pretrained, merge_r, img_size), about, img_size)
+
+
+def cached_features(
+    cache_dir: Path, dataset: Dataset, source: Source, *, batch_size: int = 64, workers: int = 0, device: str = "cpu"
+) -> Features:
+    """Features of all the images of a data set, from the cache when it has them.
+
+    Args:
+        cache_dir: where feature files are kept; each is named after the model and all that decides its content.
+        dataset: of images, without a transform.
+        source: of the features.
+        batch_size, workers, device: how to compute.
+
+    Raises:
+        CommandError: the model can't be made, or an image can't be read.
+    """
+    metadata = source.about | {"img_size": str(source.img_size)} | identity(dataset)
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:12]
-    path = cache_dir / f"{model.replace('/', '_').replace(':', '_')}-{digest}.safetensors"
+    path = cache_dir / f"{source.about['model'].replace('/', '_').replace(':', '_')}-{digest}.safetensors"
     if path.is_file():
         cached = load_features(path)
         if metadata.items() <= cached.metadata.items():
             return cached
-    net = _create(model, checkpoint, pretrained, merge_r).to(device).eval()
-    dataset = ImageDataset(str(data_dir), transform=create_transform(**resolve_model_data_config(net)))
-    metadata["classes"] = json.dumps(dataset.reader.class_to_idx)
-    features = Features(*_extract(net, dataset, batch_size, workers, device), metadata)
+    net = source.make().to(device).eval()
+    transform = eval_transform(net, source.img_size)
+    metadata["classes"] = json.dumps(class_names(dataset))
+    features = Features(*_extract(net, dataset, transform, batch_size, workers, device), metadata)
     save_features(path, features)
     return features
 
 
-def _identity(path: Path) -> str:
+def eval_transform(net: nn.Module, img_size: int | None) -> Callable:
+    """timm's transform of PIL images for evaluation, to squares of this size; None: the model's own."""
+    return create_transform(**resolve_model_data_config(net, args={"img_size": img_size}))
+
+
+def file_identity(path: Path) -> str:
     """A file's path, size and time: enough to tell that it was replaced."""
     if not path.is_file():
         raise CommandError(f"no checkpoint {path}")
@@ -109,21 +139,15 @@ def _identity(path: Path) -> str:
     return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def _listing(folder: Path) -> str:
-    """A digest of the names and sizes of the files in a folder of images."""
-    if not folder.is_dir():
-        raise CommandError(f"no folder {folder}: --data-dir takes a folder with one folder of images a class")
-    files = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
-    if not files:
-        raise CommandError(f"{folder} is empty: --data-dir takes a folder with one folder of images a class")
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-def _create(model: str, checkpoint: Path | None, pretrained: bool, merge_r: int) -> nn.Module:
+def _create(
+    model: str, checkpoint: Path | None, pretrained: bool, merge_r: int, img_size: int | None = None
+) -> nn.Module:
     """The model without its classifier; what merges its tokens is its own merger if it has one, else its keys."""
     net = _models.create(model, pretrained=pretrained, num_classes=0)
     if checkpoint:
         _load(net, model, checkpoint)
+    if img_size is not None and hasattr(net, "set_input_size"):
+        net.set_input_size(img_size=(img_size, img_size))
     if not merge_r:
         return net
     own = isinstance(net, TokenViT) and net.merger is not None
@@ -142,12 +166,19 @@ def _load(net: nn.Module, model: str, checkpoint: Path) -> None:
 
 @torch.inference_mode()
 def _extract(
-    net: nn.Module, dataset: ImageDataset, batch_size: int, workers: int, device: str
+    net: nn.Module, dataset: Dataset, transform: Callable, batch_size: int, workers: int, device: str
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) and labels (N,) on the CPU."""
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
-    features, labels = [], []
-    for images, targets in tqdm(loader, desc="features", unit="batch"):
-        features.append(net(images.to(device)).float().cpu())
-        labels.append(targets)
-    return torch.cat(features), torch.cat(labels)
+    features, labels, errors = [], [], []
+    with tqdm(total=len(dataset), desc="features", unit="image") as bar:
+        for batch in batches(dataset, transform, batch_size=batch_size, num_workers=workers):
+            errors += batch.errors
+            if batch.images is not None:
+                features.append(net(batch.images.to(device)).float().cpu())
+                labels += batch.labels
+            bar.update(len(batch))
+    if errors:
+        raise CommandError(
+            f"{len(errors)} of {len(dataset)} images can't be read, repair or remove them: {'; '.join(errors[:10])}"
+        )
+    return torch.cat(features), torch.tensor(labels)

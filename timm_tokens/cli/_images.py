@@ -1,43 +1,64 @@
-"""Batches of images with their names, where a damaged image costs no other."""
+"""Batches of a data set's images, where a damaged image costs no other."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_tokens.data import read_image
 
 
 class Batch(NamedTuple):
-    """Names and transformed images (B, 3, h, w), and a line for each image that can't be read."""
+    """Transformed images (B, 3, h, w), their numbers in the data set and classes, and why others can't be read."""
 
-    names: list[str]
+    numbers: list[int]
     images: Tensor | None
+    labels: list[int]
     errors: list[str]
 
+    def __len__(self) -> int:
+        return len(self.labels) + len(self.errors)
 
-class NamedImages(Dataset):
-    """Chosen images of a data set: a name and the transformed image (3, h, w), or a line on why it can't be read."""
 
-    def __init__(self, dataset: Dataset, names: list[str], chosen: Sequence[int], transform: Callable):
-        self.dataset, self.transform = dataset, transform
-        self.chosen = [(i, names[i]) for i in chosen]
+def batches(
+    dataset: Dataset, transform: Callable, chosen: Sequence[int] | None = None, **loading: Any
+) -> Iterator[Batch]:
+    """The images in order, or those of the numbers in `chosen`; `loading` is for torch's DataLoader.
+
+    A stream is read as timm reads it: a damaged image is left out, with a warning.
+    """
+    if isinstance(dataset, IterableDataset):
+        dataset.transform, count = transform, 0
+        for images, labels in DataLoader(dataset, **loading):
+            yield Batch(list(range(count, count + len(labels))), images, labels.tolist(), [])
+            count += len(labels)
+        return
+    chosen = range(len(dataset)) if chosen is None else chosen
+    yield from DataLoader(_Images(dataset, transform, chosen), collate_fn=_collate, **loading)
+
+
+class _Images(Dataset):
+    """(number, transformed image (3, h, w), class), with a line on why it can't be read in the place of an image."""
+
+    def __init__(self, dataset: Dataset, transform: Callable, chosen: Sequence[int]):
+        self.dataset, self.transform, self.chosen = dataset, transform, chosen
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, row: int) -> tuple[str, Tensor | str]:
-        index, name = self.chosen[row]
+    def __getitem__(self, row: int) -> tuple[int, Tensor | str, int]:
+        number = self.chosen[row]
         try:
-            return name, self.transform(read_image(self.dataset, index)[0])
+            image, label = read_image(self.dataset, number)
+            return number, self.transform(image), int(label)
         except OSError as error:
-            return name, str(error)
+            return number, str(error), -1
 
 
-def collate(items: list[tuple[str, Tensor | str]]) -> Batch:
-    """Batch of a loader over `NamedImages`."""
-    good = [(name, image) for name, image in items if isinstance(image, Tensor)]
-    images = torch.stack([image for _, image in good]) if good else None
-    return Batch([name for name, _ in good], images, [line for _, line in items if isinstance(line, str)])
+def _collate(items: list[tuple[int, Tensor | str, int]]) -> Batch:
+    good = [item for item in items if isinstance(item[1], Tensor)]
+    numbers, images, labels = ([list(column) for column in zip(*good, strict=True)]) if good else ([], [], [])
+    errors = [line for _, line, _ in items if isinstance(line, str)]
+    return Batch(numbers, torch.stack(images) if images else None, labels, errors)

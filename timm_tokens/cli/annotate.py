@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_tokens.cli import _annotator
@@ -24,7 +24,7 @@ from timm_tokens.cli._annotator import Annotator, make_annotator
 from timm_tokens.cli._data import class_names, class_targets, model_classes, open_dataset
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._files import replacing
-from timm_tokens.cli._images import NamedImages, collate
+from timm_tokens.cli._images import batches
 from timm_tokens.cli._processes import Process, joined
 from timm_tokens.data import TokenLabelStore, TokenLabelWriter, flush_journals, image_names
 
@@ -168,17 +168,16 @@ def _keep(folder: Path, settings: dict) -> None:
 def _fill(job: Job, writer: TokenLabelWriter, loading: dict) -> tuple[int, list[str]]:
     """Annotate this process's images that have no map: how many, and a line for each that can't be read."""
     todo = [i for i in job.share() if job.names[i] not in writer]
-    images = NamedImages(job.dataset, job.names, todo, job.annotator.transform)
     device, errors = job.process.device, []
-    loader = DataLoader(images, collate_fn=collate, pin_memory=device.startswith("cuda"), **loading)
-    with tqdm(total=len(images), unit="image", disable=job.process.rank > 0) as bar:
-        for batch in loader:
+    loading |= {"pin_memory": device.startswith("cuda")}
+    with tqdm(total=len(todo), unit="image", disable=job.process.rank > 0) as bar:
+        for batch in batches(job.dataset, job.annotator.transform, todo, **loading):
             errors += batch.errors
-            if batch.names:
+            if batch.images is not None:
                 maps = job.annotator(batch.images.to(device, non_blocking=True))
-                for name, values, indices in zip(batch.names, *maps, strict=True):
-                    writer.add(name, values, indices)
-            bar.update(len(batch.names) + len(batch.errors))
+                for number, values, indices in zip(batch.numbers, *maps, strict=True):
+                    writer.add(job.names[number], values, indices)
+            bar.update(len(batch))
     return len(todo) - len(errors), errors
 
 

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from timm_tokens.cli._data import open_dataset
 from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._features import cached_features, load_features
+from timm_tokens.cli._features import cached_features, load_features, named
 from timm_tokens.fewshot import CLASSIFIERS, ESFR, Comparison, compare
 
 
@@ -66,38 +69,42 @@ def run(
     Raises:
         CommandError: something is missing or does not fit.
     """
-    unknown = [name for name in classifiers if name not in CLASSIFIERS]
-    if unknown:
-        raise CommandError(f"unknown classifiers {', '.join(unknown)}: choose from {', '.join(CLASSIFIERS)}")
-    if plot:
-        _need_matplotlib()  # before an hour of work, not after it
-    if bool(features) == bool(model and data_dir):
-        raise CommandError("pass either --features FILE, or --model NAME with --data-dir FOLDER")
+    _check(classifiers, plot, ready=bool(features), source=bool(model and data_dir))
     out = Path(out)
     if features:
         x, labels, _ = load_features(Path(features))
     else:
-        how = {"pretrained": pretrained, "merge_r": merge_r}
-        how |= {"batch_size": batch_size, "workers": workers, "device": device}
-        checkpoint = Path(checkpoint) if checkpoint else None
-        x, labels, _ = cached_features(out, model=model, data_dir=Path(data_dir), checkpoint=checkpoint, **how)
-    results = []
-    for shot in shots:
-        progress = partial(tqdm, desc=f"{shot}-shot", unit="block")
-        # Every number of shots starts from the seed, so that leaving one out does not change the others.
-        generator = torch.Generator().manual_seed(seed)
-        try:
-            results += compare(
-                x.to(device), labels, ways=ways, shots=shot, queries=queries, episodes=episodes,
-                classifiers=classifiers, esfr=ESFR(), generator=generator, progress=progress,
-            )  # fmt: skip
-        except ValueError as error:
-            raise CommandError(str(error)) from error
+        how = {"batch_size": batch_size, "workers": workers, "device": device}
+        source = named(model, checkpoint and Path(checkpoint), pretrained, merge_r)
+        x, labels, _ = cached_features(out, open_dataset(data_dir, split=""), source, **how)
+    what = {"ways": ways, "queries": queries, "episodes": episodes, "classifiers": classifiers}
+    results = [row for shot in shots for row in _compare(x.to(device), labels, shot, seed, **what)]
     print(table(results))
     _write_csv(out / "fewshot.csv", results)
     if plot:
         _draw(out / "fewshot.png", results)
     return results
+
+
+def _check(classifiers: Sequence[str], plot: bool, ready: bool, source: bool) -> None:
+    """Before an hour of work, not after it."""
+    unknown = [name for name in classifiers if name not in CLASSIFIERS]
+    if unknown:
+        raise CommandError(f"unknown classifiers {', '.join(unknown)}: choose from {', '.join(CLASSIFIERS)}")
+    if plot and find_spec("matplotlib") is None:
+        raise CommandError("the plot takes matplotlib: pip install 'timm-tokens[viz]', or pass --no-plot")
+    if ready == source:
+        raise CommandError("pass either --features FILE, or --model NAME with --data-dir FOLDER")
+
+
+def _compare(x: Tensor, labels: Tensor, shots: int, seed: int, **what: Any) -> list[Comparison]:
+    """Every number of shots starts from the seed, so that leaving one out does not change the others."""
+    generator = torch.Generator().manual_seed(seed)
+    progress = partial(tqdm, desc=f"{shots}-shot", unit="block")
+    try:
+        return compare(x, labels, shots=shots, esfr=ESFR(), generator=generator, progress=progress, **what)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def table(results: Sequence[Comparison]) -> str:
@@ -114,11 +121,6 @@ def _write_csv(path: Path, results: Sequence[Comparison]) -> None:
         writer = csv.writer(file)
         writer.writerow(["shots", "classifier", *(f"{kind}{suffix}" for kind in kinds for suffix in ("", "_ci95"))])
         writer.writerows([r.shots, r.classifier, *r.plain, *r.adapted, *r.gain] for r in results)
-
-
-def _need_matplotlib() -> None:
-    if find_spec("matplotlib") is None:
-        raise CommandError("the plot takes matplotlib: pip install 'timm-tokens[viz]', or pass --no-plot")
 
 
 def _draw(path: Path, results: Sequence[Comparison]) -> None:

@@ -59,8 +59,7 @@ def linear_probe(
     the whole training set. `features` and `labels` decide nothing: they are only scored, once.
 
     Args:
-        train_features, train_labels: (M, D), on the device that computes, and (M,) int64.
-        features, labels: (N, D) and (N,) int64.
+        train_features, train_labels, features, labels: (M, D), on the device that computes, (M,), (N, D) and (N,).
         lrs: to choose from. epochs, batch_size, momentum, weight_decay: of SGD.
         held_out: share of the training set that chooses.
         generator: on the CPU, of the split and the order; None: one with seed 0, so that results repeat.

@@ -1,0 +1,171 @@
+"""The probe command: its numbers are those of the functions on the model's features; its report; what it refuses."""
+
+import argparse
+import csv
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import normalized_mutual_info_score
+
+from timm_tokens.cli import _features, main, probe
+from timm_tokens.cli._errors import CommandError
+from timm_tokens.probing import knn_accuracy, linear_probe
+
+# timm's data sets leave the closing of their files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Three classes, of eight training and four validation images each."""
+    for split, count in (("train", 8), ("val", 4)):
+        for c, name in enumerate(["blue", "green", "red"]):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(225, (8, 8, 3), dtype=torch.uint8)  # coarse noise, with a tint
+                pixels[..., 2 - c] += 6
+                Image.fromarray(pixels.numpy()).save(tmp_path / "images" / split / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def arguments(images, tmp_path):
+    torch.manual_seed(5)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
+    given = {"model": "test_vit", "checkpoint": tmp_path / "weights.safetensors", "data_dir": images}
+    return given | {"out": tmp_path / "out", "neighbours": [3, 10, 100], "lrs": [0.01, 0.1], "epochs": 10}
+
+
+def test_the_numbers_are_those_of_the_functions_on_the_models_features(arguments, images, tmp_path, capsys):
+    report = probe.run(**arguments)
+    net = timm.create_model("test_vit", num_classes=0).eval()
+    net.load_state_dict(load_file(tmp_path / "weights.safetensors"), strict=False)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+    sets = []
+    for split in ("train", "val"):
+        files = sorted((images / split).rglob("*.png"))
+        with torch.no_grad():
+            sets.append(net(torch.stack([transform(Image.open(file)) for file in files])))
+        sets.append(torch.tensor([["blue", "green", "red"].index(file.parent.name) for file in files]))
+    assert report.images == (24, 12) and report.nmi is None
+    assert report.knn == knn_accuracy(*sets, k=[3, 10])  # there are no 100 training images
+    expected = linear_probe(*sets, lrs=[0.01, 0.1], epochs=10)
+    assert (report.linear.lr, report.linear.held_out) == (expected.lr, pytest.approx(expected.held_out))
+    assert report.linear.accuracy == pytest.approx(expected.accuracy)
+    assert 0 < report.knn[3] < 1  # else it says nothing
+    assert f"| 10 nearest neighbours | {report.knn[10]:.2%} |" in capsys.readouterr().out
+
+
+def test_the_report_holds_them_all(arguments):
+    report = probe.run(**arguments)
+    out = arguments["out"]
+    with (out / "probe.csv").open() as file:
+        rows = [(row["measure"], float(row["setting"]), float(row["value"])) for row in csv.DictReader(file)]
+    assert ("knn", 3, report.knn[3]) in rows and ("linear", report.linear.lr, report.linear.accuracy) in rows
+    assert [row[1] for row in rows if row[0] == "linear held out"] == [0.01, 0.1]
+    text = (out / "report.md").read_text()
+    assert "# test_vit" in text and "on 12 images of features of 24 training images" in text and "(probe.png)" in text
+    with Image.open(out / "probe.png") as picture:
+        assert picture.width > 2 * picture.height
+
+
+def test_features_are_computed_once(arguments, monkeypatch):
+    first = probe.run(**arguments, plot=False)
+    monkeypatch.setattr(_features, "_extract", None)  # not called
+    assert probe.run(**arguments, plot=False) == first
+    assert len(list(arguments["out"].glob("*.safetensors"))) == 2 and not (arguments["out"] / "probe.png").exists()
+
+
+def test_the_image_size_can_be_chosen(arguments):
+    small = probe.run(**arguments, img_size=96, plot=False)
+    large = probe.run(**arguments, plot=False)
+    files = list(arguments["out"].glob("*.safetensors"))
+    assert len(files) == 4 and len({float(load_file(file)["features"].sum()) for file in files}) == 4
+    assert small.images == large.images
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two steps with one auxiliary token of each kind, and its images."""
+    folder = tmp_path_factory.mktemp("trained")
+    for i in range(6):
+        (folder / "images" / "train" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        (folder / "images" / "val" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        for split in ("train", "val"):
+            pixels = torch.randint(255, (48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+            Image.fromarray(pixels.numpy()).save(folder / "images" / split / str(i % 2) / f"{i}{split}.png")
+    line = f"train mte --data-dir {folder / 'images'} --out {folder / 'run'} --model test_vit --img-size 64 --steps 2 "
+    line += "--batch-size 2 --workers 0 --prototypes 16 --head-hidden 8 --num-cls 1 --num-pooled 1 --local-crops 0"
+    assert main([*line.split(), "--device", "cpu"]) == 0
+    return folder
+
+
+def test_prototypes_of_a_run_as_tokens_are_added(trained, tmp_path):
+    arguments = {"data_dir": trained / "images", "out": tmp_path, "neighbours": [1], "epochs": 2, "batch_size": 4}
+    report = probe.run(run_dir=trained / "run", **arguments | {"lrs": [0.1, 1.0]})
+    assert report.tokens == ("cls", "aux0", "pooled0") and len(report.nmi) == 3
+    # Again by hand: the teacher's centred logits, at the last temperature.
+    images = argparse.Namespace(data_dir=trained / "images", dataset="", train_split="train")
+    task = probe.load_run(trained / "run", images).task
+    transform = _features.eval_transform(task.product, 64)
+    files = sorted((trained / "images" / "val").rglob("*.png"))
+    pixels = torch.stack([transform(Image.open(file)) for file in files])
+    assert pixels.shape[-1] == 64
+    with torch.no_grad():
+        tokens = task.teacher.encoder.backbone(pixels, tokens=True)
+        heads, last = task.teacher.encoder.heads, task.teacher.prototypes
+        logits = [last(heads["cls"](tokens.cls)), last(heads["aux"](tokens.aux_cls[:, 0]))]
+        logits.append(last(heads["pooled"](tokens.pooled[:, 0])))
+    center = task.criterion.baseline.center.value
+    probabilities = [((x - center[i]) / 0.07).softmax(-1) for i, x in enumerate(logits)]
+    for count in (1, 2, 3):
+        assigned = torch.stack(probabilities[:count]).mean(0).argmax(-1)
+        expected = normalized_mutual_info_score([int(file.parent.name) for file in files], assigned.numpy())
+        assert report.nmi[count - 1] == pytest.approx(expected, abs=1e-6)
+    assert len(set(report.nmi)) > 1
+    assert "| NMI of prototypes, cls to pooled0 |" in (tmp_path / "report.md").read_text()
+    saved = [_features.load_features(file) for file in tmp_path.glob("*.safetensors")]
+    with torch.no_grad():
+        expected = task.product.eval()(pixels)
+    val = next(x for x in saved if "val" in x.metadata["data"])
+    torch.testing.assert_close(val.features, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_arguments_of_the_command_are_those_of_run():
+    parser = argparse.ArgumentParser()
+    probe.add_arguments(parser)
+    assert vars(parser.parse_args([])) == {**probe.run.__kwdefaults__, "out": parser.get_default("out")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "pass either --model NAME, or --run FOLDER"),
+        ({"model": None, "checkpoint": None, "run_dir": "nowhere"}, "no run of timm-tokens train mte in nowhere"),
+        ({"data_dir": None}, "--data-dir is missing"),
+        ({"data_dir": "nowhere"}, "no folder nowhere/train"),
+        ({"val_split": "train"}, "splits train and train are the same images"),
+        ({"model": "no_such_vit"}, "timm has no model 'no_such_vit'"),
+        ({"checkpoint": "nowhere.pth"}, "no checkpoint nowhere.pth"),
+        ({"neighbours": [100]}, r"k must lie in \[1, 24\]"),
+        ({"lrs": [0.0]}, "lrs, epochs and batch_size must be positive"),
+    ],
+)
+def test_refuses_in_words(change, message, arguments):
+    with pytest.raises(CommandError, match=message):
+        probe.run(**arguments | change)
+
+
+def test_splits_of_other_classes_are_refused(arguments, images):
+    (images / "val" / "red").rename(images / "val" / "orange")
+    with pytest.raises(CommandError, match="splits train and val have other classes than each other"):
+        probe.run(**arguments)
+
+
+def test_refuses_to_plot_without_matplotlib(arguments, monkeypatch):
+    monkeypatch.setattr(probe, "find_spec", lambda name: None)
+    with pytest.raises(CommandError, match=r"pip install 'timm-tokens\[viz\]', or pass --no-plot"):
+        probe.run(**arguments)
