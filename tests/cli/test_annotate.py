@@ -221,6 +221,13 @@ def test_maps_of_two_annotators_are_not_mixed(arguments, images):
         annotate.run(**arguments)
 
 
+def test_labels_that_were_packed_are_not_mixed_with_new_ones(arguments):
+    with TokenLabelWriter(arguments["out"], 3) as writer:
+        writer.add("ant/0", torch.ones(2, 2, 3), torch.zeros(2, 2, 3).int())
+    with pytest.raises(CommandError, match="holds maps that were not made by this command: write to another folder"):
+        annotate.run(**arguments)
+
+
 def test_autocast_gives_nearly_the_same(arguments, tmp_path):
     annotate.run(**arguments)
     annotate.run(**arguments | {"out": tmp_path / "half", "dtype": "bfloat16"})

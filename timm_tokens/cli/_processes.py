@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -15,18 +16,19 @@ class Process(NamedTuple):
     rank: int
     world: int
     device: str
+    group: dist.ProcessGroup | None = None  # on the CPU, and patient: the fastest of a long run waits for the slowest
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def gather(self, items: list) -> list:
         """The items of all processes, the same on each."""
         if self.world == 1:
             return items
         parts: list = [None] * self.world
-        dist.all_gather_object(parts, items)
+        dist.all_gather_object(parts, items, group=self.group)
         return [item for part in parts for item in part]
 
 
@@ -39,11 +41,16 @@ def joined(device: str | None) -> Iterator[Process]:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dist.is_available() and dist.is_initialized():  # by the caller, whose group it stays
-        yield Process(dist.get_rank(), dist.get_world_size(), device)
+        yield Process(dist.get_rank(), dist.get_world_size(), device, _patient_group())
         return
     found = init_distributed_device_so(device)
     try:
-        yield Process(found["global_rank"], found["world_size"], found["device"])
+        group = _patient_group() if found["distributed"] else None
+        yield Process(found["global_rank"], found["world_size"], found["device"], group)
     finally:
         if found["distributed"]:
             dist.destroy_process_group()
+
+
+def _patient_group() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))

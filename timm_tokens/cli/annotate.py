@@ -27,6 +27,7 @@ from timm_tokens.cli._files import replacing
 from timm_tokens.cli._images import batches
 from timm_tokens.cli._processes import Process, joined
 from timm_tokens.data import TokenLabelStore, TokenLabelWriter, flush_journals, image_names
+from timm_tokens.data.label_store import INDEX
 
 
 class Summary(NamedTuple):
@@ -54,10 +55,6 @@ class Job(NamedTuple):
     names: list[str]
     annotator: Annotator
     process: Process
-
-    def share(self) -> range:
-        """The images that are this process's."""
-        return range(self.process.rank, len(self.names), self.process.world)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -153,6 +150,8 @@ def _keep(folder: Path, settings: dict) -> None:
     """Write down how the folder's maps are made; refuse to mix them with others."""
     path = folder / "annotator.json"
     if not path.is_file():
+        if (folder / INDEX).is_file():
+            raise CommandError(f"{folder} holds maps that were not made by this command: write to another folder")
         with replacing(path) as partial:
             partial.write_text(json.dumps(settings, indent=1))
         return
@@ -167,7 +166,9 @@ def _keep(folder: Path, settings: dict) -> None:
 
 def _fill(job: Job, writer: TokenLabelWriter, loading: dict) -> tuple[int, list[str]]:
     """Annotate this process's images that have no map: how many, and a line for each that can't be read."""
-    todo = [i for i in job.share() if job.names[i] not in writer]
+    pending = [i for i, name in enumerate(job.names) if name not in writer]
+    job.process.wait()  # until all know what is pending: the first shard that one writes is not part of it
+    todo = pending[job.process.rank :: job.process.world]
     device, errors = job.process.device, []
     loading |= {"pin_memory": device.startswith("cuda")}
     with tqdm(total=len(todo), unit="image", disable=job.process.rank > 0) as bar:
@@ -185,7 +186,8 @@ def _summary(job: Job, annotated: int) -> Summary:
     """Read the maps back, each process its share, and count."""
     store, targets = TokenLabelStore(job.out), class_targets(job.dataset)
     classes = None if targets is None else model_classes(class_names(job.dataset), job.annotator.model)
-    mine, right = [i for i in job.share() if job.names[i] in store], 0
+    share = range(job.process.rank, len(job.names), job.process.world)
+    mine, right = [i for i in share if job.names[i] in store], 0
     for start in range(0, 0 if classes is None else len(mine), 256):
         chunk = mine[start : start + 256]
         values, indices = (torch.stack(part) for part in zip(*(store[job.names[i]] for i in chunk), strict=True))
