@@ -12,13 +12,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_tokens import seeding
-from timm_tokens.distributed import all_reduce_mean, rank, world_size
+from timm_tokens.distributed import rank, world_size
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import checkpoints
 from timm_tokens.training.batches import plan, step_loader, to_device
 from timm_tokens.training.evaluation import evaluating
 from timm_tokens.training.history import History
 from timm_tokens.training.optimization import Optimization
+from timm_tokens.training.scalars import Scalars, first_bad
 from timm_tokens.training.settings import Settings
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -73,13 +74,13 @@ class _Run:
             self.task = convert_sync_batchnorm(self.task)
         self.optimization = Optimization(self.task.student, settings, self.plan)
         self.ema = None if settings.ema is None else ModelEmaV3(self.task.product, decay=settings.ema)
-        self.start, self.best = 0, None
+        self.start, self.saved, self.best = 0, None, None
         self._resume()
         if world_size() > 1:
             self.task.prepare_distributed(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         ended = self.start // self.plan.steps_per_epoch + (self.start == self.plan.total_steps)  # the last may be short
         self.history = History(settings.out if rank() == 0 else None, self.start, ended)
-        self.pending: list[tuple[int, float, dict[str, Tensor]]] = []
+        self.scalars = Scalars()
 
     @property
     def model(self) -> nn.Module:
@@ -95,11 +96,14 @@ class _Run:
             self._step(step, batches)
             done, last = step + 1, step + 1 == self.plan.total_steps
             end = last or done % self.plan.steps_per_epoch == 0
-            if end or done % self.settings.log_every == 0 or done % self.settings.save_every == 0:
+            saving = end or done % self.settings.save_every == 0
+            if saving or done % self.settings.log_every == 0:
                 self._flush()
+            if saving and not checkpoints.all_finite(self.task.student):
+                self._stop(f"weights are infinite or NaN after step {step}")
             if end:
                 self._end_epoch(step // self.plan.steps_per_epoch, last)
-            if end or done % self.settings.save_every == 0:
+            if saving:
                 self._save(done)
         path = self.settings.out / checkpoints.FINAL
         if rank() == 0:
@@ -119,8 +123,7 @@ class _Run:
         self.task.end_step()
         if self.ema is not None:
             self.ema.update(self.task.product, step=step)
-        means = {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}
-        self.pending.append((step, self.optimization.lr, means))
+        self.scalars.add(step, self.optimization.lr, scalars)
 
     def _backward(self, batch: Any, parts: int) -> dict[str, Tensor]:
         """Add the gradients of one part; returns the scalars that the task gives."""
@@ -135,25 +138,14 @@ class _Run:
         return torch.autocast(self.device.type, dtype, enabled=self.settings.amp is not None)
 
     def _flush(self) -> None:
-        """Read the losses since the last time, so that the device is waited for now and then only."""
-        if not self.pending:
-            return
-        names = list(self.pending[0][2])
-        odd = next((step for step, _, scalars in self.pending if list(scalars) != names), None)
-        if odd is not None:
-            raise ValueError(f"a task must log the same scalars every step; {names} became others at step {odd}")
-        values = all_reduce_mean(torch.stack([torch.stack([s[name] for name in names]) for *_, s in self.pending]))
-        rows = [
-            {"step": step} | dict(zip(names, row, strict=True)) | {"lr": lr}
-            for (step, lr, _), row in zip(self.pending, values.tolist(), strict=True)
-        ]
-        self.pending = []
-        for i, row in enumerate(rows):
-            if not abs(row["loss"]) < float("inf"):
-                self.history.add_steps(rows[: i + 1])
-                self._stop(f"the loss is {row['loss']} at step {row['step']}")
-        self.history.add_steps(rows)
-        self.bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}", refresh=False)
+        """Read and write the losses since the last time; stop if one is infinite or NaN."""
+        rows = self.scalars.rows()
+        bad = first_bad(rows)
+        self.history.add_steps(rows if bad is None else rows[: bad + 1])
+        if bad is not None:
+            self._stop(f"the loss is {rows[bad]['loss']} at step {rows[bad]['step']}")
+        if rows:
+            self.bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}", refresh=False)
 
     def _end_epoch(self, epoch: int, last: bool) -> None:
         if world_size() > 1:
@@ -171,8 +163,7 @@ class _Run:
             self.bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
     def _save(self, done: int) -> None:
-        if not checkpoints.all_finite(self.task.student):
-            self._stop(f"weights are infinite or NaN after step {done - 1}")
+        self.saved = done
         if rank() == 0:
             state = {"step": done, "best": self.best, "settings": self._curve()}
             state |= {"state_dict": self.task.product.state_dict(), "task_state": self.task.get_task_state()}
@@ -198,11 +189,11 @@ class _Run:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["state_dict_ema"])
         self.optimization.load_state_dict(state)
-        self.start, self.best = state["step"], state["best"]
+        self.start = self.saved = state["step"]
+        self.best = state["best"]
 
     def _stop(self, reason: str) -> None:
-        state = checkpoints.load(self.settings.out)
         good = "there is no checkpoint yet"
-        if state is not None:
-            good = f"the last good checkpoint is {self.settings.out / checkpoints.LAST}, after {state['step']} steps"
+        if self.saved is not None:
+            good = f"the last good checkpoint is {self.settings.out / checkpoints.LAST}, after {self.saved} steps"
         raise FloatingPointError(f"{reason}; {good}. Lower --lr, or limit the gradients with --clip-grad")
