@@ -195,10 +195,12 @@ def test_two_runs_in_one_folder_are_refused(arguments):
         ({"model": "test_resnett"}, "timm has no model 'test_resnett'; close are"),
         ({"checkpoint": "missing.pth"}, "no checkpoint file missing.pth"),
         ({"num_classes": 4}, "weights.pth doesn't fit the model: size mismatch for fc.weight"),
+        ({"data": "images/nowhere"}, "no folder images/nowhere: give a folder"),
+        ({"data": "torch/cifar10"}, "no images of torch/cifar10, split 'train': "),
         ({"data": "nowhere"}, "no folder nowhere: give a folder with one folder of images a class"),
         (
             {"data": "torch/nothing", "data_dir": "."},
-            "no data set torch/nothing in ., split train: Unknown",
+            r"no images of torch/nothing in \., split 'train': Unknown",
         ),
         ({"top_k": 4}, r"--top-k must lie in \[1, 3\], the model's classes, got 4"),
         ({"top_k": 0}, r"--top-k must lie in"),

@@ -173,7 +173,7 @@ def test_arguments_of_the_command_are_those_of_run(feature_file, tmp_path):
         ({"model": "test_vit"}, "pass either --features"),
         ({"features": "nowhere.safetensors"}, "no feature file nowhere.safetensors"),
         ({"model": "test_vit", "data_dir": "nowhere"}, "no folder nowhere"),
-        ({"model": "test_vit", "data_dir": "."}, r"no data set \., split : Found 0 images"),
+        ({"model": "test_vit", "data_dir": "."}, r"no images of \., split '': Found 0 images"),
         ({"classifiers": ["svm"]}, "unknown classifiers svm: choose from nearest_centroid"),
     ],
 )

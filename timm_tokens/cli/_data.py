@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, create_dataset, infer_imagenet_subset
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_tokens.cli._errors import CommandError
+
+_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 
 
 def open_dataset(data: str | Path, root: str | Path | None = None, split: str = "train") -> Dataset:
@@ -26,18 +29,30 @@ def open_dataset(data: str | Path, root: str | Path | None = None, split: str = 
     Raises:
         CommandError: there is no such data set.
     """
-    path = Path(data)
-    named = not path.exists()
-    if named and "/" not in str(data):
+    if Path(data).exists():
+        return create("", data, split)
+    if str(data).split("/")[0].lower() not in _PREFIXES:
         raise CommandError(
             f"no folder {data}: give a folder with one folder of images a class, "
             "or a data set of timm with its prefix, such as torch/cifar10"
         )
+    return create(str(data), root, split)
+
+
+def create(name: str, root: str | Path | None, split: str, **options: Any) -> Dataset:
+    """timm.data.create_dataset, whose refusals become one line.
+
+    Raises:
+        CommandError: there is no such data set, or no image in it.
+    """
+    what = " in ".join(str(part) for part in (name, root) if part)
     try:
-        return create_dataset(str(data) if named else "", str(root if named and root else path), split=split)
-    except (AssertionError, OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
-        reason = str(error) or "timm does not know it"
-        raise CommandError(f"no data set {data}{f' in {root}' if root else ''}, split {split}: {reason}") from error
+        dataset = create_dataset(name, None if root is None else str(root), split=split, **options)
+    except (AssertionError, OSError, RuntimeError, ValueError, TypeError, ImportError, KeyError) as error:
+        raise CommandError(f"no images of {what}, split {split!r}: {str(error) or 'timm has no such set'}") from error
+    if not len(dataset):
+        raise CommandError(f"no images of {what}, split {split!r}")
+    return dataset
 
 
 def identity(dataset: Dataset) -> dict[str, str]:

@@ -4,13 +4,13 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from timm.data import create_dataset
 from timm.models import get_pretrained_cfg
 from timm.utils import ParseKwargs
 from torch import nn
 from torch.utils.data import Dataset
 
 from timm_tokens.cli import _models
+from timm_tokens.cli._data import create
 from timm_tokens.cli._errors import CommandError
 
 _VALIDATION = ("val", "valid", "validation", "eval", "test")
@@ -48,13 +48,7 @@ def open_split(options: Namespace, split: str, class_map: dict[str, int] | None 
         root = _split_folder(root, split)
     elif class_map is not None and "/" in options.dataset:
         numbered = {}  # its classes are numbered already
-    try:
-        dataset = create_dataset(options.dataset, str(root), split=split, search_split=False, **numbered)
-    except (AssertionError, OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
-        raise CommandError(f"no images in {root}, split {split}: {error or 'timm does not know it'}") from error
-    if not len(dataset):
-        raise CommandError(f"no images in {root}")
-    return dataset
+    return create(options.dataset, root, split, search_split=False, **numbered)
 
 
 def _split_folder(root: Path, split: str) -> Path:
