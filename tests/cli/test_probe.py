@@ -67,7 +67,8 @@ def test_the_report_holds_them_all(arguments):
     assert ("knn", 3, report.knn[3]) in rows and ("linear", report.linear.lr, report.linear.accuracy) in rows
     assert [row[1] for row in rows if row[0] == "linear held out"] == [0.01, 0.1]
     text = (out / "report.md").read_text()
-    assert "# test_vit" in text and "on 12 images of features of 24 training images" in text and "(probe.png)" in text
+    assert "# test_vit" in text and "(probe.png)" in text and "weights.safetensors" in text
+    assert "on 12 images (standard error up to 14.4 points) of features of 24 training images" in text
     with Image.open(out / "probe.png") as picture:
         assert picture.width > 2 * picture.height
 
@@ -144,6 +145,7 @@ def test_arguments_of_the_command_are_those_of_run():
     ("change", "message"),
     [
         ({"model": None}, "pass either --model NAME, or --run FOLDER"),
+        ({"model": None, "run_dir": "nowhere"}, "--run brings its model: leave out --checkpoint"),
         ({"model": None, "checkpoint": None, "run_dir": "nowhere"}, "no run of timm-tokens train mte in nowhere"),
         ({"data_dir": None}, "--data-dir is missing"),
         ({"data_dir": "nowhere"}, "no folder nowhere/train"),

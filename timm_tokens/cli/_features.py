@@ -92,7 +92,7 @@ def named(
     Raises:
         CommandError: there is no such checkpoint.
     """
-    weights = file_identity(checkpoint) if checkpoint else f"pretrained={pretrained}"
+    weights = file_identity(checkpoint) if checkpoint else "timm's" if pretrained else "random"
     about = {"model": model, "checkpoint": weights, "merge_r": str(merge_r)}
     return Source(partial(_create, model, checkpoint, pretrained, merge_r, img_size), about, img_size)
 
