@@ -67,11 +67,13 @@ class Source(NamedTuple):
     Attributes:
         make: makes it, without a classifier; called when the features are not in the cache.
         about: all that decides its weights, as plain text.
+        weights: where they come from, to be read.
         img_size: side of the images; None: the model's own.
     """
 
     make: Callable[[], nn.Module]
     about: dict[str, str]
+    weights: str
     img_size: int | None = None
 
 
@@ -92,9 +94,10 @@ def named(
     Raises:
         CommandError: there is no such checkpoint.
     """
-    weights = file_identity(checkpoint) if checkpoint else "timm's" if pretrained else "random"
-    about = {"model": model, "checkpoint": weights, "merge_r": str(merge_r)}
-    return Source(partial(_create, model, checkpoint, pretrained, merge_r, img_size), about, img_size)
+    weights = str(checkpoint) if checkpoint else "timm's" if pretrained else "random"
+    identified = file_identity(checkpoint) if checkpoint else weights
+    about = {"model": model, "checkpoint": identified, "merge_r": str(merge_r)}
+    return Source(partial(_create, model, checkpoint, pretrained, merge_r, img_size), about, weights, img_size)
 
 
 def cached_features(

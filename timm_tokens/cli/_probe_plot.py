@@ -26,8 +26,9 @@ def draw(path: Path, report: "Report") -> None:
     axes[1].set(title="linear classifier", xlabel="learning rate", ylabel="accuracy (%)", xscale="log")
     axes[1].legend()
     if report.nmi:
+        first, *others = report.tokens
         axes[2].plot(range(1, len(report.nmi) + 1), report.nmi, "o-")
         axes[2].set(title="prototypes and classes", ylabel="NMI")
-        axes[2].set_xticks(range(1, len(report.nmi) + 1), [f"+ {name}" for name in report.tokens], rotation=60)
+        axes[2].set_xticks(range(1, len(report.nmi) + 1), [first, *(f"+ {name}" for name in others)], rotation=60)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150)

@@ -47,8 +47,9 @@ def load_run(folder: Path, images: Namespace) -> Trained:
     options = Namespace(**kept | vars(images) | {"pretrained": False, "checkpoint": None})
     task = import_module("timm_tokens.cli.objectives.mte").build(options).task
     task.load_task_state(state["task_state"])
-    about = {"model": options.model, "checkpoint": file_identity(folder / checkpoints.LAST), "merge_r": "0"}
-    return Trained(task, Source(lambda: task.product, about, options.img_size))
+    last = folder / checkpoints.LAST
+    about = {"model": options.model, "checkpoint": file_identity(last), "merge_r": "0"}
+    return Trained(task, Source(lambda: task.product, about, str(last), options.img_size))
 
 
 @torch.inference_mode()

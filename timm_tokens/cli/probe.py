@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from timm_tokens.cli._data import class_names, identity
 from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._features import Features, cached_features, named
+from timm_tokens.cli._features import Features, Source, cached_features, named
 from timm_tokens.cli._files import replacing
 from timm_tokens.cli._probe_plot import draw
 from timm_tokens.cli._prototypes import load_run, nmi_by_tokens
@@ -114,7 +114,7 @@ def run(
     if trained:
         report = report._replace(nmi=nmi_by_tokens(trained, splits[1], **how), tokens=tuple(trained.task.names))
     print(table(report))
-    _write(out, source.about, report, plot)
+    _write(out, source, report, plot)
     return report
 
 
@@ -157,7 +157,7 @@ def _measure(train: Features, val: Features, neighbours: Sequence[int], device: 
         raise CommandError(str(error)) from error
 
 
-def _write(out: Path, about: dict[str, str], report: Report, plot: bool) -> None:
+def _write(out: Path, source: Source, report: Report, plot: bool) -> None:
     """The report, its numbers, and the plot."""
     rows = [("knn", k, value) for k, value in report.knn.items()]
     rows += [("linear", report.linear.lr, report.linear.accuracy)]
@@ -169,10 +169,10 @@ def _write(out: Path, about: dict[str, str], report: Report, plot: bool) -> None
         draw(out / "probe.png", report)
     train, val = report.images
     lines = [
-        f"# {about['model']}",
+        f"# {source.about['model']}",
         f"Top-1 accuracy on {val} images (standard error up to {50 / val**0.5:.1f} points) of features of {train} "
         "training images, on which everything was fitted.",
-        f"Weights: {about['checkpoint']}; tokens merged in each block: {about['merge_r']}.",
+        f"Weights: {source.weights}; tokens merged in each block: {source.about['merge_r']}.",
         table(report),
         "![k-NN, the linear classifier and prototypes](probe.png)" if plot else "",
     ]
