@@ -1,6 +1,7 @@
 """The command that pre-trains: from folders of images to a plain model that timm loads, and what it refuses."""
 
 import csv
+from argparse import Namespace
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from timm_tokens.cli import train
 from timm_tokens.cli._errors import CommandError
+from timm_tokens.cli._sources import make_model
 
 # timm's ImageDataset leaves the closing of its files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -60,6 +62,22 @@ def test_a_plain_model_comes_out(images, tmp_path, objective, model, options):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), result.model(x))
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet"])
+@pytest.mark.parametrize("classes", [3, 1000])  # 1000 is what the model has by default
+def test_what_came_out_can_be_fine_tuned(tmp_path, model, classes):
+    weights = timm.create_model(model, num_classes=0).state_dict()
+    save_file(weights, tmp_path / "model.safetensors")
+    options = {"checkpoint": tmp_path / "model.safetensors", "pretrained": False, "img_size": None, "drop_path": None}
+    options |= {"model": model, "model_kwargs": {}, "grad_checkpointing": False}
+    loaded = make_model(Namespace(**options), num_classes=classes)
+    assert loaded.num_classes == classes
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CommandError, match=f"has no weight of {model}"):
+        make_model(Namespace(**options), num_classes=classes)
 
 
 def test_mira_logs_its_information(images, tmp_path):

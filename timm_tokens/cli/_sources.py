@@ -83,6 +83,8 @@ def make_model(options: Namespace, **kwargs: Any) -> nn.Module:
         if not sized or "img_size" not in str(error):
             raise
         model = _models.create(options.model, **kwargs)  # a conv net: takes any size
+    if options.checkpoint is not None and not model.state_dict().keys() & _models._read(options.checkpoint).keys():
+        raise CommandError(f"{options.checkpoint} has no weight of {options.model}: is it of another model?")
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
@@ -90,11 +92,14 @@ def make_model(options: Namespace, **kwargs: Any) -> nn.Module:
 
 def _as_pretrained(name: str, checkpoint: Path) -> dict[str, Any]:
     """The checkpoint in the place of timm's own weights: timm then resizes position embeddings, and leaves out a
-    classifier of another number of classes."""
+    classifier of another number of classes, or makes do without."""
     state = _models._read(checkpoint)
     cfg = get_pretrained_cfg(name)
     classifier = cfg.classifier if cfg is not None else None
-    rows = {len(state[key]) for key in (f"{c}.weight" for c in _names(classifier)) if key in state}
+    keys = [f"{c}.weight" for c in _names(classifier)]
+    rows = {len(state[key]) for key in keys if key in state} or (
+        {0} if keys else set()
+    )  # 0: pre-trained without labels
     overlay = {"file": str(checkpoint), "custom_load": False, "source": "file"}
     return overlay | ({"num_classes": rows.pop()} if len(rows) == 1 else {})
 
