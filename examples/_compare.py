@@ -136,7 +136,7 @@ def save(scores: Sequence[Score], out: Path) -> None:
 
 
 def supervised(
-    model: nn.Module, part: Part, epochs: int, *, lr: float = 1e-3, batch_size: int = 64, generator: torch.Generator
+    model: nn.Module, part: Part, epochs: int, *, lr: float = 2e-3, batch_size: int = 32, generator: torch.Generator
 ) -> nn.Module:
     """Ordinary classification training: AdamW, cosine schedule, cross entropy."""
     rows = [batch for _ in range(epochs) for batch in _order(len(part.images), batch_size, generator)]

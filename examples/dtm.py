@@ -64,14 +64,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher", default="vit_tiny_patch16_224", help="any timm ViT (with --data-dir)")
     parser.add_argument("--teacher-checkpoint", type=Path, help="its weights; default: timm's pretrained")
     parser.add_argument("--out", type=Path, default=Path("output/dtm"), help="folder for the results")
-    parser.add_argument("--img-size", type=int, default=32)
+    parser.add_argument("--img-size", type=int, default=24)
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--dim", type=int, default=48, help="width of the student")
     parser.add_argument("--depth", type=int, default=4, help="of the student")
-    parser.add_argument("--steps", type=int, default=150, help="of pre-training")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500, help="of pre-training")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--finetune-images", type=int, default=200, help="labelled images to fine-tune on")
     parser.add_argument("--finetune-epochs", type=int, default=20)
     return parser.parse_args(argv)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> list[Score]:
     teacher = folder_teacher(args) if args.data_dir else digits_teacher(args, images)
     targets = teach(teacher, images, args)
     scores: list[Score] = []
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for method in [UNTRAINED, *TARGETS]:
             student = make_student(args, images, seed)
             if method != UNTRAINED:
@@ -114,7 +114,7 @@ def digits_teacher(args: argparse.Namespace, images: Images) -> nn.Module:
     """A ViT trained on the classes of the digits."""
     teacher = make_student(args, images, seed=1000)
     teacher.reset_classifier(10)
-    supervised(teacher, images.train, 15, generator=torch.Generator().manual_seed(0))
+    supervised(teacher, images.train, 20, generator=torch.Generator().manual_seed(0))
     right = outputs(teacher, images.val.images).argmax(1) == images.val.labels
     print(f"The teacher gets {100 * right.float().mean():.1f} % of the digits right.")
     return teacher

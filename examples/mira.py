@@ -63,14 +63,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> list[Score]:
     images = folders(args.data_dir, args.img_size * 5 // 4) if args.data_dir else digits(args.img_size)
     scores: list[Score] = []
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for method in [UNTRAINED, *LABELS]:
             task = make_task(args, images, LABELS.get(method, {}), seed)
             if method != UNTRAINED:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 pytest.importorskip("sklearn")
 EXAMPLES = Path(__file__).parents[2] / "examples"
-QUICK = ["--seeds", "2", "--steps", "1", "--batch-size", "16"]
+QUICK = ["--seeds", "0", "1", "--steps", "1", "--batch-size", "16"]
 OF = {
     "dtm": ["--dim", "24", "--depth", "1", "--patch-size", "8", "--finetune-images", "16", "--finetune-epochs", "1"],
     "mira": ["--prototypes", "8", "--hidden", "16", "--local-crops", "1"],
@@ -71,7 +71,7 @@ def test_digits(example, name, tmp_path, capsys, monkeypatch):
 def test_folders(example, name, folder, tmp_path):
     teacher = ["--teacher", "test_vit", "--teacher-checkpoint", str(folder / "vit.safetensors")]
     own = teacher if name == "dtm" else []
-    arguments = [*QUICK, *OF[name], *own, "--data-dir", str(folder), "--seeds", "1", "--out", str(tmp_path)]
+    arguments = [*QUICK, *OF[name], *own, "--data-dir", str(folder), "--seeds", "3", "--out", str(tmp_path)]
     assert example(name).main(arguments) == 0
     check_results(tmp_path, name, seeds=1)
 
