@@ -160,7 +160,7 @@ class _Run:
             if rank() == 0:
                 checkpoints.export(self.settings.out / checkpoints.BEST, self.model)
         if rank() == 0:
-            self.bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            self.bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items() if "/" not in name))
 
     def _save(self, done: int) -> None:
         self.saved = done
