@@ -9,7 +9,7 @@ import argparse
 import platform
 import time
 from collections.abc import Callable, Mapping
-from statistics import median, quantiles
+from statistics import median
 
 import timm
 import torch
@@ -47,12 +47,11 @@ def time_steps(args: argparse.Namespace) -> None:
     steps = {"without": training_step(args, aux=False), "with": training_step(args, aux=True)}
     times = in_turns(steps, args.pairs)
     ratios = [w / b for w, b in zip(times["with"], times["without"], strict=True)]
-    low, _, high = quantiles(ratios, n=4)
     local = f", {args.local_crops} local crops{' with auxiliary tokens' if args.aux_on_local else ''}"
     print(f"{args.objective}, {args.model}, batch {args.batch_size}, {args.prototypes} prototypes{local}")
     for name, values in times.items():
         print(f"  {name:8s} {1000 * median(values):8.0f} ms")
-    print(f"  ratio    {median(ratios):8.3f}, quartiles {low:.3f} to {high:.3f}, {args.pairs} pairs")
+    print(f"  ratio    {median(ratios):8.3f}, {min(ratios):.3f} to {max(ratios):.3f} in {args.pairs} pairs")
 
 
 def training_step(args: argparse.Namespace, aux: bool) -> Callable[[], None]:

@@ -121,7 +121,8 @@ def plot(scores: Sequence[Score]) -> Figure:
         for i, method in enumerate(methods):
             values = [s.value for s in scores if (s.method, s.measure) == (method, measure)]
             axes.plot([i] * len(values), values, "o", color="C0", alpha=0.6)
-            axes.plot([i - 0.25, i + 0.25], [mean(values)] * 2, "-", color="C1", linewidth=2)
+            if values:  # not every method has every measure
+                axes.plot([i - 0.25, i + 0.25], [mean(values)] * 2, "-", color="C1", linewidth=2)
         axes.set_xticks(range(len(methods)), [method.replace(" ", "\n") for method in methods], fontsize=8)
         axes.set_title(measure, fontsize=10)
         axes.grid(axis="y", alpha=0.3)

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from _compare import Images, Part, Score, digits, folders, normalised, outputs, save, table
+from _compare import Images, Part, Score, digits, folders, normalised, outputs, plot, save, table
 from _crops import batch_crops
 from _data import InputError
 from timm.models import VisionTransformer
@@ -53,12 +53,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--dim", type=int, default=48, help="width of the ViT")
     parser.add_argument("--depth", type=int, default=3, help="of the ViT")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--local-crops", type=int, default=2, help="of DINO and iBOT")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--momentum", type=float, default=0.98, help="of the teacher, at first")
     parser.add_argument("--prototypes", type=int, default=256)
+    parser.add_argument("--tau-teacher", type=float, default=0.02)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-cls", type=int, default=6, help="auxiliary class tokens")
     parser.add_argument("--num-pooled", type=int, default=6, help="pooled tokens")
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> list[Score]:
                 scores += [Score(method, seed, name, value) for name, value in measures.items()]
                 print(f"seed {seed}, {method}: " + ", ".join(f"{k} {v:.1f}" for k, v in measures.items()), flush=True)
                 save(scores, args.out)
-    print(table(scores))
+    plot(scores).savefig(args.out / "scores.png", dpi=120)
+    print(f"\n{table(scores)}\n\nThe numbers and a plot are in {args.out}.")
     return scores
 
 
@@ -119,29 +121,33 @@ def make_task(objective: str, aux: bool, images: Images, args: argparse.Namespac
     task = InMemoryTask(
         model, objective, num_prototypes=args.prototypes, hidden=4 * args.dim, width=64, queue_size=1024,
         aux_target=args.aux_target, include_global=not args.without_global, aux_on_local=args.aux_on_local,
-        momentum=(args.momentum, 1.0), tau_epochs=0.3 * args.steps / (len(images.train.images) // args.batch_size),
+        momentum=(args.momentum, 1.0), tau_teacher=(args.tau_teacher, args.tau_teacher),
     )  # fmt: skip
     task.crops = make_crops(objective, images, args)
     return task
 
 
 def make_crops(objective: str, images: Images, args: argparse.Namespace) -> list[Crop]:
-    """DINO's crops or MoBY's; of digits, which mirroring makes others and which have no colours, simpler ones."""
+    """DINO's crops; milder ones of digits, which fill their images, have no colours, and are not to be mirrored.
+
+    Two views must have more in common than tau_teacher / tau_student, or everything collapses into one prototype.
+    """
     local = args.patch_size * round(args.img_size / args.patch_size / 2)
-    moby = objective == "moby"
-    crops = dino_crops(args.img_size, local, 0 if moby else args.local_crops, (0.2 if moby else 0.4, 1.0))
-    blur = (0.1, 2 * args.img_size / 224)
+    num_local = 0 if objective == "moby" else args.local_crops
     if images.train.images.shape[1] > 1:
-        return [crop._replace(blur_sigma=blur) for crop in crops]
-    return [crop._replace(flip=0.0, grayscale=0.0, solarize=0.0, blur=0.0, jitter=(0.4, 0.4, 0, 0)) for crop in crops]
+        crops = dino_crops(args.img_size, local, num_local, (0.08 if objective == "moby" else 0.4, 1.0))
+        return [crop._replace(blur_sigma=(0.1, 2 * args.img_size / 224)) for crop in crops]
+    crops = dino_crops(args.img_size, local, num_local, (0.6, 1.0), (0.25, 0.6))
+    plain = dict(flip=0.0, grayscale=0.0, solarize=0.0, blur=0.0, jitter=(0.2, 0.2, 0, 0), ratio=(0.9, 1.1))
+    return [crop._replace(**plain) for crop in crops]
 
 
 def pretrain(task: MTETask, images: Tensor, args: argparse.Namespace, seed: int) -> None:
     with TemporaryDirectory() as out:
         settings = Settings(
             out=Path(out), steps=args.steps, batch_size=args.batch_size, lr=args.lr, weight_decay=0.04,
-            weight_decay_end=0.4, clip_grad=3.0, clip_mode="parameter", workers=0, seed=seed, log_every=50,
-            save_every=10**6,
+            clip_grad=3.0, clip_mode="parameter", workers=0, seed=seed, log_every=50, save_every=10**6,
+            warmup_epochs=0.2 * args.steps / (len(images) // args.batch_size),
         )  # fmt: skip
         train(task, TensorDataset(images, torch.zeros(len(images))), settings)
 

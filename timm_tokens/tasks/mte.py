@@ -27,8 +27,8 @@ class MTETask(TokenTask):
         task = MTETask(timm_tokens.add_aux_tokens(vit), "dino")
 
     A plain ViT is trained by the objective itself. The student sees all crops of an image; its teacher, a moving
-    average of the student, head and all, sees the global ones. What comes out is `product`, the teacher's plain timm
-    model, which the auxiliary tokens are no part of.
+    average of the student, head and all, sees the global ones. What comes out is `product`, a plain timm model, which
+    the auxiliary tokens are no part of: the teacher's, but of MoBY the student's, as in the papers.
 
     Args:
         model: A TokenViT by `add_aux_tokens`, a plain timm ViT, or `PooledTokens` around any other timm model; with
@@ -96,8 +96,9 @@ class MTETask(TokenTask):
 
     @property
     def product(self) -> nn.Module:
-        """The teacher's plain timm model: frozen, so call requires_grad_() to train it further."""
-        return self.teacher.encoder.backbone.base
+        """The teacher's plain timm model, frozen: call requires_grad_() to train it further. Of MoBY the student's."""
+        source = self.student if self.objective == "moby" else self.teacher
+        return source.encoder.backbone.base
 
     def start_step(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         super().start_step(step, total_steps, steps_per_epoch)

@@ -4,7 +4,7 @@
     timm-tokens train mte --data-dir images --model vit_small_patch16_224 --objective moby --num-cls 0 --num-pooled 0 \\
         --weight-decay 0.05 --weight-decay-end 0.05 --clip-grad inf --out baseline
 
---data-dir has train/ with a folder a class; the classes play no part. What comes out is the teacher's plain timm model.
+--data-dir has train/ with a folder a class; the classes play no part. What comes out is a plain timm model.
 Defaults are DINO's, whose learning rate of 5e-4 is for 256 images a step; the second line is MoBY as its paper has it.
 A ViT has auxiliary class tokens and pooled ones, any other model pooled ones alone.
 """
