@@ -90,6 +90,27 @@ def make_model(options: Namespace, **kwargs: Any) -> nn.Module:
     return model
 
 
+def make_backbone(options: Namespace) -> nn.Module:
+    """The model without a classifier; a ViT so that it takes crops of all sizes.
+
+    Raises:
+        CommandError: As `make_model`.
+    """
+    try:
+        return make_model(options, num_classes=0, dynamic_img_size=True)
+    except CommandError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+        return make_model(options, num_classes=0)
+
+
+def local_size(backbone: nn.Module, size: int) -> int:
+    """The side of local crops where global ones have `size`: 96 of 224, in whole patches."""
+    stem = getattr(backbone, "patch_embed", None)
+    patch = stem.patch_size[0] if hasattr(stem, "patch_size") else 1
+    return max(1, round(size * 96 / 224 / patch)) * patch
+
+
 def _as_pretrained(name: str, checkpoint: Path) -> dict[str, Any]:
     """The checkpoint in the place of timm's own weights: timm then resizes position embeddings, and leaves out a
     classifier of another number of classes, or makes do without."""

@@ -12,10 +12,8 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 
 from timm.data import resolve_model_data_config
-from torch import nn
 
-from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._sources import add_sources, make_model, open_split
+from timm_tokens.cli._sources import add_sources, local_size, make_backbone, open_split
 from timm_tokens.cli.objectives import Objective
 from timm_tokens.data import MultiCrop, swav_crops
 from timm_tokens.losses import MIRALoss
@@ -48,7 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def build(options: Namespace) -> Objective:
     """The task and the images; labels are not used."""
-    backbone = _backbone(options)
+    backbone = make_backbone(options)
     swav = options.targets == "sinkhorn"
     tau = options.tau_teacher if options.tau_teacher is not None else 0.05 if swav else 0.225
     loss = MIRALoss(options.tau_student, tau, assign=partial(sinkhorn_assign, tau=tau) if swav else None)
@@ -59,25 +57,8 @@ def build(options: Namespace) -> Objective:
     train = open_split(options, options.train_split)
     size = options.img_size or resolve_model_data_config(backbone)["input_size"][-1]
     crops = swav_crops(
-        size, options.local_size or _local_size(backbone, size), options.local_crops,
+        size, options.local_size or local_size(backbone, size), options.local_crops,
         tuple(options.global_scale), tuple(options.local_scale),
     )  # fmt: skip
     train.transform = MultiCrop.for_model(backbone, crops)
     return Objective(task, train)
-
-
-def _backbone(options: Namespace) -> nn.Module:
-    """The model without a classifier; a ViT so that it takes crops of all sizes."""
-    try:
-        return make_model(options, num_classes=0, dynamic_img_size=True)
-    except CommandError as error:
-        if "dynamic_img_size" not in str(error):
-            raise
-        return make_model(options, num_classes=0)
-
-
-def _local_size(backbone: nn.Module, size: int) -> int:
-    """96 of 224, in whole patches."""
-    stem = getattr(backbone, "patch_embed", None)
-    patch = stem.patch_size[0] if hasattr(stem, "patch_size") else 1
-    return max(1, round(size * 96 / 224 / patch)) * patch

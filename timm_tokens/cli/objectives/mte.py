@@ -14,8 +14,7 @@ from argparse import ArgumentParser, Namespace
 from torch import nn
 
 from timm_tokens import blocks
-from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._sources import add_sources, make_model, open_split
+from timm_tokens.cli._sources import add_sources, local_size, make_backbone, open_split
 from timm_tokens.cli.objectives import Objective
 from timm_tokens.data import Crop, MultiCrop, dino_crops
 from timm_tokens.tasks import MTETask, PooledTokens
@@ -56,7 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     tokens.add_argument("--aux-on-local", action="store_true", help="local crops have them, too")
     crops = parser.add_argument_group("crops")
     crops.add_argument("--local-crops", type=int, help="how many (default: 8, of MoBY none)")
-    crops.add_argument("--local-size", type=int, default=96, help="their side; the global ones have --img-size")
+    crops.add_argument("--local-size", type=int, help="their side (default: 96 of an --img-size of 224)")
     crops.add_argument("--global-scale", type=float, nargs=2, help="range of area (default: 0.4 1, of MoBY 0.08 1)")
     crops.add_argument("--local-scale", type=float, nargs=2, default=(0.05, 0.4), help="range of area")
 
@@ -66,7 +65,7 @@ def build(options: Namespace) -> Objective:
     model = _model(options)
     base = getattr(model, "base", model)
     images = open_split(options, options.train_split)
-    images.transform = MultiCrop.for_model(base, _crops(options, base.pretrained_cfg))
+    images.transform = MultiCrop.for_model(base, _crops(options, base))
     task = MTETask(
         model,
         options.loss,
@@ -89,12 +88,7 @@ def build(options: Namespace) -> Objective:
 
 def _model(options: Namespace) -> nn.Module:
     """The model with its auxiliary tokens: a ViT that takes crops of any size, or anything else with pooled ones."""
-    try:
-        model = make_model(options, num_classes=0, dynamic_img_size=True)
-    except CommandError as error:
-        if "dynamic_img_size" not in str(error):
-            raise
-        model = make_model(options, num_classes=0)
+    model = make_backbone(options)
     try:
         blocks.check(model, merging=False)
     except TypeError:
@@ -102,9 +96,10 @@ def _model(options: Namespace) -> nn.Module:
     return add_aux_tokens(model, options.num_cls, options.num_pooled)
 
 
-def _crops(options: Namespace, cfg: dict) -> list[Crop]:
+def _crops(options: Namespace, base: nn.Module) -> list[Crop]:
     moby = options.loss == "moby"
     num_local = (0 if moby else 8) if options.local_crops is None else options.local_crops
     scale = tuple(options.global_scale or ((0.08, 1.0) if moby else (0.4, 1.0)))
-    size = options.img_size or cfg["input_size"][1]
-    return dino_crops(size, options.local_size, num_local, scale, tuple(options.local_scale))
+    size = options.img_size or base.pretrained_cfg["input_size"][1]
+    local = options.local_size or local_size(base, size)
+    return dino_crops(size, local, num_local, scale, tuple(options.local_scale))
