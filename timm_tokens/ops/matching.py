@@ -87,7 +87,7 @@ def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Match
     similarity = cosine_similarity(metric, slice(even, None, 2), slice(odd, None, 2))  # (B, |A|, |B|)
     best, partner = similarity.max(dim=-1)
     ranked = best.argsort(dim=-1, descending=True)  # ONNX has no stable sort
-    evens = even + 2 * ranked
+    evens = positions[:, even::2].gather(1, ranked)
     stay = evens[:, r:].sort(dim=-1).values
     order = torch.cat([positions[:, :num_prefix_tokens], stay, positions[:, odd::2], evens[:, :r]], dim=1)
     first_odd = num_prefix_tokens + stay.shape[1]  # where B begins in the output
@@ -124,18 +124,17 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     Source: ToMe (arXiv 2210.09461), section 3.
     """
     order, destination = matching
-    left = order.shape[1] - destination.shape[1]
+    (b, n), left = order.shape, order.shape[1] - destination.shape[1]
     size = torch.ones(x.shape[:2], device=x.device) if size is None else size.gather(1, order)
     new_size = size[:, :left].scatter_add(1, destination, size[:, left:])
     # The weighted mean as a step from the destination towards what it takes in: x_d + sum of share * (x_s - x_d). So
     # all rows are copied once, and nothing exceeds the tokens in half precision. The sum is a small matrix product:
     # deterministic on every device, where a scatter of rows is not (and inductor of torch 2.6 gets it wrong).
-    share = size[:, left:] / new_size.gather(1, destination)
-    ends = take(x, torch.cat([order[:, left:], order.gather(1, destination)], dim=1))  # (B, 2 R, C)
-    step = ends[:, : order.shape[1] - left] - ends[:, order.shape[1] - left :]
-    slots = torch.arange(left, device=x.device).unsqueeze(1)
-    into = (destination.unsqueeze(1) == slots) * share.unsqueeze(1)  # (B, N - R, R)
-    return take(x, order[:, :left]) + torch.bmm(into.to(x.dtype), step), new_size
+    share = (size[:, left:] / new_size.gather(1, destination)).to(x.dtype)
+    x = take(x, order)
+    step = x[:, left:] - take(x, destination)  # (B, R, C)
+    into = x.new_zeros(b, left, n - left).scatter(1, destination.unsqueeze(1), share.unsqueeze(1))
+    return x[:, :left] + torch.bmm(into, step), new_size
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:
