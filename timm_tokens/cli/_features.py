@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from timm_tokens.cli import _models
 from timm_tokens.cli._data import class_names, identity
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._images import batches
+from timm_tokens.files import replacing
 from timm_tokens.vit import TokenViT
 
 
@@ -51,14 +51,9 @@ def load_features(path: Path) -> Features:
 
 def save_features(path: Path, features: Features) -> None:
     """Writes a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        tensors = {"features": features.features.contiguous(), "labels": features.labels}
+    tensors = {"features": features.features.contiguous(), "labels": features.labels}
+    with replacing(path) as partial:
         save_file(tensors, partial, features.metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class Source(NamedTuple):

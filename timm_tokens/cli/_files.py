@@ -1,29 +1,10 @@
-"""Reading images, and writing files that are there whole or not at all."""
+"""Pictures: reading them, and the names that they can be written by."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
 from timm_tokens.cli._errors import CommandError
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; on success it takes the place of `path`, on failure it vanishes.
-
-    with replacing(path) as partial:
-        image.save(partial)
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix decides how pictures are written
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_image(path: Path) -> Image.Image:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from timm_tokens.cli._files import replacing
+from timm_tokens.files import replacing
 
 if TYPE_CHECKING:
     from timm_tokens.cli.probe import Report

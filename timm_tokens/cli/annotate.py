@@ -23,11 +23,11 @@ from timm_tokens.cli import _annotator
 from timm_tokens.cli._annotator import Annotator, make_annotator
 from timm_tokens.cli._data import class_names, class_targets, model_classes, open_dataset
 from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._files import replacing
 from timm_tokens.cli._images import batches
 from timm_tokens.cli._processes import Process, joined
 from timm_tokens.data import TokenLabelStore, TokenLabelWriter, flush_journals, image_names
 from timm_tokens.data.label_store import INDEX
+from timm_tokens.files import replacing
 
 
 class Summary(NamedTuple):

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._files import replacing
 from timm_tokens.cli._timing import DTYPES, Machine, Setting, build, describe, make_step, peak_memory, timed
+from timm_tokens.files import replacing
 from timm_tokens.flops import model_tokens
 from timm_tokens.vit import TokenViT
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from timm_tokens.cli import _models
 from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._files import check_picture, read_image, replacing
+from timm_tokens.cli._files import check_picture, read_image
 from timm_tokens.cli._picture import SIDE, enlarge, paint_groups, sheet
+from timm_tokens.files import replacing
 from timm_tokens.vit import TokenViT
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from timm_tokens.cli import _models
 from timm_tokens.cli._attention import Looks, looks
 from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._files import check_picture, read_image, replacing
+from timm_tokens.cli._files import check_picture, read_image
 from timm_tokens.cli._picture import enlarge, paint_heat, paint_matrix, rows_of_panels
+from timm_tokens.files import replacing
 from timm_tokens.vit import TokenViT
 
 SIDE = 224  # pixels of a panel's shorter side, at least

@@ -21,11 +21,12 @@ from timm.data.readers.class_map import load_class_map
 from torch import Tensor
 
 from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._files import check_picture, read_image, replacing
+from timm_tokens.cli._files import check_picture, read_image
 from timm_tokens.cli._picture import SIDE, from_pil, outline, paint_classes, sheet
 from timm_tokens.data import TokenLabelStore, TokenLabelTransform
 from timm_tokens.data.label_format import LabelMap, image_id
 from timm_tokens.data.label_transforms import View
+from timm_tokens.files import replacing
 from timm_tokens.ops.labels import crop_maps, warp_token_labels
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and grey for all other classes.

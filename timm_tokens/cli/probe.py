@@ -22,10 +22,10 @@ from torch.utils.data import Dataset
 from timm_tokens.cli._data import class_names, identity
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._features import Features, Source, cached_features, named
-from timm_tokens.cli._files import replacing
 from timm_tokens.cli._probe_plot import draw
 from timm_tokens.cli._prototypes import load_run, nmi_by_tokens
 from timm_tokens.cli._sources import open_split
+from timm_tokens.files import replacing
 from timm_tokens.probing import LEARNING_RATES, LinearResult, knn_accuracy, linear_probe
 
 NEIGHBOURS = (10, 20, 100, 200)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._files import replacing
 from timm_tokens.cli._processes import joined
 from timm_tokens.cli.objectives import OBJECTIVES
+from timm_tokens.files import replacing
 from timm_tokens.training import Result, Settings, train
 from timm_tokens.training.checkpoints import LAST, check_same
 from timm_tokens.training.curves import draw_curves

@@ -4,9 +4,6 @@ timm's CheckpointSaver is not used: it deletes the last checkpoint before it put
 hit, and it knows epochs, not steps. The files have its keys, though, so timm loads a model from any of them.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from timm_tokens.files import replacing
+
 LAST, BEST, FINAL = "last.pth", "best.safetensors", "model.safetensors"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` once it is on the disk, and vanishes on failure."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
