@@ -243,6 +243,14 @@ def test_the_product_is_the_plain_vit(objective):
     torch.testing.assert_close(fresh.eval()(x), task.product(x))
 
 
+def test_heads_start_alike_and_part():
+    task = make(frozen_epochs=0)
+    heads = task.student.encoder.heads
+    assert all(torch.equal(heads["cls"][0].weight, heads[kind][0].weight) for kind in ("aux", "pooled"))
+    step(task, sgd(task))
+    assert not any(torch.equal(heads["cls"][0].weight, heads[kind][0].weight) for kind in ("aux", "pooled"))
+
+
 def test_learned_lengths_of_prototypes():
     task = make(learn_scale=True, frozen_epochs=0)
     step(task, sgd(task))

@@ -67,6 +67,9 @@ def make_student(
         projector, predictor = MoBYHead(features["cls"], hidden, width), MoBYHead(width, hidden, width)
         return ViewEncoder(Encoder(backbone, {"cls": projector}), predictor=predictor)
     heads = {kind: DINOHead(features[kind], hidden, width) for kind in counts}
+    for kind in counts:  # alike at first: the mean of heads that know nothing of each other says little about an image
+        if features[kind] == features["cls"]:
+            heads[kind].load_state_dict(heads["cls"].state_dict())
     return ViewEncoder(Encoder(backbone, heads), Prototypes(width, num_prototypes, learn_scale))
 
 
