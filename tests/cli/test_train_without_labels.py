@@ -48,8 +48,8 @@ def pretrain(objective, images, out, **options):
     ("objective", "model", "options"),
     [
         ("dtm", "test_vit", {"drop_path": None}),
-        ("dtm", "test_vit2", {"teacher_head": True, "distance": "cosine", "masked_only": True}),
-        ("mira", "test_vit", CLUSTERS),
+        ("dtm", "test_vit2", {"teacher_head": True, "distance": "cosine", "masked_only": True, "amp": "bfloat16"}),
+        ("mira", "test_vit", {**CLUSTERS, "amp": "bfloat16"}),
         ("mira", "test_resnet", {**CLUSTERS, "targets": "sinkhorn", "drop_path": None}),
     ],
 )
