@@ -54,7 +54,8 @@ class IBOTPatchLoss(nn.Module):
         Args:
             student: Logits of the views that were masked, (B, N, K) or (M, K) each.
             teacher: Logits of the same views, whole; as many, without gradient.
-            masks: (B, N) bool each, True where a patch is masked.
+            masks: (B, N) bool each, True where a patch is masked. Masks on the CPU with logits (M, K) on another
+                device are best: nothing then waits for the device to know M.
         """
         if not len(student) == len(teacher) == len(masks) > 0:
             raise ValueError(
@@ -69,8 +70,9 @@ class IBOTPatchLoss(nn.Module):
         student, teacher = _masked(student, mask), _masked(teacher, mask)  # (M, K)
         target = (self.center(teacher.detach()) / self.tau_teacher).softmax(-1)
         losses = soft_cross_entropy(student.unsqueeze(0), target.unsqueeze(0), self.tau_student).squeeze(0)
-        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)  # each image counts the same
-        return (losses * weight[mask]).sum() / samples_a_process(mask)
+        weight = (mask / mask.sum(1, keepdim=True).clamp(min=1))[mask]  # each image counts the same
+        count = samples_a_process(mask.to(losses.device, non_blocking=True))
+        return (losses * weight.to(losses.device, non_blocking=True)).sum() / count
 
     def extra_repr(self) -> str:
         return f"tau_student={self.tau_student}, tau_teacher={self.tau_teacher}"

@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         Args:
             aux: Whether to give the auxiliary and pooled tokens.
             mask: (B, N) bool, patches that the backbone sees as masked.
-            patches: (B, N) bool, patches to project.
+            patches: (M,) int64, patches to project, counted through the images: of image b the first is b N.
         """
         tokens = self.backbone(images, tokens=True, mask=mask, aux=aux)
         kinds = {"cls": tokens.cls.unsqueeze(1), "aux": tokens.aux_cls, "pooled": tokens.pooled}
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
         sizes = [x.shape[1] for x in kinds.values()]
         parts = zip(kinds, features.split(sizes, 1), strict=True)  # split again, for hooks on the features see it
         projected = self._project(dict(parts))
-        rows = None if patches is None else self.heads["cls"](tokens.patches[patches])
+        rows = None if patches is None else self.heads["cls"](tokens.patches.flatten(0, 1).index_select(0, patches))
         return Encoded(features, projected, rows)
 
     def _project(self, kinds: dict[str, Tensor]) -> Tensor:

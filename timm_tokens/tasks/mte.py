@@ -118,12 +118,16 @@ class MTETask(TokenTask):
             the gradient of its feature. NAME is cls, aux0, ..., pooled0, ...; iBOT adds "loss/patch".
         """
         crops = self._check(input)
-        mask = self._draw_mask(crops) if self.patch_criterion is not None else None
-        options = dict(num_global=self.global_crops, aux_on_local=self.aux_on_local, mask=mask, patches=mask)
+        device, mask, hidden, chosen = crops[0].device, None, None, None
+        if self.patch_criterion is not None:  # the mask stays on the CPU, where its number of patches is known
+            mask = self._draw_mask(crops)
+            hidden = mask.to(device, non_blocking=True)
+            chosen = mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+        options = dict(num_global=self.global_crops, aux_on_local=self.aux_on_local, mask=hidden, patches=chosen)
         student = self.trainable_module(crops, **options)
         with torch.no_grad():
             views = crops[: self.global_crops]
-            teacher = self.teacher(views, num_global=self.global_crops, patches=mask)
+            teacher = self.teacher(views, num_global=self.global_crops, patches=chosen)
         terms = self.criterion(student.tokens, teacher.tokens)
         outputs = {"loss": terms.loss}
         if mask is not None:
@@ -151,7 +155,7 @@ class MTETask(TokenTask):
         return {f"{what}/{name}": row[i] for what, row in rows.items() for i, name in enumerate(self.names)}
 
     def _draw_mask(self, crops: list[Tensor]) -> Tensor:
-        """(global_crops B, N): this process's part of what is drawn for the joined batch, whatever the processes."""
+        """(global_crops B, N) on the CPU: this process's part of what is drawn for the joined batch."""
         batch, backbone = len(crops[0]), self.student.encoder.backbone
         self._draws += 1
         generator = seeding.generator(self.seed, self.step, self._draws)
@@ -161,7 +165,7 @@ class MTETask(TokenTask):
                 batch * world_size(), grid, ratio=self.mask_ratio, prob=self.mask_prob, generator=generator
             )
             masks.append(joined[batch * rank() : batch * (rank() + 1)])
-        return torch.cat(masks).to(crops[0].device)
+        return torch.cat(masks)
 
     def _check(self, crops: list[Tensor]) -> list[Tensor]:
         least, most = max(2, self.global_crops), 2 if self.objective == "moby" else 10**6

@@ -58,7 +58,7 @@ class ViewEncoder(nn.Module):
         Args:
             num_global: How many crops are global.
             aux_on_local: Whether the others have auxiliary tokens, too.
-            mask, patches: (num_global B, N) of the global crops, see `Encoder`.
+            mask: (num_global B, N) of the global crops; patches: (M,) of them; see `Encoder`.
         """
         batch, encoded = len(crops[0]), self.encoder(torch.cat(list(crops[:num_global])), mask=mask, patches=patches)
         norms = _norms_of_gradient(encoded.features)
