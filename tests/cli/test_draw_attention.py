@@ -1,5 +1,8 @@
 """`timm-tokens draw attention`: what it reads off a model, and what it refuses."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -8,8 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from timm_tokens import add_aux_tokens, apply_dtem_merging
-from timm_tokens.cli import main
+from timm_tokens.cli import draw_attention, main
 from timm_tokens.cli._attention import looks
+
+
+# timm's data sets leave the closing of their files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 
 def test_attention_is_the_models():
@@ -59,17 +66,36 @@ def test_the_picture(folder):
     assert width > 6 * 224 and height > 3 * 224
 
 
+def test_the_picture_of_a_run(folder):
+    """The teacher of a run, from its last checkpoint, though the run's images are gone."""
+    for name in "ab":
+        (folder / "images" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(folder / "images" / "train" / name / "1.png")
+    line = "train mte --data-dir images --out run --model test_vit --img-size 64 --steps 1 --batch-size 2 --workers 0 "
+    line += "--prototypes 16 --head-hidden 8 --num-cls 2 --num-pooled 1 --local-crops 0 --device cpu"
+    assert main(line.split()) == 0
+    shutil.rmtree("images")
+    seen = draw_attention.run(image="photo.png", out="out.png", run_dir="run")
+    assert seen.aux_cls.shape == (1, 2, 4, 4) and seen.pooled.shape == (1, 1, 4, 4)
+    state = torch.load("run/last.pth", weights_only=True)["task_state"]
+    net = draw_attention._of_run(Path("run"))
+    torch.testing.assert_close(net.aux.tokens, state["teacher.encoder.backbone.aux.tokens"])
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (["vit_tiny_mte", "--run", "x"], "give either --run FOLDER, of timm-tokens train mte, or --model NAME"),
         (["vit_tiny_mte"], "give --checkpoint"),
         (["test_vit", "--checkpoint", "x"], "test_vit has no auxiliary tokens"),
         (["vit_tiny_mte", "--checkpoint", "x"], "no checkpoint file x"),
         (["vit_tiny_mte", "--checkpoint", "plain.safetensors"], "holds a plain model"),
-        (["vit_tiny_mte", "--checkpoint", "x", "--block", "13"], "--block takes a number from 1 to 12"),
+        (["vit_tiny_mte", "--checkpoint", "whole.safetensors", "--block", "13"], "--block takes a number from 1 to 12"),
     ],
 )
 def test_refusals(folder, capsys, options, message):
     save_file({"cls_token": torch.zeros(1)}, "plain.safetensors")
+    if "whole.safetensors" in options:
+        save_file(timm.create_model("vit_tiny_mte").state_dict(), "whole.safetensors")
     assert draw(*options) == 2
     assert message in capsys.readouterr().err and not (folder / "out.png").exists()

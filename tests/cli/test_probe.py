@@ -109,8 +109,7 @@ def test_prototypes_of_a_run_as_tokens_are_added(trained, tmp_path):
     report = probe.run(run_dir=trained / "run", **arguments | {"lrs": [0.1, 1.0]})
     assert report.tokens == ("cls", "aux0", "pooled0") and len(report.nmi) == 3
     # Again by hand: the teacher's centred logits, at the last temperature.
-    images = argparse.Namespace(data_dir=trained / "images", dataset="", train_split="train")
-    task = probe.load_run(trained / "run", images).task
+    task = probe.load_run(trained / "run").task
     transform = _features.eval_transform(task.product, 64)
     files = sorted((trained / "images" / "val").rglob("*.png"))
     pixels = torch.stack([transform(Image.open(file)) for file in files])

@@ -2,7 +2,6 @@
 
 import json
 from argparse import Namespace
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._features import Source, eval_transform, file_identity
 from timm_tokens.cli._images import batches
+from timm_tokens.cli.objectives.mte import make_task
 from timm_tokens.probing import assignment_nmi, ensemble_assignments
 from timm_tokens.tasks import MTETask
 from timm_tokens.training import checkpoints
@@ -25,12 +25,11 @@ class Trained(NamedTuple):
     source: Source
 
 
-def load_run(folder: Path, images: Namespace) -> Trained:
+def load_run(folder: Path) -> Trained:
     """The task of a run, from its last checkpoint.
 
     Args:
-        folder: `--out` of `timm-tokens train mte`.
-        images: data_dir, dataset and train_split to build the task with; those of the run may be gone.
+        folder: `--out` of `timm-tokens train mte`; its images may be gone.
 
     Raises:
         CommandError: there is no such run, or its checkpoint can't be read.
@@ -44,8 +43,8 @@ def load_run(folder: Path, images: Namespace) -> Trained:
         raise CommandError(
             f"{folder} has no checkpoint of timm-tokens train mte: for other models give --model and --checkpoint"
         )
-    options = Namespace(**kept | vars(images) | {"pretrained": False, "checkpoint": None})
-    task = import_module("timm_tokens.cli.objectives.mte").build(options).task
+    options = Namespace(**kept | {"pretrained": False, "checkpoint": None})
+    task = make_task(options)
     task.load_task_state(state["task_state"])
     last = folder / checkpoints.LAST
     about = {"model": options.model, "checkpoint": file_identity(last), "merge_r": "0"}

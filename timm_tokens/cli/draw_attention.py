@@ -1,7 +1,7 @@
 """Draw what a model's auxiliary tokens look at in an image, and how alike they are.
 
-    timm-tokens draw attention photo.jpg attention.png --model vit_small_mte --checkpoint output/student.safetensors
-    timm-tokens draw attention photo.jpg attention.png --model vit_small_mte --checkpoint last.pth --block 6
+    timm-tokens draw attention photo.jpg attention.png --run output/mte
+    timm-tokens draw attention photo.jpg attention.png --model vit_small_mte --checkpoint model.safetensors --block 6
 
 The panels: the image; the attention of the class token and of each auxiliary class token, averaged over heads; the
 weights by which each pooled token pools the patches, averaged over channels; and the cosines between all of them.
@@ -19,6 +19,7 @@ from timm_tokens.cli._attention import Looks, looks
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._files import check_picture, read_image
 from timm_tokens.cli._picture import enlarge, paint_heat, paint_matrix, rows_of_panels
+from timm_tokens.cli._prototypes import load_run
 from timm_tokens.files import replacing
 from timm_tokens.vit import TokenViT
 
@@ -29,8 +30,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of the sub-command: the keyword arguments of `run`."""
     parser.add_argument("image", type=Path, help="the image to read")
     parser.add_argument("out", type=Path, help="the picture to write; its suffix says how (.png, .jpg, .webp)")
-    parser.add_argument("--model", required=True, help="a model with auxiliary tokens, such as vit_small_mte")
-    parser.add_argument("--checkpoint", type=Path, help="weights of the whole model, which timm has none of")
+    parser.add_argument("--run", dest="run_dir", type=Path, help="folder of a run of timm-tokens train mte")
+    parser.add_argument("--model", help="instead: a model with auxiliary tokens, such as vit_small_mte")
+    parser.add_argument("--checkpoint", type=Path, help="its weights, those of its base alone don't do")
     parser.add_argument("--block", type=int, help="whose attention, from 1 (default: the last)")
     parser.add_argument("--image-size", type=int, help="side of the image (default: the model's)")
 
@@ -39,7 +41,8 @@ def run(
     *,
     image: str | Path,
     out: str | Path,
-    model: str,
+    run_dir: str | Path | None = None,
+    model: str | None = None,
     checkpoint: str | Path | None = None,
     block: int | None = None,
     image_size: int | None = None,
@@ -55,17 +58,14 @@ def run(
     out = Path(out)
     check_picture(out)
     photo = read_image(Path(image))
-    if checkpoint is None and ":" not in model:
-        raise CommandError("give --checkpoint: the weights of a model trained with auxiliary tokens; timm has none")
-    sized = {} if image_size is None else {"img_size": image_size}
-    net = _models.create(model, pretrained=checkpoint is None, **sized)
-    if not isinstance(net, TokenViT) or net.aux is None:
-        raise CommandError(f"{model} has no auxiliary tokens: give a model that has, such as vit_small_mte")
+    if (run_dir is None) == (model is None):
+        raise CommandError("give either --run FOLDER, of timm-tokens train mte, or --model NAME")
+    net = _of_run(Path(run_dir)) if run_dir else _by_name(model, checkpoint, image_size)
     depth = len(net.base.blocks)
     if block is not None and not 1 <= block <= depth:
         raise CommandError(f"--block takes a number from 1 to {depth}, the model's depth, got {block}")
-    if checkpoint is not None:
-        _models.load_whole(net, Path(checkpoint))
+    if image_size is not None and run_dir:
+        net.set_input_size((image_size, image_size))
     pixels, shown = _models.as_seen(net, photo)
     try:
         seen = looks(net, pixels, (block or depth) - 1)
@@ -74,6 +74,25 @@ def run(
     with replacing(out) as partial:
         _picture(enlarge(shown, SIDE), seen).save(partial)
     return seen
+
+
+def _of_run(folder: Path) -> TokenViT:
+    net = load_run(folder).task.teacher.encoder.backbone
+    if not isinstance(net, TokenViT) or net.aux is None:
+        raise CommandError(f"the run in {folder} has no ViT with auxiliary tokens")
+    return net
+
+
+def _by_name(name: str, checkpoint: str | Path | None, image_size: int | None) -> TokenViT:
+    if checkpoint is None and ":" not in name:
+        raise CommandError("give --checkpoint: the weights of a model trained with auxiliary tokens; timm has none")
+    sized = {} if image_size is None else {"img_size": image_size}
+    net = _models.create(name, pretrained=checkpoint is None, **sized)
+    if not isinstance(net, TokenViT) or net.aux is None:
+        raise CommandError(f"{name} has no auxiliary tokens: give a model that has, such as vit_small_mte")
+    if checkpoint is not None:
+        _models.load_whole(net, Path(checkpoint))
+    return net
 
 
 def _picture(shown: Tensor, seen: Looks) -> Image.Image:

@@ -105,7 +105,7 @@ def run(
     _check(plot, model, run_dir, other=bool(checkpoint or pretrained or merge_r or img_size))
     images = Namespace(data_dir=data_dir and Path(data_dir), dataset=dataset, train_split=train_split)
     splits, out = _open(images, val_split), Path(out)
-    trained = load_run(Path(run_dir), images) if run_dir else None
+    trained = load_run(Path(run_dir)) if run_dir else None
     source = trained.source if trained else named(model, checkpoint and Path(checkpoint), pretrained, merge_r, img_size)
     how = {"batch_size": batch_size, "workers": workers, "device": device}
     train, val = (cached_features(out, split, source, **how) for split in splits)

@@ -62,12 +62,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def build(options: Namespace) -> Objective:
     """The task, and the images as crops."""
-    model = _model(options)
-    base = getattr(model, "base", model)
+    task = make_task(options)
+    base = task.student.encoder.backbone.base
     images = open_split(options, options.train_split)
     images.transform = MultiCrop.for_model(base, _crops(options, base))
-    task = MTETask(
-        model,
+    return Objective(task, images)
+
+
+def make_task(options: Namespace) -> MTETask:
+    """The task alone, which needs no images."""
+    return MTETask(
+        _model(options),
         options.loss,
         num_prototypes=options.prototypes,
         hidden=options.head_hidden,
@@ -83,7 +88,6 @@ def build(options: Namespace) -> Objective:
         mask_prob=options.mask_prob,
         queue_size=options.queue_size,
     )
-    return Objective(task, images)
 
 
 def _model(options: Namespace) -> nn.Module:
