@@ -14,7 +14,6 @@ from timm_tokens import add_aux_tokens, apply_dtem_merging
 from timm_tokens.cli import draw_attention, main
 from timm_tokens.cli._attention import looks
 
-
 # timm's data sets leave the closing of their files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
