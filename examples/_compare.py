@@ -136,6 +136,19 @@ def save(scores: Sequence[Score], out: Path) -> None:
         csv.writer(file).writerows([Score._fields, *scores])
 
 
+def finish(scores: Sequence[Score], out: Path) -> None:
+    """Draw the scores, and print them."""
+    plot(scores).savefig(out / "scores.png", dpi=120)
+    print(f"\n{table(scores)}\n\nThe numbers and a plot are in {out}.")
+
+
+def note(scores: list[Score], method: str, seed: int, measures: dict[str, float], out: Path) -> None:
+    """Add what a run gave to the scores, and write them down."""
+    scores += [Score(method, seed, name, value) for name, value in measures.items()]
+    print(f"seed {seed}, {method}: {measures}", flush=True)
+    save(scores, out)
+
+
 def supervised(
     model: nn.Module, part: Part, epochs: int, *, lr: float = 2e-3, batch_size: int = 32, generator: torch.Generator
 ) -> nn.Module:

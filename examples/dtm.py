@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import timm
 import torch
-from _compare import Images, Part, Score, digits, folders, normalised, outputs, plot, save, supervised, table
+from _compare import Images, Part, Score, digits, finish, folders, normalised, note, outputs, supervised
 from _data import InputError
 from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor, nn
@@ -90,11 +90,8 @@ def run(args: argparse.Namespace) -> list[Score]:
                 task.teacher = targets
                 pretrain(task, images.train.images, args, seed)
             measures = measure(student, images, args, seed)
-            scores += [Score(method, seed, name, value) for name, value in measures.items()]
-            print(f"seed {seed}, {method}: {measures}", flush=True)
-            save(scores, args.out)
-    plot(scores).savefig(args.out / "scores.png", dpi=120)
-    print(f"\n{table(scores)}\n\nThe numbers and a plot are in {args.out}.")
+            note(scores, method, seed, measures, args.out)
+    finish(scores, args.out)
     return scores
 
 

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import timm
 import torch
-from _compare import Images, Part, Score, digits, folders, outputs, plot, save, table
+from _compare import Images, Part, Score, digits, finish, folders, note, outputs
 from _data import InputError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -76,11 +76,8 @@ def run(args: argparse.Namespace) -> list[Score]:
             if method != UNTRAINED:
                 pretrain(task, images.train.images, args, seed)
             measures = measure(task, images, args.img_size)
-            scores += [Score(method, seed, name, value) for name, value in measures.items()]
-            print(f"seed {seed}, {method}: {measures}", flush=True)
-            save(scores, args.out)
-    plot(scores).savefig(args.out / "scores.png", dpi=120)
-    print(f"\n{table(scores)}\n\nThe numbers and a plot are in {args.out}.")
+            note(scores, method, seed, measures, args.out)
+    finish(scores, args.out)
     return scores
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from _compare import Images, Part, Score, digits, folders, normalised, outputs, plot, save, table
+from _compare import Images, Part, Score, digits, finish, folders, normalised, outputs, save
 from _crops import batch_crops
 from _data import InputError
 from timm.models import VisionTransformer
@@ -87,8 +87,7 @@ def run(args: argparse.Namespace) -> list[Score]:
                 scores += [Score(method, seed, name, value) for name, value in measures.items()]
                 print(f"seed {seed}, {method}: " + ", ".join(f"{k} {v:.1f}" for k, v in measures.items()), flush=True)
                 save(scores, args.out)
-    plot(scores).savefig(args.out / "scores.png", dpi=120)
-    print(f"\n{table(scores)}\n\nThe numbers and a plot are in {args.out}.")
+    finish(scores, args.out)
     return scores
 
 

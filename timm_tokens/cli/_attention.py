@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from timm_tokens import blocks
 from timm_tokens.vit import TokenViT
 
 
@@ -38,7 +39,8 @@ def looks(model: TokenViT, images: Tensor, block: int = -1) -> Looks:
     tokens = model(images, tokens=True)
     if not read:
         raise ValueError(f"the attention of {type(model.base.blocks[block]).__name__} gives no weights to draw")
-    prefix, (n, grid) = model.num_prefix_tokens, (tokens.patches.shape[1], model._grid(images))
+    prefix, n = model.num_prefix_tokens, tokens.patches.shape[1]
+    grid = blocks.grid_size(model.base, images.shape[-2:])
     attention = read[-1].mean(dim=1)[:, :, prefix : prefix + n].unflatten(2, grid)  # (B, N + A, H, W)
     pooled = None
     if tokens.pooled is not None:

@@ -59,15 +59,11 @@ def load(model: TokenViT, path: Path) -> None:
     Raises:
         CommandError: If there is no such file, it holds no weights, or they don't fit.
     """
-    state = _read(path)
+    state = read(path)
     whole = any(name.startswith("base.") for name in state)
     target = model if whole else model.base
     ignored = _classifier(target) + (("merger.",) if model.merger.embed is None else ())
-    try:
-        missing, unexpected = target.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1:2] or [str(error)]
-        raise CommandError(f"{path} doesn't fit the model: {detail[0].strip()}") from error
+    missing, unexpected = _fill(target, state, path, strict=False)
     unexpected = [name for name in unexpected if not name.startswith(ignored)]
     for names, verb in ((missing, "lacks"), (unexpected, "has unknown")):
         if names:
@@ -92,10 +88,10 @@ def load_whole(model: TokenViT, path: Path) -> None:
     Raises:
         CommandError: If there is no such file, it holds no weights, those of the base alone, or they don't fit.
     """
-    state = _read(path)
+    state = read(path)
     if not any(name.startswith("base.") for name in state):
         raise CommandError(f"{path} holds a plain model, not one with the parts that are to be drawn")
-    _load_strictly(model, state, path)
+    _fill(model, state, path)
 
 
 def load_all(model: nn.Module, path: Path) -> None:
@@ -104,18 +100,24 @@ def load_all(model: nn.Module, path: Path) -> None:
     Raises:
         CommandError: If there is no such file, it holds no weights, or they don't fit.
     """
-    _load_strictly(model, _read(path), path)
+    _fill(model, read(path), path)
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def _fill(model: nn.Module, state: dict[str, Tensor], path: Path, strict: bool = True) -> tuple[list[str], list[str]]:
+    """Load a state dict that was read from `path`: the names that it lacks, and those that are unknown."""
     try:
-        model.load_state_dict(state)
+        return model.load_state_dict(state, strict=strict)
     except RuntimeError as error:
         detail = str(error).splitlines()[1:2] or [str(error)]
         raise CommandError(f"{path} doesn't fit the model: {detail[0].strip()}") from error
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint file.
+
+    Raises:
+        CommandError: If there is no such file, or it holds no weights.
+    """
     if not path.is_file():
         raise CommandError(f"no checkpoint file {path}")
     try:

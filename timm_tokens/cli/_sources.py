@@ -6,7 +6,7 @@ from typing import Any
 
 from timm.models import get_pretrained_cfg
 from timm.utils import ParseKwargs
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_tokens.cli import _models
@@ -73,8 +73,9 @@ def make_model(options: Namespace, **kwargs: Any) -> nn.Module:
         raise CommandError("--model is missing: the name of a model in timm")
     if options.drop_path is not None:
         kwargs["drop_path_rate"] = options.drop_path
-    if options.checkpoint is not None:
-        kwargs["pretrained_cfg_overlay"] = _as_pretrained(options.model, Path(options.checkpoint))
+    state = None if options.checkpoint is None else _models.read(Path(options.checkpoint))
+    if state is not None:
+        kwargs["pretrained_cfg_overlay"] = _as_pretrained(options.model, options.checkpoint, state)
     kwargs |= {"pretrained": options.pretrained or options.checkpoint is not None} | options.model_kwargs
     sized = {} if options.img_size is None else {"img_size": options.img_size}
     try:
@@ -83,7 +84,7 @@ def make_model(options: Namespace, **kwargs: Any) -> nn.Module:
         if not sized or "img_size" not in str(error):
             raise
         model = _models.create(options.model, **kwargs)  # a conv net: takes any size
-    if options.checkpoint is not None and not model.state_dict().keys() & _models._read(options.checkpoint).keys():
+    if state is not None and not model.state_dict().keys() & state.keys():
         raise CommandError(f"{options.checkpoint} has no weight of {options.model}: is it of another model?")
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -111,10 +112,9 @@ def local_size(backbone: nn.Module, size: int) -> int:
     return max(1, round(size * 96 / 224 / patch)) * patch
 
 
-def _as_pretrained(name: str, checkpoint: Path) -> dict[str, Any]:
+def _as_pretrained(name: str, checkpoint: Path, state: dict[str, Tensor]) -> dict[str, Any]:
     """The checkpoint in the place of timm's own weights: timm then resizes position embeddings, and leaves out a
     classifier of another number of classes, or makes do without."""
-    state = _models._read(checkpoint)
     cfg = get_pretrained_cfg(name)
     classifier = cfg.classifier if cfg is not None else None
     keys = [f"{c}.weight" for c in _names(classifier)]

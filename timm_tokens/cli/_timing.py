@@ -37,6 +37,7 @@ class Machine(NamedTuple):
 
 
 def build(machine: Machine, setting: Setting) -> nn.Module:
+    """The model of a setting: the base, or merging r tokens a block, on the machine's device."""
     size = {} if machine.image_size is None else {"img_size": machine.image_size}
     model = _models.plain(_models.create(machine.model, **size))
     if setting.r is not None:
@@ -73,6 +74,7 @@ def _train(
 
 
 def timed(step: Callable[[], None], device: str) -> float:
+    """Seconds that a step takes, the device's work included."""
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -111,6 +113,7 @@ def _high_water_mark() -> float:
 
 
 def describe(machine: Machine) -> str:
+    """What was measured, and where, in one line."""
     where = torch.cuda.get_device_name(machine.device) if machine.device.startswith("cuda") else _processor()
     options = f"{machine.dtype}{', compiled' if machine.compile else ''}, metric {machine.metric}"
     return (

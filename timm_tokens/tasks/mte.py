@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_tokens import seeding
+from timm_tokens import blocks, seeding
 from timm_tokens.data import random_ratio_masks
 from timm_tokens.distributed import batch_mean, rank, world_size
 from timm_tokens.losses import IBOTPatchLoss, MTELoss, MTETerms
@@ -159,7 +159,7 @@ class MTETask(TokenTask):
         batch, backbone = len(crops[0]), self.student.encoder.backbone
         self._draws += 1
         generator = seeding.generator(self.seed, self.step, self._draws)
-        grid, masks = backbone._grid(crops[0]), []
+        grid, masks = blocks.grid_size(backbone.base, crops[0].shape[-2:]), []
         for _ in range(self.global_crops):
             joined = random_ratio_masks(
                 batch * world_size(), grid, ratio=self.mask_ratio, prob=self.mask_prob, generator=generator
