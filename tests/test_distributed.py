@@ -85,7 +85,7 @@ def process(rank, folder):
     out["logmeanexp"] = distributed.batch_logmeanexp(1000 * x[: rank + 1])
     out["input"] = x
     torch.save(out, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_tokens import distributed
+
 WORLD, STEPS, BATCH = 2, 3, 4  # BATCH images on each process
 CLOSE = dict(atol=5e-5, rtol=1e-4)
 FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
@@ -88,7 +90,7 @@ def worker(rank, folder):
         except (RuntimeError, TypeError) as error:
             results[name] = f"{type(error).__name__}: {error}"
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,21 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def leave(group: dist.ProcessGroup | None = None) -> None:
+    """Leave the group of processes, once all of them are here; it must not be used after that.
+
+    Without the wait gloo can hang: its threads need Python's lock to let go of the last reduction's tensors, and
+    whoever destroys the group holds that lock while waiting for the threads. At a barrier the lock is free.
+
+    Args:
+        group: To wait in, when the default group would lose its patience.
+    """
+    if group is not None:
+        dist.barrier(group=group)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of x over the processes: any shape, the same on each."""
     if world_size() == 1:

@@ -8,6 +8,7 @@ from timm.models import VisionTransformer
 from torch.utils.data import Dataset
 
 import timm_tokens
+from timm_tokens import distributed
 from timm_tokens.data import MultiCrop, dino_crops
 from timm_tokens.tasks import MTETask
 from timm_tokens.training import Settings, train
@@ -59,7 +60,7 @@ def process(rank, folder):
     for objective in OBJECTIVES:
         task = run(objective, folder / objective, batch_size=2)
         torch.save(task.get_task_state(), folder / f"{objective}{rank}.pt")
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from tiny import base
 
+from timm_tokens import distributed
 from timm_tokens.tasks import DTMTask, MIRATask
 
 STEPS = 3
@@ -55,7 +56,7 @@ def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.save({name: trained(name, slice(4 * rank, 4 * rank + 4)) for name in TASKS}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from runs import Follow, Killed, Points, run
 from safetensors.torch import load_file
 from torch import nn
 
+from timm_tokens import distributed
 from timm_tokens.cli import train
 from timm_tokens.training import Accuracy
 from timm_tokens.training.history import read
@@ -42,7 +43,7 @@ def process(rank, folder):
     except Killed:
         dist.barrier()
     run(folder / "killed", Follow(), resume=True, **OPTIONS)
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 @pytest.fixture(scope="module")

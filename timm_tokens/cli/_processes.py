@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 
+from timm_tokens.distributed import leave
+
 
 class Process(NamedTuple):
     """This process: its number, how many there are, and where it computes."""
@@ -44,12 +46,15 @@ def joined(device: str | None) -> Iterator[Process]:
         yield Process(dist.get_rank(), dist.get_world_size(), device, _patient_group())
         return
     found = init_distributed_device_so(device)
+    group = _patient_group() if found["distributed"] else None
     try:
-        group = _patient_group() if found["distributed"] else None
         yield Process(found["global_rank"], found["world_size"], found["device"], group)
-    finally:
+    except BaseException:
         if found["distributed"]:
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # at once: the others may never come
+        raise
+    if found["distributed"]:
+        leave(group)
 
 
 def _patient_group() -> dist.ProcessGroup:
