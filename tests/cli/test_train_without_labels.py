@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from timm_tokens.cli import train
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._sources import make_model
+from timm_tokens.tasks import DTMTask
 
 # timm's ImageDataset leaves the closing of its files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -93,6 +94,20 @@ def test_a_student_of_other_patches(images, tmp_path):
     assert result.model.patch_embed.grid_size == (4, 4)
 
 
+def test_a_student_that_takes_any_size_gets_the_size_asked_for(images, tmp_path, monkeypatch):
+    seen, forward = [], DTMTask.forward
+
+    def watched(task, input, target=None):
+        seen.append((task.grid, tuple(input.shape)))
+        return forward(task, input, target)
+
+    monkeypatch.setattr(DTMTask, "forward", watched)
+    tiny = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    options = {"model": "naflexvit_base_patch16_gap", "model_kwargs": tiny, "drop_path": None, "img_size": 64}
+    pretrain("dtm", images, tmp_path, steps=1, **options)
+    assert seen == [((4, 4), (4, 3, 64, 64))]
+
+
 @pytest.mark.parametrize(
     ("objective", "options", "message"),
     [
@@ -100,6 +115,7 @@ def test_a_student_of_other_patches(images, tmp_path):
         ("dtm", {"teacher": "test_vitt"}, "no checkpoint file .*test_vitt"),
         ("dtm", {"teacher": "test_resnet"}, "does not cut images into patches"),
         ("dtm", {"mask_ratio": 1.5}, r"mask_ratio must be in \(0, 1\], got 1.5"),
+        ("dtm", {"min_tokens": 5}, "between 0 and the 4 tokens that may merge, got 5"),
         ("dtm", {"draws": 0}, "draws must be at least 1, got 0"),
         ("dtm", {"model": "test_resnet"}, "ResNet.* can't be driven"),
         ("mira", {"beta": (0.7, 1.0)}, r"beta must stay in \[0, 1\), got \(0.7, 1.0\)"),

@@ -1,5 +1,6 @@
 import copy
 
+import families
 import pytest
 import timm
 import torch
@@ -156,9 +157,50 @@ def test_bad_ratios_are_refused(ratio):
         make(mask_ratio=ratio)
 
 
-def test_more_merges_than_half_are_refused():
-    with pytest.raises(ValueError, match=r"rounds\[0\] = 9: .* half .* 8 of 16"):
-        make(criterion=DTMLoss(rounds=[9]))(images())
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (DTMLoss(rounds=[9]), r"rounds\[0\] = 9: .* half .* 8 of 16"),
+        (DTMLoss(min_tokens=17), "between 0 and the 16 tokens that may merge, got 17"),
+    ],
+)
+def test_what_cannot_be_morphed_is_refused_when_building(criterion, message):
+    with pytest.raises(ValueError, match=message):
+        make(criterion=criterion)
+
+
+def test_any_criterion_will_do():
+    def distance(student, teacher, mask, generator):
+        return (student - teacher).abs().mean()
+
+    make(criterion=distance)(images())["loss"].backward()
+
+
+@pytest.mark.parametrize("family", families.DRIVABLE)
+def test_any_family_is_a_student(family):
+    student, pixels = families.create(family), families.images()
+    task = DTMTask(student, base(), image_size=48)
+    task.start_step(0, 2, 2)
+    loss = task(pixels)["loss"]
+    loss.backward()
+    assert loss.isfinite() and task.product is student and task.teacher.size == (48, 48)
+    unused = {name for name, parameter in task.student.named_parameters() if parameter.grad is None}
+    assert task.find_unused_parameters == bool(unused) and not any("blocks" in name for name in unused)
+    assert task.student.vit.mask_token.grad.any()
+
+
+def test_images_of_another_size():
+    student = vit(dynamic_img_size=True)
+    with pytest.raises(ValueError, match=r"\(48, 64\) have 6 x 8 patches, .* built for 4 x 4: .*image_size=\(48, 64\)"):
+        DTMTask(student, base())(torch.randn(2, 3, 48, 64))
+    task = DTMTask(student, base(), image_size=(48, 64))
+    assert task.grid == (6, 8) and task.teacher.size == (48, 64)
+    task(torch.randn(2, 3, 48, 64))["loss"].backward()
+
+
+def test_a_size_that_the_student_cannot_take_is_refused():
+    with pytest.raises(ValueError, match=r"takes images of \(32, 32\), got image_size=48: .*img_size=\(48, 48\)"):
+        DTMTask(base(), base(), image_size=48)
 
 
 def test_students_that_cannot_be_driven_are_refused():

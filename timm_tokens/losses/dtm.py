@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_tokens.distributed import all_reduce_mean
-from timm_tokens.ops.morphing import draw_morph_rounds, group_means, group_sums, groups_of_gram, token_gram
+from timm_tokens.ops.morphing import (
+    check_rounds,
+    draw_morph_rounds,
+    group_means,
+    group_sums,
+    groups_of_gram,
+    token_gram,
+)
 
 # Between tokens (B, N, C) of student and teacher -> (B, N)
 DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -83,7 +90,8 @@ class DTMLoss(nn.Module):
         rounds: One fixed schedule, as `morph_groups` takes it, instead of the draws; () compares token by token.
 
     Raises:
-        ValueError: If an argument is out of its range, when building; as `dtm_loss`, when called.
+        ValueError: If an argument is out of its range, when building; as `dtm_loss`, when called. What depends on the
+            number of tokens, `check` refuses before.
     """
 
     def __init__(
@@ -108,6 +116,21 @@ class DTMLoss(nn.Module):
         self.distance, self.beta, self.draws = distance, beta, draws
         self.max_rounds, self.min_tokens, self.num_prefix_tokens = max_rounds, min_tokens, num_prefix_tokens
         self.rounds = None if rounds is None else tuple(rounds)
+
+    def check(self, num_tokens: int) -> None:
+        """Refuse numbers of tokens that can't be morphed so.
+
+        Args:
+            num_tokens: N.
+
+        Raises:
+            ValueError: If there are fewer tokens than min_tokens, or a round merges more than half of them.
+            TypeError: If rounds is no sequence of ints.
+        """
+        if self.rounds is None:
+            self._draw(num_tokens, torch.Generator())
+        else:
+            check_rounds(self.rounds, num_tokens, self.num_prefix_tokens)
 
     def forward(
         self,

@@ -97,7 +97,7 @@ def token_gram(target: Tensor) -> Tensor:
 def groups_of_gram(gram: Tensor, rounds: Sequence[int], *, num_prefix_tokens: int = 0) -> Tensor:
     """`morph_groups` from `token_gram`, which serves several draws: (B, N, N) -> (B, N) int64."""
     b, n = gram.shape[:2]
-    _check_rounds(rounds, n, num_prefix_tokens)
+    check_rounds(rounds, n, num_prefix_tokens)
     gram = gram.clone()
     positions = torch.arange(n, device=gram.device).expand(b, n)
     home = rows = positions  # the row of the Gram matrix where the group of each patch is, and that of each token left
@@ -175,7 +175,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _check_rounds(rounds: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> None:
+def check_rounds(rounds: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> None:
+    """Refuse rounds that `morph_groups` can't do."""
     if not 0 <= num_prefix_tokens <= num_tokens:
         raise ValueError(f"num_prefix_tokens must be between 0 and the {num_tokens} tokens, got {num_prefix_tokens}")
     if not isinstance(rounds, Sequence) or any(isinstance(r, bool) or not isinstance(r, int) for r in rounds):

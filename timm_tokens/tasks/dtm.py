@@ -5,6 +5,7 @@ Shapes: B images, N patches, C channels of the student, D of the teacher.
 
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from timm_tokens import blocks, seeding
@@ -46,7 +47,8 @@ class DTMTask(TokenTask):
         student: A timm ViT that can be driven, or a TokenViT; `product` is the plain ViT, trained.
         teacher: Any timm ViT; a frozen copy is taken, brought to the student's grid and normalisation (TokenTeacher).
         criterion: Compares tokens (B, N, D), as `DTMLoss` does, which is the default. DTMLoss(rounds=()) compares them
-            one by one.
+            one by one. If it has a `check` of N, as DTMLoss, it is asked when building.
+        image_size: Side, or (height, width), of the images that come; None: the size that the student is made for.
         mask_ratio: Share of the patches that are masked.
         masked_only: Whether the masked tokens alone count in the loss; all of them take part in the morphing.
         teacher_head: Whether the targets go through the teacher's classifier: CLIP's projection.
@@ -54,8 +56,8 @@ class DTMTask(TokenTask):
 
     Raises:
         TypeError: If the student can't be driven.
-        ValueError: If mask_ratio is not in (0, 1], the teacher can't be brought to the student's grid, or their
-            channels differ.
+        ValueError: If mask_ratio is not in (0, 1], the teacher can't be brought to the student's grid, their channels
+            differ, the student can't take images of this size, or the criterion so many tokens.
 
     Source: DTM (arXiv 2401.00254), section 3; the masks are BEiT's (arXiv 2106.08254).
     """
@@ -66,6 +68,7 @@ class DTMTask(TokenTask):
         teacher: nn.Module,
         criterion: nn.Module | None = None,
         *,
+        image_size: int | tuple[int, int] | None = None,
         mask_ratio: float = 75 / 196,
         masked_only: bool = False,
         teacher_head: bool = False,
@@ -76,10 +79,12 @@ class DTMTask(TokenTask):
         vit = student if getattr(student, "mask_token", None) is not None else add_mask_token(student)
         if vit.in_chans != channels(teacher):
             raise ValueError(f"the student takes {vit.in_chans} channels and the teacher {channels(teacher)}")
-        grid = blocks.grid_size(vit.base, vit.image_size)
+        grid = blocks.grid_size(vit.base, _image_size(vit, image_size))
         targets = TokenTeacher(teacher, grid, normalisation=normalisation_of(vit.base), head=teacher_head)
         super().__init__(MaskedStudent(vit, targets.width), seed=seed)
         self.teacher, self.criterion = targets, DTMLoss() if criterion is None else criterion
+        if hasattr(self.criterion, "check"):
+            self.criterion.check(grid[0] * grid[1])
         self.grid, self.masked_only = grid, masked_only
         self.find_unused_parameters = _has_unused(vit.base)
         self.masked = max(1, round(mask_ratio * grid[0] * grid[1]))
@@ -92,14 +97,35 @@ class DTMTask(TokenTask):
     def forward(self, input: Tensor | list[Tensor], target: Any = None) -> dict[str, Tensor]:
         """The loss of images (B, C, H, W); of [images, mask (B, N)] with these masks instead of drawn ones."""
         images, mask = (input, self._draw_masks(input)) if isinstance(input, Tensor) else input
+        self._check_grid(images)
         tokens = self.trainable_module(images, mask)
         drawn = seeding.generator(self.seed, self.step)  # without the rank: the same on all processes
         loss = self.criterion(tokens, self.teacher(images), mask if self.masked_only else None, generator=drawn)
         return {"loss": loss}
 
+    def _check_grid(self, images: Tensor) -> None:
+        size = tuple(images.shape[-2:])
+        rows, columns = blocks.grid_size(self.product, size)
+        if (rows, columns) != self.grid:
+            raise ValueError(
+                f"images of {size} have {rows} x {columns} patches, but the task was built for "
+                f"{self.grid[0]} x {self.grid[1]}: build it with image_size={size}"
+            )
+
     def _draw_masks(self, images: Tensor) -> Tensor:
         mask = block_masks(self.masked, self.grid, len(images), generator=self.generator())
         return mask.to(images.device, non_blocking=True)
+
+
+def _image_size(vit: TokenViT, wanted: int | tuple[int, int] | None) -> tuple[int, int]:
+    """The size of the images to come, which the student must take."""
+    size = vit.image_size if wanted is None else to_2tuple(wanted)
+    if size != vit.image_size and getattr(blocks.stem(vit.base), "strict_img_size", False):
+        raise ValueError(
+            f"the student takes images of {vit.image_size}, got image_size={wanted}: make it with img_size={size}, or "
+            "with dynamic_img_size=True"
+        )
+    return size
 
 
 def _has_unused(base: nn.Module) -> bool:

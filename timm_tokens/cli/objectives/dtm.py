@@ -54,11 +54,12 @@ def build(options: Namespace) -> Objective:
     student = make_model(options, num_classes=0)
     loss = DTMLoss(options.distance, draws=options.draws, max_rounds=options.max_rounds, min_tokens=options.min_tokens)
     task = DTMTask(
-        student, _teacher(options), loss,
+        student, _teacher(options), loss, image_size=options.img_size,
         mask_ratio=options.mask_ratio, masked_only=options.masked_only, teacher_head=options.teacher_head,
     )  # fmt: skip
     train, config = open_split(options, options.train_split), resolve_model_data_config(student)
-    config["input_size"] = (config["input_size"][0], *task.student.vit.image_size)
+    size = (options.img_size,) * 2 if options.img_size else task.student.vit.image_size
+    config["input_size"] = (config["input_size"][0], *size)
     train.transform = create_transform(
         **config, is_training=True, scale=tuple(options.scale), hflip=options.hflip,
         color_jitter=options.color_jitter or None,
