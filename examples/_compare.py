@@ -63,6 +63,13 @@ def folders(root: Path, size: int) -> Images:
     return Images(*(_read_folder(root / name, size) for name in ("train", "val")))
 
 
+def hold_out(part: Part) -> Images:
+    """A fifth of the images to report on, the others to learn from: to choose settings by."""
+    order = torch.randperm(len(part.labels), generator=torch.Generator().manual_seed(0))
+    held, rest = order.tensor_split([len(order) // 5])
+    return Images(Part(part.images[rest], part.labels[rest]), Part(part.images[held], part.labels[held]))
+
+
 def _read_folder(path: Path, size: int) -> Part:
     try:
         samples = ImageFolder(path).samples

@@ -5,7 +5,8 @@
 
 The same small ViT is pre-trained from the same teacher with each kind of target, from several seeds, for equally many
 steps. Then the features are judged on val/, which nothing was trained or chosen on: by a linear classifier on frozen
-features, and by fine-tuning on some of train/. A table with the spread over seeds, a plot and all numbers go to --out.
+features, and by fine-tuning on some of train/. With --hold-out a fifth of train/ takes the place of val/: to choose
+settings by. A table with the spread over seeds, a plot and all numbers go to --out.
 
 The teacher of the digits is a ViT trained on their classes; that of a folder is timm's, with ImageNet's weights. To
 pre-train a model for use, with augmentation and from any teacher: timm-tokens train dtm.
@@ -19,11 +20,11 @@ from tempfile import TemporaryDirectory
 
 import timm
 import torch
-from _compare import Images, Part, Score, digits, finish, folders, normalised, note, outputs, supervised
+from _compare import Images, Part, Score, digits, finish, folders, hold_out, normalised, note, outputs, supervised
 from _data import InputError
 from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
 
 from timm_tokens.losses import DTMLoss
 from timm_tokens.probing import linear_probe
@@ -64,6 +65,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher", default="vit_tiny_patch16_224", help="any timm ViT (with --data-dir)")
     parser.add_argument("--teacher-checkpoint", type=Path, help="its weights; default: timm's pretrained")
     parser.add_argument("--out", type=Path, default=Path("output/dtm"), help="folder for the results")
+    parser.add_argument("--hold-out", action="store_true", help="report on a fifth of train/ instead of val/")
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="those to compare")
     parser.add_argument("--img-size", type=int, default=24)
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--dim", type=int, default=48, help="width of the student")
@@ -79,11 +82,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> list[Score]:
     images = folders(args.data_dir, args.img_size) if args.data_dir else digits(args.img_size)
+    if args.hold_out:
+        images = hold_out(images.train)
     teacher = folder_teacher(args) if args.data_dir else digits_teacher(args, images)
     targets = teach(teacher, images, args)
     scores: list[Score] = []
     for seed in args.seeds:
-        for method in [UNTRAINED, *TARGETS]:
+        for method in [UNTRAINED, *args.targets]:
             student = make_student(args, images, seed)
             if method != UNTRAINED:
                 task = RememberingTask(student, teacher, TARGETS[method](targets.tokens.shape[1]))
@@ -98,9 +103,10 @@ def run(args: argparse.Namespace) -> list[Score]:
 def make_student(args: argparse.Namespace, images: Images, seed: int) -> VisionTransformer:
     torch.manual_seed(seed)
     channels = images.train.images.shape[1]
+    heads = next(heads for heads in range(max(1, args.dim // 24), 0, -1) if args.dim % heads == 0)
     student = VisionTransformer(
         img_size=args.img_size, patch_size=args.patch_size, in_chans=channels,
-        embed_dim=args.dim, depth=args.depth, num_heads=max(1, args.dim // 24), num_classes=0,
+        embed_dim=args.dim, depth=args.depth, num_heads=heads, num_classes=0,
         class_token=False, global_pool="avg", fc_norm=False,
     )  # fmt: skip
     student.pretrained_cfg = {"mean": (0.5,) * channels, "std": (0.5,) * channels}  # as `normalised` makes images
@@ -129,19 +135,6 @@ def folder_teacher(args: argparse.Namespace) -> nn.Module:
     return teacher
 
 
-class Indexed(Dataset):
-    """(image, its number)."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return normalised(self.images[index]), index
-
-
 class Remembered(nn.Module):
     """The teacher's tokens (N, n, D) of images that never change, looked up by the images' numbers."""
 
@@ -154,11 +147,11 @@ class Remembered(nn.Module):
 
 
 class RememberingTask(DTMTask):
-    """DTM without augmentation beside the masks: the teacher sees each image once, before the training."""
+    """DTM on uint8 images and their numbers, unaugmented: the teacher sees each image once, before the training."""
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         self.teacher.numbers = target
-        return super().forward(input)
+        return super().forward(normalised(input))
 
 
 def teach(teacher: nn.Module, images: Images, args: argparse.Namespace) -> Remembered:
@@ -173,7 +166,7 @@ def pretrain(task: DTMTask, images: Tensor, args: argparse.Namespace, seed: int)
             out=Path(out), steps=args.steps, batch_size=args.batch_size, lr=args.lr, opt_betas=(0.9, 0.98),
             clip_grad=3.0, workers=0, seed=seed, log_every=50,
         )  # fmt: skip
-        train(task, Indexed(images), settings)
+        train(task, TensorDataset(images, torch.arange(len(images))), settings)
 
 
 def measure(student: nn.Module, images: Images, args: argparse.Namespace, seed: int) -> dict[str, float]:

@@ -6,7 +6,8 @@
 The same backbone is trained without labels with each kind of pseudo-label, from several seeds, for equally many steps
 on the same crops; everything else is MIRATask. Then it is judged on val/, which nothing was trained or chosen on: by
 nearest neighbours among train/, and by how far the prototypes agree with the classes (normalised mutual information).
-A table with the spread over seeds, a plot and all numbers go to --out.
+With --hold-out a fifth of train/ takes the place of val/: to choose settings by. A table with the spread over seeds, a
+plot and all numbers go to --out.
 
 To pre-train a model for use: timm-tokens train mira.
 """
@@ -19,12 +20,13 @@ from tempfile import TemporaryDirectory
 
 import timm
 import torch
-from _compare import Images, Part, Score, digits, finish, folders, note, outputs
+from _compare import Images, Part, Score, digits, finish, folders, hold_out, note, outputs
+from _crops import batch_crops
 from _data import InputError
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
 
-from timm_tokens.data import Crop, MultiCrop
+from timm_tokens.data import Crop
 from timm_tokens.losses import MIRALoss
 from timm_tokens.ops import sinkhorn_assign
 from timm_tokens.probing import assignment_nmi, knn_accuracy
@@ -53,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="train/<class>/ and val/<class>/ with images; default: digits")
+    parser.add_argument("--hold-out", action="store_true", help="report on a fifth of train/ instead of val/")
+    parser.add_argument("--labels", nargs="+", choices=list(LABELS), default=list(LABELS), help="those to compare")
     parser.add_argument("--model", default="test_resnet", help="any timm model that takes images of --img-size")
     parser.add_argument("--out", type=Path, default=Path("output/mira"), help="folder for the results")
     parser.add_argument("--img-size", type=int, default=32, help="side of the global crops")
@@ -63,15 +67,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--momentum", type=float, default=0.99, help="of the teacher, at first")
+    parser.add_argument("--amp", choices=["bfloat16"], help="faster training, where the processor has it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> list[Score]:
     images = folders(args.data_dir, args.img_size * 5 // 4) if args.data_dir else digits(args.img_size)
+    if args.hold_out:
+        images = hold_out(images.train)
     scores: list[Score] = []
     for seed in args.seeds:
-        for method in [UNTRAINED, *LABELS]:
+        for method in [UNTRAINED, *args.labels]:
             task = make_task(args, images, LABELS.get(method, {}), seed)
             if method != UNTRAINED:
                 pretrain(task, images.train.images, args, seed)
@@ -81,44 +89,46 @@ def run(args: argparse.Namespace) -> list[Score]:
     return scores
 
 
-def make_task(args: argparse.Namespace, images: Images, labels: dict, seed: int) -> MIRATask:
+class InMemoryTask(MIRATask):
+    """A MIRATask that cuts its crops itself, from a batch of whole images."""
+
+    crops: list[Crop]
+
+    def forward(self, input: Tensor, target: object = None) -> dict[str, Tensor]:
+        return super().forward(batch_crops(input, self.crops, self.generator()))
+
+
+def make_task(args: argparse.Namespace, images: Images, labels: dict, seed: int) -> InMemoryTask:
     torch.manual_seed(seed)
+    channels = images.train.images.shape[1]
     try:
-        backbone = timm.create_model(args.model, num_classes=0, in_chans=images.train.images.shape[1])
+        backbone = timm.create_model(args.model, num_classes=0, in_chans=channels)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"can't use --model {args.model}: {error}") from None
-    return MIRATask(backbone, num_prototypes=args.prototypes, hidden=args.hidden, width=args.width, **labels)
+    backbone = backbone.to(memory_format=torch.channels_last)  # faster convolutions on a CPU
+    task = InMemoryTask(
+        backbone, num_prototypes=args.prototypes, hidden=args.hidden, width=args.width,
+        momentum=(args.momentum, 1.0), **labels,
+    )  # fmt: skip
+    task.crops = make_crops(args, channels)
+    return task
 
 
-class Crops(Dataset):
-    """(crops of an image, 0): no labels."""
-
-    def __init__(self, images: Tensor, transform: MultiCrop) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
-        return self.transform(self.images[index]), 0
-
-
-def make_crops(args: argparse.Namespace, channels: int) -> MultiCrop:
+def make_crops(args: argparse.Namespace, channels: int) -> list[Crop]:
     """Photographs are flipped and change their colours; digits are not, and do not."""
-    mean = std = (0.5,) * channels
-    plain = {} if channels == 3 else {"flip": 0.0, "jitter_prob": 0.0, "grayscale": 0.0, "blur": 0.0}
-    crops = [Crop(args.img_size, 2, (0.4, 1.0), **plain)]
-    if args.local_crops:
-        crops.append(Crop(args.img_size // 2, args.local_crops, (0.15, 0.4), **plain))
-    return MultiCrop(crops, mean, std, interpolation="bilinear")
+    plain = {"flip": 0.0, "jitter_prob": 0.0, "grayscale": 0.0, "blur": 0.0}
+    look = {"blur_sigma": (0.1, 2 * args.img_size / 224)} if channels == 3 else plain
+    crops = [Crop(args.img_size, 2, (0.4, 1.0), **look)]
+    return crops + ([Crop(args.img_size // 2, args.local_crops, (0.15, 0.4), **look)] if args.local_crops else [])
 
 
 def pretrain(task: MIRATask, images: Tensor, args: argparse.Namespace, seed: int) -> None:
     with TemporaryDirectory() as out:
         settings = Settings(
-            out=Path(out), steps=args.steps, batch_size=args.batch_size, lr=args.lr, workers=0, seed=seed, log_every=50
-        )
-        train(task, Crops(images, make_crops(args, images.shape[1])), settings)
+            out=Path(out), steps=args.steps, batch_size=args.batch_size, lr=args.lr, amp=args.amp, workers=0, seed=seed,
+            log_every=50,
+        )  # fmt: skip
+        train(task, TensorDataset(images, torch.zeros(len(images))), settings)
 
 
 def measure(task: MIRATask, images: Images, size: int) -> dict[str, float]:
