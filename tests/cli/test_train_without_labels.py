@@ -121,6 +121,7 @@ def test_a_student_that_takes_any_size_gets_the_size_asked_for(images, tmp_path,
         ("mira", {"beta": (0.7, 1.0)}, r"beta must stay in \[0, 1\), got \(0.7, 1.0\)"),
         ("mira", {"tau_teacher": 0.0}, "tau must be a positive number"),
         ("mira", {"tau_teacher": -1.0, "targets": "sinkhorn"}, "tau must be a positive number"),
+        ("mira", {"local_size": 20}, "--local-size must be a multiple of the model's patches of 16 px, got 20"),
         ("mira", {"global_scale": (0.5, 0.2)}, r"scale must be a range of shares in \(0, 1\]"),
     ],
 )

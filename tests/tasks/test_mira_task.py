@@ -162,6 +162,8 @@ def test_resumed_equals_uninterrupted():
         ({"momentum": (0.9, 1.1)}, r"momentum must stay in \[0, 1\], got \(0.9, 1.1\)"),
         ({"num_prototypes": 0}, "num_prototypes must be at least 1, got 0"),
         ({"global_crops": 0}, "global_crops must be at least 1, got 0"),
+        ({"hidden": 0}, "hidden must be at least 1, got 0"),
+        ({"width": -1}, "width must be at least 1, got -1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from timm.layers import PatchEmbed
 from timm.models import get_pretrained_cfg
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
@@ -110,6 +111,17 @@ def local_size(backbone: nn.Module, size: int) -> int:
     stem = getattr(backbone, "patch_embed", None)
     patch = stem.patch_size[0] if hasattr(stem, "patch_size") else 1
     return max(1, round(size * 96 / 224 / patch)) * patch
+
+
+def check_size(backbone: nn.Module, size: int, option: str) -> None:
+    """Refuse a side of crops that a ViT can't cut into whole patches.
+
+    Raises:
+        CommandError: Names the option.
+    """
+    stem = getattr(backbone, "patch_embed", None)
+    if isinstance(stem, PatchEmbed) and size % stem.patch_size[0] and not stem.dynamic_img_pad:
+        raise CommandError(f"{option} must be a multiple of the model's patches of {stem.patch_size[0]} px, got {size}")
 
 
 def _as_pretrained(name: str, checkpoint: Path, state: dict[str, Tensor]) -> dict[str, Any]:

@@ -91,7 +91,8 @@ class MIRATask(TokenTask):
         frozen_epochs: float = 1.0,
         seed: int = 0,
     ) -> None:
-        _check(backbone, num_prototypes, global_crops, beta, momentum)
+        counts = {"num_prototypes": num_prototypes, "hidden": hidden, "width": width, "global_crops": global_crops}
+        _check(backbone, counts, beta, momentum)
         encoder = Encoder(backbone, hidden, width)
         super().__init__(ClusteringStudent(encoder, Prototypes(width, num_prototypes)), seed=seed)
         self.teacher = use_batch_statistics(frozen_copy(encoder))
@@ -133,18 +134,14 @@ class MIRATask(TokenTask):
 
 
 def _check(
-    backbone: nn.Module,
-    num_prototypes: int,
-    global_crops: int,
-    beta: tuple[float, float],
-    momentum: tuple[float, float],
+    backbone: nn.Module, counts: dict[str, int], beta: tuple[float, float], momentum: tuple[float, float]
 ) -> None:
     if backbone.num_classes:
         raise ValueError(
             f"the backbone has a classifier for {backbone.num_classes} classes, but its features are to be clustered: "
             "make it with num_classes=0, or call backbone.reset_classifier(0)"
         )
-    for name, value in [("num_prototypes", num_prototypes), ("global_crops", global_crops)]:
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     for value in beta:

@@ -13,7 +13,7 @@ from functools import partial
 
 from timm.data import resolve_model_data_config
 
-from timm_tokens.cli._sources import add_sources, local_size, make_backbone, open_split
+from timm_tokens.cli._sources import add_sources, check_size, local_size, make_backbone, open_split
 from timm_tokens.cli.objectives import Objective
 from timm_tokens.data import MultiCrop, swav_crops
 from timm_tokens.losses import MIRALoss
@@ -56,8 +56,11 @@ def build(options: Namespace) -> Objective:
     )  # fmt: skip
     train = open_split(options, options.train_split)
     size = options.img_size or resolve_model_data_config(backbone)["input_size"][-1]
+    local = options.local_size or local_size(backbone, size)
+    for side, option in ((size, "--img-size"), (local, "--local-size")):
+        check_size(backbone, side, option)
     crops = swav_crops(
-        size, options.local_size or local_size(backbone, size), options.local_crops,
+        size, local, options.local_crops,
         tuple(options.global_scale), tuple(options.local_scale),
     )  # fmt: skip
     train.transform = MultiCrop.for_model(backbone, crops)
