@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import normalized_mutual_info_score
 
-from timm_tokens.cli import _features, main, probe
+from timm_tokens.cli import _features, draw_attention, main, probe
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.probing import knn_accuracy, linear_probe
 
@@ -84,7 +84,7 @@ def test_the_image_size_can_be_chosen(arguments):
     small = probe.run(**arguments, img_size=96, plot=False)
     large = probe.run(**arguments, plot=False)
     files = list(arguments["out"].glob("*.safetensors"))
-    assert len(files) == 4 and len({float(load_file(file)["features"].sum()) for file in files}) == 4
+    assert len(files) == 4 and len({float(load_file(file)["features"][0, 0]) for file in files}) == 4
     assert small.images == large.images
 
 
@@ -134,6 +134,50 @@ def test_prototypes_of_a_run_as_tokens_are_added(trained, tmp_path):
     torch.testing.assert_close(val.features, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("objective", "model", "options", "made"),
+    [
+        (
+            "dtm",
+            "test_vit",
+            "--img-size 32 --model-kwargs depth=1 --teacher test_vit --teacher-checkpoint",
+            {"depth": 1},
+        ),
+        ("mira", "test_vit", "--img-size 64 --local-size 32 --local-crops 1 --prototypes 8 --hidden 8 --width 8", {}),
+        ("mira", "test_resnet", "--img-size 64 --local-crops 0 --prototypes 8 --hidden 8 --width 8", {}),
+        ("token-label", "test_vit", "--img-size 64 --ema 0.5", {}),
+    ],
+)
+def test_the_model_of_any_run(trained, arguments, tmp_path, objective, model, options, made):
+    line = f"train {objective} --data-dir {trained / 'images'} --out {tmp_path / 'run'} --model {model} --steps 2 "
+    line += f"--batch-size 2 --workers 0 --device cpu {options}"
+    if objective == "dtm":
+        line += f" {arguments['checkpoint']}"
+    assert main(line.split()) == 0
+    probe.run(run_dir=tmp_path / "run", data_dir=trained / "images", out=tmp_path, neighbours=[1], epochs=1, plot=False)
+    size = 32 if objective == "dtm" else 64
+    net = timm.create_model(model, num_classes=0, **made).eval()
+    if hasattr(net, "set_input_size"):
+        net.set_input_size(img_size=size)
+    state = load_file(tmp_path / "run" / "model.safetensors")
+    net.load_state_dict(state, strict=objective != "token-label")
+    files = sorted((trained / "images" / "val").rglob("*.png"))
+    transform = _features.eval_transform(net, size)
+    with torch.no_grad():
+        expected = net(torch.stack([transform(Image.open(file)) for file in files]))
+    saved = [_features.load_features(file) for file in tmp_path.glob("test_*.safetensors")]
+    val = next(x for x in saved if "val" in x.metadata["data"])
+    torch.testing.assert_close(val.features, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(CommandError, match="has no ViT with auxiliary tokens"):
+        draw_attention.run(image=files[0], out=tmp_path / "seen.png", run_dir=tmp_path / "run")
+
+
+def test_a_run_without_checkpoint_is_refused(arguments, tmp_path):
+    (tmp_path / "options.json").write_text('{"objective": "dtm"}')
+    with pytest.raises(CommandError, match="has no checkpoint yet"):
+        probe.run(**arguments | {"model": None, "checkpoint": None, "run_dir": tmp_path})
+
+
 def test_arguments_of_the_command_are_those_of_run():
     parser = argparse.ArgumentParser()
     probe.add_arguments(parser)
@@ -145,7 +189,7 @@ def test_arguments_of_the_command_are_those_of_run():
     [
         ({"model": None}, "pass either --model NAME, or --run FOLDER"),
         ({"model": None, "run_dir": "nowhere"}, "--run brings its model: leave out --checkpoint"),
-        ({"model": None, "checkpoint": None, "run_dir": "nowhere"}, "no run of timm-tokens train mte in nowhere"),
+        ({"model": None, "checkpoint": None, "run_dir": "nowhere"}, "no run of timm-tokens train in nowhere"),
         ({"data_dir": None}, "--data-dir is missing"),
         ({"data_dir": "nowhere"}, "no folder nowhere/train"),
         ({"val_split": "train"}, "splits train and train are the same images"),

@@ -1,7 +1,8 @@
-"""A run of `timm-tokens train mte`: its model, and what its prototypes make of images."""
+"""A run of `timm-tokens train`: its model, and what the prototypes of MTE make of images."""
 
 import json
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._features import Source, eval_transform, file_identity
 from timm_tokens.cli._images import batches
+from timm_tokens.cli._sources import make_backbone
 from timm_tokens.cli.objectives.mte import make_task
 from timm_tokens.probing import assignment_nmi, ensemble_assignments
 from timm_tokens.tasks import MTETask
@@ -19,17 +21,17 @@ from timm_tokens.training import checkpoints
 
 
 class Trained(NamedTuple):
-    """A task as its last checkpoint has it, and its product as a source of features."""
+    """What a run trained: its model as a source of features, and of MTE the task, for its prototypes."""
 
-    task: MTETask
     source: Source
+    task: MTETask | None
 
 
 def load_run(folder: Path) -> Trained:
-    """The task of a run, from its last checkpoint.
+    """What a run trained, from its last checkpoint.
 
     Args:
-        folder: `--out` of `timm-tokens train mte`; its images may be gone.
+        folder: `--out` of `timm-tokens train`; its images may be gone.
 
     Raises:
         CommandError: there is no such run, or its checkpoint can't be read.
@@ -38,17 +40,19 @@ def load_run(folder: Path) -> Trained:
         kept = json.loads((folder / "options.json").read_text())
         state = checkpoints.load(folder)
     except (FileNotFoundError, ValueError) as error:
-        raise CommandError(f"no run of timm-tokens train mte in {folder}: {error}") from error
-    if kept.pop("objective") != "mte" or state is None:
-        raise CommandError(
-            f"{folder} has no checkpoint of timm-tokens train mte: for other models give --model and --checkpoint"
-        )
+        raise CommandError(f"no run of timm-tokens train in {folder}: {error}") from error
+    if state is None:
+        raise CommandError(f"the run in {folder} has no checkpoint yet")
+    last, task = folder / checkpoints.LAST, None
     options = Namespace(**kept | {"pretrained": False, "checkpoint": None})
-    task = make_task(options)
-    task.load_task_state(state["task_state"])
-    last = folder / checkpoints.LAST
+    if kept["objective"] == "mte":
+        task = make_task(options)
+        task.load_task_state(state["task_state"])
+    else:
+        options.checkpoint = last
     about = {"model": options.model, "checkpoint": file_identity(last), "merge_r": "0"}
-    return Trained(task, Source(lambda: task.product, about, str(last), options.img_size))
+    make = partial(make_backbone, options) if task is None else lambda: task.product
+    return Trained(Source(make, about, str(last), options.img_size), task)
 
 
 @torch.inference_mode()
@@ -58,10 +62,10 @@ def nmi_by_tokens(
     """NMI with the classes of the argmax over prototypes of the first tokens' mean assignment: a number for each count.
 
     The teacher's assignments, centred, at its last temperature, as the task compares them. None for MoBY, which has no
-    prototypes.
+    prototypes, and for other objectives.
     """
     task = trained.task
-    if task.student.prototypes is None:
+    if task is None or task.student.prototypes is None:
         return None
     task.criterion.baseline.tau_teacher = task.temperatures[1]
     teacher, baseline = task.teacher.to(device).eval(), task.criterion.baseline.to(device)

@@ -77,7 +77,8 @@ def run(
 
 
 def _of_run(folder: Path) -> TokenViT:
-    net = load_run(folder).task.teacher.encoder.backbone
+    task = load_run(folder).task
+    net = None if task is None else task.teacher.encoder.backbone
     if not isinstance(net, TokenViT) or net.aux is None:
         raise CommandError(f"the run in {folder} has no ViT with auxiliary tokens")
     return net

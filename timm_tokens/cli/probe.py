@@ -4,8 +4,8 @@
     timm-tokens probe --model vit_small_mte --checkpoint run/model.safetensors --data-dir images
     timm-tokens probe --run run --data-dir images
 
-The last takes the model of a run of `timm-tokens train mte`, and also measures how well its prototype assignments agree
-with the classes (NMI), by the global token alone and as the others are added one by one. The folder has
+The last takes the model of a run of `timm-tokens train`. Of MTE it also measures how well its prototype assignments
+agree with the classes (NMI), by the global token alone and as the others are added one by one. The folder has
 train/<class>/ and val/<class>/. Everything is fitted on the training images; the others are only scored.
 """
 
@@ -38,7 +38,7 @@ class Report(NamedTuple):
         images: of training and of validation.
         knn: accuracy by number of neighbours.
         linear: the linear probe's result.
-        nmi: of prototype assignments by the first token, the first two, and so on; None without a run.
+        nmi: of prototype assignments by the first token, the first two, and so on; None without a run of MTE.
         tokens: their names.
     """
 
@@ -55,7 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     source.add_argument("--model", help="name of a model in timm, or of this package")
     source.add_argument("--checkpoint", type=Path, help="weights of the model (.safetensors, .pth)")
     source.add_argument("--pretrained", action="store_true", help="timm's own weights of the model")
-    source.add_argument("--run", dest="run_dir", type=Path, help="instead: folder of a run of timm-tokens train mte")
+    source.add_argument("--run", dest="run_dir", type=Path, help="instead: folder of a run of timm-tokens train")
     source.add_argument("--merge-r", type=int, default=0, help="tokens that each block merges away (a timm ViT)")
     source.add_argument("--img-size", type=int, help="side of the images (default: the model's)")
     images = parser.add_argument_group("the images")
@@ -111,7 +111,7 @@ def run(
     train, val = (cached_features(out, split, source, **how) for split in splits)
     fit = {"lrs": lrs, "epochs": epochs, "generator": torch.Generator().manual_seed(seed)}
     report = _measure(train, val, neighbours, device, fit)
-    if trained:
+    if trained and trained.task:
         report = report._replace(nmi=nmi_by_tokens(trained, splits[1], **how), tokens=tuple(trained.task.names))
     print(table(report))
     _write(out, source, report, plot)
