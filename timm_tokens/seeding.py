@@ -30,7 +30,10 @@ def seeded(*numbers: int) -> Iterator[None]:
     timm's augmentation draws from all three.
     """
     seed = derived_seed(*numbers)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_bit_generator()
+    # Reading NumPy's state takes longer than to augment a small image; so another generator stands in for its own.
+    spare = _SPARE.pop() if _SPARE else np.random.MT19937()
+    np.random.set_bit_generator(spare)
     torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPUs too
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -39,7 +42,11 @@ def seeded(*numbers: int) -> Iterator[None]:
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_state(states[2])
+        np.random.set_bit_generator(states[2])
+        _SPARE.append(spare)
+
+
+_SPARE: list[np.random.MT19937] = []  # slow to make
 
 
 def drawn_from(generator: torch.Generator | None) -> AbstractContextManager[None]:

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_tokens.losses import TokenLabelLoss
-from timm_tokens.losses.token_label import sparse_cross_entropy
-from timm_tokens.ops import SparseLabels, crop_token_labels
+from timm_tokens.ops import SparseLabels, crop_token_labels, sparse_cross_entropy
 
 # torch 2.6 warns about its own tracing of autograd functions
 quiet_dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -145,6 +144,21 @@ def test_sparse_cross_entropy_with_repeated_classes(num_classes, slots):
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-6)
     got, want = (torch.autograd.grad((x * weight).sum(), logits)[0] for x in (got, want))
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50])
+def test_sparse_cross_entropy_in_parts_is_the_same(rows, monkeypatch):
+    logits, target, _ = example()
+    weight = torch.randn(3, 16)
+
+    def loss_and_gradient():
+        loss = sparse_cross_entropy(logits.tokens, *target[1:])
+        return loss, *torch.autograd.grad((loss * weight).sum(), logits.tokens)
+
+    whole = loss_and_gradient()
+    monkeypatch.setattr("timm_tokens.ops.chunking._CPU", rows * 11)
+    for got, want in zip(loss_and_gradient(), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_extreme_logits():

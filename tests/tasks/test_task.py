@@ -1,7 +1,9 @@
 """TokenTask and teachers: what a task's state is, what train() reaches, and the average by name."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from timm.task import TrainingTask
@@ -91,10 +93,24 @@ def test_schedules():
 
 
 def test_seeded_leaves_the_global_generators_as_they_were():
-    state = torch.get_rng_state()
+    def draw():
+        return torch.rand(1).item(), random.random(), np.random.rand()
+
+    torch.manual_seed(7), random.seed(7), np.random.seed(7)
+    expected = [draw(), draw()]
+    torch.manual_seed(7), random.seed(7), np.random.seed(7)
+    drawn = [draw()]
     with seeding.seeded(1, 2, 3):
-        first = torch.rand(3)
-    assert torch.equal(torch.get_rng_state(), state)
+        first = draw()
+        with seeding.seeded(4):  # and those of another, which it stands in
+            inner = draw()
+        second = draw()
+    drawn.append(draw())
+    assert drawn == expected
     with seeding.seeded(1, 2, 3):
-        assert torch.equal(torch.rand(3), first)
+        assert (draw(), draw()) == (first, second)
+    with pytest.raises(KeyError), seeding.seeded(4):
+        assert draw() == inner
+        raise KeyError
+    assert len({*first, *second, *inner}) == 9
     assert seeding.derived_seed(1, 23) != seeding.derived_seed(12, 3)

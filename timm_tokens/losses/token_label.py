@@ -10,9 +10,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from timm_tokens.ops import SparseLabels, mix_ratio
+from timm_tokens.ops import SparseLabels, mix_ratio, sparse_cross_entropy
 
 
 class DenseOutput(Protocol):
@@ -98,50 +97,6 @@ class TokenLabelLoss(nn.Module):
             lam = mix_ratio(box, logits.tokens.shape[1])
             cls = lam * cls + (1 - lam) * cls.flip(0)
         return self.cls_weight * F.cross_entropy(logits.cls.float(), cls) + self.dense_weight * tokens
-
-
-def sparse_cross_entropy(logits: Tensor, classes: Tensor, excess: Tensor, background: Tensor) -> Tensor:
-    """Cross entropy with targets p(k) = background + sum of `excess` where `classes` is k, exact and in float32.
-
-    CE = (sum of p) logsumexp(z) - sum over slots of excess * z[class] - background * sum over k of z_k
-
-    with gradient (sum of p) softmax(z) - p. The logits are read twice and one tensor of their size, the gradient, is
-    written; composed from log_softmax the same costs more than dense targets do.
-
-    Args:
-        logits: (B, N, K), any floating dtype; the gradient has the same.
-        classes: (B, N, S) int64.
-        excess: (B, N, S).
-        background: (B, N).
-
-    Returns:
-        (B, N) float32, in nats. Not differentiable twice, nor with respect to the targets.
-    """
-    return _SparseCrossEntropy.apply(logits, classes, excess.float(), background.float())
-
-
-class _SparseCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, classes: Tensor, excess: Tensor, background: Tensor) -> Tensor:
-        mass = logits.shape[-1] * background + excess.sum(-1)  # 1, or a little more with smoothing
-        softmax = logits.softmax(-1, dtype=torch.float32)
-        ctx.save_for_backward(logits, classes, excess, background, mass)
-        ctx.softmax = softmax
-        # The softmax of the largest logit is at least 1 / K, so its logarithm loses nothing.
-        lse = logits.amax(-1) - softmax.amax(-1).log()
-        chosen = (excess * logits.gather(-1, classes)).sum(-1)
-        return mass * lse - chosen - background * logits.sum(-1, dtype=torch.float32)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, classes, excess, background, mass = ctx.saved_tensors
-        # The forward's softmax turns into the gradient in place; a second backward (retain_graph) makes its own.
-        out, ctx.softmax = ctx.softmax, None
-        if out is None:
-            out = logits.softmax(-1, dtype=torch.float32)
-        out.mul_((grad * mass)[..., None]).sub_((grad * background)[..., None])
-        return out.scatter_add_(-1, classes, -grad[..., None] * excess).to(logits.dtype), None, None, None
 
 
 def _token_cross_entropy(logits: Tensor, target: SparseLabels | Tensor, on: float, off: float) -> Tensor:

@@ -11,6 +11,7 @@ from timm_tokens.ops.morphing import draw_morph_rounds, morph, morph_groups
 from timm_tokens.ops.relaxed import relaxed_merge, relaxed_top_k
 from timm_tokens.ops.schedule import schedule
 from timm_tokens.ops.sinkhorn import sinkhorn_assign
+from timm_tokens.ops.sparse_cross_entropy import sparse_cross_entropy
 
 __all__ = [
     "Information",
@@ -36,6 +37,7 @@ __all__ = [
     "sinkhorn_assign",
     "size_bias",
     "soft_cross_entropy",
+    "sparse_cross_entropy",
     "unmerge",
     "warp_token_labels",
 ]

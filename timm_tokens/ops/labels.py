@@ -7,9 +7,9 @@ https://arxiv.org/abs/2104.10858
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from timm_tokens.ops.chunking import rows_at_once
 from timm_tokens.ops.label_windows import Windows, crop_windows, warp_windows
 
 
@@ -21,7 +21,7 @@ class SparseLabels(NamedTuple):
 
     Attributes:
         cls: (B, K) float32, probabilities for the class token.
-        classes: (B, N, S) int64, the classes that stand out; an unused slot holds class 0 with excess 0.
+        classes: (B, N, S) int64, the classes that stand out; where a class has several slots, one has all its excess.
         excess: (B, N, S) float32, probability above the background.
         background: (B, N) float32, the probability that every class has at least.
     """
@@ -135,8 +135,9 @@ def crop_maps(boxes: Tensor, flip: Tensor | None = None) -> Tensor:
 
 def _sparse_labels(values: Tensor, indices: Tensor, whole: Windows, patches: Windows, num_classes: int) -> SparseLabels:
     classes, scores = _scores(values, indices, whole)
-    cls = scores.new_zeros(len(values), num_classes).scatter_add_(1, classes[:, 0].long(), scores[:, 0]).softmax(-1)
-    classes, scores = _merge_duplicates(*_scores(values, indices, patches))
+    cls = scores.new_zeros(len(values), num_classes).scatter_add_(1, classes[:, 0], scores[:, 0]).softmax(-1)
+    classes, scores = _scores(values, indices, patches)
+    scores = _sum_by_class(classes.flatten(0, 1), scores.flatten(0, 1), num_classes).view_as(scores)
     # The softmax over K classes of which all but S score 0; the shift by the largest score keeps exp from overflowing.
     shift = scores.amax(-1, keepdim=True).clamp(min=0)
     floor = (-shift).exp()
@@ -150,15 +151,25 @@ def _scores(values: Tensor, indices: Tensor, windows: Windows) -> tuple[Tensor, 
     image = torch.arange(len(values), device=values.device)[:, None, None]
     values, indices = (x.flatten(2).transpose(1, 2) for x in (values, indices))  # (B, top, H, W) -> (B, H * W, top)
     scores = values[image, windows.cells] * windows.weights[..., None]  # (B, N, cells, top)
-    return indices[image, windows.cells].flatten(2), scores.flatten(2)
+    return indices[image, windows.cells].flatten(2).long(), scores.flatten(2)
 
 
-def _merge_duplicates(classes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the scores of equal classes, so that each class has one slot of the same (B, N, S)."""
-    classes, order = classes.sort(-1)
-    slot = F.pad(classes[..., 1:] != classes[..., :-1], (1, 0)).cumsum(-1)
-    scores = torch.zeros_like(scores).scatter_add_(2, slot, scores.gather(2, order))
-    return torch.zeros_like(classes).scatter_(2, slot, classes).long(), scores
+def _sum_by_class(classes: Tensor, scores: Tensor, num_classes: int) -> Tensor:
+    """Scores (M, S) of which each class (M, S) of a row has its sum in one slot, and 0 in its others.
+
+    They are added up on a board of few rows and all classes, which stays in the cache and is wiped slot by slot.
+    """
+    rows = rows_at_once(num_classes, scores.device)
+    board = scores.new_zeros(min(rows, len(scores)), num_classes)
+    slots = torch.arange(scores.shape[1], dtype=scores.dtype, device=scores.device).expand_as(scores)
+    sums = []
+    for c, x, slot in zip(*(t.split(rows) for t in (classes, scores, slots)), strict=True):
+        part = board[: len(c)]
+        total = part.scatter_add_(1, c, x).gather(1, c)
+        chosen = part.scatter_(1, c, slot).gather(1, c) == slot  # of the slots of a class one was written last
+        sums.append(total.mul_(chosen))
+        part.scatter_(1, c, 0.0)
+    return torch.cat(sums)
 
 
 def _check(values: Tensor, indices: Tensor, num_classes: int, size: int | tuple[int, int]) -> tuple[int, int]:
