@@ -82,6 +82,34 @@ def test_maps_are_the_best_classes_of_every_cell_of_the_whole_image(arguments, i
     assert "15 of 15 images have a map of 2 x 3 cells, 15 of them new; the map's top class is the folder's" in printed
 
 
+def test_only_the_classes_of_the_folders(arguments, images, tmp_path):
+    synsets, numbers = ["n01440764", "n02102040", "n03888257"], torch.tensor([0, 217, 701])
+    for name, synset in zip(["ant", "bee", "cat"], synsets, strict=True):
+        (images / name).rename(images / synset)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
+    arguments |= {"num_classes": None, "folder_classes": True}
+    summary = annotate.run(**arguments)
+    every = annotate.run(**arguments | {"out": tmp_path / "every", "folder_classes": False, "top_k": 1000})
+    assert summary[:3] == every[:3] == (15, 15, 15)
+    store, whole, right = TokenLabelStore(arguments["out"]), TokenLabelStore(tmp_path / "every"), 0
+    assert store.num_classes == 3
+    for name in store:
+        scores = torch.empty(1000, 2, 3).scatter_(0, whole[name].indices.long(), whole[name].values.float())[numbers]
+        best = scores.topk(2, dim=0)
+        torch.testing.assert_close(store[name].values.float(), best.values)
+        torch.testing.assert_close(scores.gather(0, store[name].indices.long()), best.values)
+        votes = torch.zeros(3).scatter_add(0, best.indices.flatten(), best.values.softmax(0).flatten())
+        right += synsets[int(votes.argmax())] == name.split("/")[0]
+    assert summary.agreement == pytest.approx(right / 15)
+    with pytest.raises(CommandError, match="holds maps with classes 3, this run would make them with 1000"):
+        annotate.run(**arguments | {"folder_classes": False})
+    with pytest.raises(CommandError, match=r"--top-k must lie in \[1, 3\], the classes, got 5"):
+        annotate.run(**arguments | {"out": tmp_path / "new", "top_k": 5})
+    (images / "n03888257").rename(images / "cat")
+    with pytest.raises(CommandError, match=r"--folder-classes needs folders with WordNet names.*'cat'"):
+        annotate.run(**arguments | {"out": tmp_path / "new"})
+
+
 def test_a_second_run_has_nothing_to_do(arguments, monkeypatch):
     first = annotate.run(**arguments)
     monkeypatch.setattr(_images, "read_image", None)  # not called
@@ -202,7 +230,7 @@ def test_two_runs_in_one_folder_are_refused(arguments):
             {"data": "torch/nothing", "data_dir": "."},
             r"no images of torch/nothing in \., split 'train': Unknown",
         ),
-        ({"top_k": 4}, r"--top-k must lie in \[1, 3\], the model's classes, got 4"),
+        ({"top_k": 4}, r"--top-k must lie in \[1, 3\], the classes, got 4"),
         ({"top_k": 0}, r"--top-k must lie in"),
     ],
 )

@@ -64,6 +64,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="name of a classifier in timm, or of a model of this package")
     parser.add_argument("--checkpoint", type=Path, help="weights of the model (default: timm's)")
     parser.add_argument("--num-classes", type=int, help="of the checkpoint's classifier (default: the model's)")
+    parser.add_argument(
+        "--folder-classes",
+        action="store_true",
+        help="only the classes that the folders are named after (n01440764), in the folders' order",
+    )
     parser.add_argument("--image-size", type=int, nargs="+", help="side, or height and width (default: the model's)")
     parser.add_argument("--top-k", type=int, default=5, help="classes to keep a cell (default: %(default)s)")
     parser.add_argument("--data-dir", type=Path, help="where a data set with a name is kept")
@@ -82,6 +87,7 @@ def run(
     model: str,
     checkpoint: str | Path | None = None,
     num_classes: int | None = None,
+    folder_classes: bool = False,
     image_size: Sequence[int] | None = None,
     top_k: int = 5,
     data_dir: str | Path | None = None,
@@ -104,7 +110,8 @@ def run(
     loading = {"batch_size": batch_size, "num_workers": workers}
     with joined(device) as process:
         dataset = open_dataset(data, data_dir, split)
-        annotator = make_annotator(model, checkpoint=checkpoint, device=process.device, **how)
+        folders = (class_names(dataset) or []) if folder_classes else None
+        annotator = make_annotator(model, checkpoint=checkpoint, device=process.device, folders=folders, **how)
         try:
             job = Job(Path(out), dataset, image_names(dataset), annotator, process)
             _prepare(job, _settings(annotator, model, checkpoint))
@@ -135,6 +142,8 @@ def _settings(annotator: Annotator, model: str, checkpoint: Path | None) -> dict
     config = {name: annotator.config[name] for name in ("input_size", "interpolation", "mean", "std")}
     weights = str(checkpoint.resolve()) if checkpoint else "timm's"
     settings = {"model": model, "weights": weights, "top": annotator.top, "classes": annotator.num_classes}
+    if annotator.kept is not None:
+        settings["kept"] = annotator.kept
     return json.loads(json.dumps(settings | config))  # tuples become lists, as they are when read
 
 
@@ -184,8 +193,11 @@ def _fill(job: Job, writer: TokenLabelWriter, loading: dict) -> tuple[int, list[
 
 def _summary(job: Job, annotated: int) -> Summary:
     """Read the maps back, each process its share, and count."""
-    store, targets = TokenLabelStore(job.out), class_targets(job.dataset)
-    classes = None if targets is None else model_classes(class_names(job.dataset), job.annotator.model)
+    store, targets, classes = TokenLabelStore(job.out), class_targets(job.dataset), None
+    if targets is not None and job.annotator.kept is not None:  # in the folders' order
+        classes = torch.arange(job.annotator.num_classes)
+    elif targets is not None:
+        classes = model_classes(class_names(job.dataset), job.annotator.model)
     share = range(job.process.rank, len(job.names), job.process.world)
     mine, right = [i for i in share if job.names[i] in store], 0
     for start in range(0, 0 if classes is None else len(mine), 256):
