@@ -63,44 +63,54 @@ class Driver:
         own, num_aux, trace = x.shape[1], 0, []
         if aux and self.aux.tokens is not None:
             x, num_aux = self.aux.append(x), self.aux.num_cls
-        stream = Stream(x, num_aux, effective=own)
-        for i in range(len(self.base.blocks) if depth is None else depth):
+        stream, recompute = Stream(x, num_aux, effective=own), self.base.grad_checkpointing
+        # What a single image waits for is Python and small operations: nothing is looked up twice in this loop.
+        for i, block in enumerate(self.base.blocks):
+            if i == depth:
+                break
             rope = None if ropes is None else ropes[i]
-            if self.base.grad_checkpointing:
-                stream, matching = checkpoint(self._block, i, stream, rope)
+            if recompute:
+                stream, matching = checkpoint(self._block, i, block, stream, rope)
             else:
-                stream, matching = self._block(i, stream, rope)
+                stream, matching = self._block(i, block, stream, rope)
             if matching is not None:
                 trace.append(matching)
             if on_block is not None:
                 on_block(i, stream.x, trace)
         return stream, trace
 
-    def _block(self, i: int, stream: Stream, rope: Tensor | None) -> tuple[Stream, Matching | RelaxedMatching | None]:
-        block, x, attention = self.base.blocks[i], stream.x, self._attention(stream, rope)
-        if self.merger is None or not self.merger.count(i, stream.effective, self.num_prefix_tokens):
-            # not _replace, which torch 2.6 can't compile
-            return Stream(block(x, **attention), stream.num_aux, stream.effective, stream.size, stream.rows), None
+    def _block(
+        self, i: int, block: nn.Module, stream: Stream, rope: Tensor | None
+    ) -> tuple[Stream, Matching | RelaxedMatching | None]:
+        (x, num_aux, effective, size, rows), merger, prefix = stream, self.merger, self.num_prefix_tokens
+        attention = self._attention(stream, rope)
+        r = 0 if merger is None else merger.count(i, effective, prefix)
+        if not r:
+            return Stream(block(x, **attention), num_aux, effective, size, rows), None
         y = blocks.read(block, x)
-        x, aux = stream.split(blocks.attend(block, x, y, **attention))
-        y, _ = stream.split(y)
-        merged = self.merger(i, block, x, y, stream.size, stream.effective, self.num_prefix_tokens)
-        x = torch.cat([merged.x, aux], dim=1) if stream.num_aux else merged.x
-        rows = None if rope is None else self._rows(stream, merged.matching)
-        return Stream(blocks.feed(block, x), stream.num_aux, merged.effective, merged.size, rows), merged.matching
+        # chosen before the attention, while y is in the caches
+        choice = merger.choose(i, block, stream.split(y)[0] if num_aux else y, r, effective, prefix)
+        x = blocks.attend(block, x, y, **attention)
+        if num_aux:
+            x, aux = stream.split(x)
+        x, size, effective, matching = merger(choice, x, size, r, effective, prefix)
+        if num_aux:
+            x = torch.cat([x, aux], dim=1)
+        rows = None if rope is None else self._rows(stream, matching)
+        return Stream(blocks.feed(block, x), num_aux, effective, size, rows), matching
 
     def _attention(self, stream: Stream, rope: Tensor | None) -> dict[str, Tensor]:
         """The arguments by which a block's attention learns of rotary positions, sizes and auxiliary tokens."""
-        arguments, x = {}, stream.x
+        arguments, (x, num_aux, _, size, rows) = {}, stream
         if rope is not None:
-            rope = blocks.rope_rows(rope, stream.rows)
-            arguments["rope"] = blocks.unrotated(rope, stream.num_aux) if stream.num_aux else rope
+            rope = blocks.rope_rows(rope, rows)
+            arguments["rope"] = blocks.unrotated(rope, num_aux) if num_aux else rope
         bias = None
-        if stream.size is not None and self.merger.prop_attn:  # no bias while all sizes are 1: keeps the flash kernel
-            bias = size_bias(stream.size).to(x.dtype)
-        if stream.num_aux:
+        if size is not None and self.merger.prop_attn:  # no bias while all sizes are 1: keeps the flash kernel
+            bias = size_bias(size).to(x.dtype)
+        if num_aux:
             mask = self.aux.mask(x, self.num_prefix_tokens)
-            bias = mask if bias is None else mask + nn.functional.pad(bias, (0, stream.num_aux))
+            bias = mask if bias is None else mask + nn.functional.pad(bias, (0, num_aux))
         if bias is not None:
             arguments["attn_mask"] = bias
         return arguments

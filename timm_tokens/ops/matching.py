@@ -4,7 +4,6 @@ Everything is a gather, a scatter-sum and a division over shapes known beforehan
 never waits for the device. Shapes: B images, N tokens, P prefix tokens, C channels, E embedding width, R merged tokens.
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -52,9 +51,10 @@ def cosine_similarity(metric: Tensor, first: slice, second: slice) -> Tensor:
     # what F.normalize computes, in half the time for the few small tensors here
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-12)
     device = metric.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)  # asking about meta tensors is an error
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        return torch.bmm(metric[:, first], metric[:, second].transpose(1, 2))
+    if device != "meta" and torch.is_autocast_enabled(device):  # asking about meta tensors is an error
+        with torch.autocast(device, enabled=False):
+            return torch.bmm(metric[:, first], metric[:, second].transpose(1, 2))
+    return torch.bmm(metric[:, first], metric[:, second].transpose(1, 2))
 
 
 def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Matching:
@@ -124,17 +124,27 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     Source: ToMe (arXiv 2210.09461), section 3.
     """
     order, destination = matching
-    (b, n), left = order.shape, order.shape[1] - destination.shape[1]
+    left = order.shape[1] - destination.shape[1]
     size = torch.ones(x.shape[:2], device=x.device) if size is None else size.gather(1, order)
-    new_size = size[:, :left].scatter_add(1, destination, size[:, left:])
+    gone_size = size[:, left:]
+    new_size = size[:, :left].scatter_add(1, destination, gone_size)
     # The weighted mean as a step from the destination towards what it takes in: x_d + sum of share * (x_s - x_d). So
-    # all rows are copied once, and nothing exceeds the tokens in half precision. The sum is a small matrix product:
-    # deterministic on every device, where a scatter of rows is not (and inductor of torch 2.6 gets it wrong).
-    share = (size[:, left:] / new_size.gather(1, destination)).to(x.dtype)
-    x = take(x, order)
-    step = x[:, left:] - take(x, destination)  # (B, R, C)
-    into = x.new_zeros(b, left, n - left).scatter(1, destination.unsqueeze(1), share.unsqueeze(1))
-    return x[:, :left] + torch.bmm(into, step), new_size
+    # all rows are copied once, and nothing exceeds the tokens in half precision.
+    share = (gone_size / new_size.gather(1, destination)).to(x.dtype).unsqueeze(2)
+    kept = take(x, order[:, :left])
+    step = (take(x, order[:, left:]) - take(kept, destination)) * share  # (B, R, C)
+    return _add_rows(kept, destination, step), new_size
+
+
+def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """x (B, N, C), which may be overwritten, with rows (B, R, C) added to its rows index (B, R)."""
+    if x.is_cpu and not torch.compiler.is_compiling():
+        flat = x.flatten(0, 1).index_add_(0, flat_rows(index, x.shape[1]), rows.flatten(0, 1))
+        return flat.view(x.shape)
+    # A small matrix product: as fast on a GPU, and deterministic, where adding rows in any order is not (inductor of
+    # torch 2.6 even gets it wrong).
+    into = x.new_zeros(*x.shape[:2], index.shape[1]).scatter(1, index.unsqueeze(1), 1.0)
+    return torch.baddbmm(x, into, rows)
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:

@@ -119,37 +119,55 @@ class TokenMerger(nn.Module):
         if self.embed is not None:
             self.embed = self.embed[:depth]
 
-    def forward(
-        self,
-        index: int,
-        block: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        size: Tensor | None,
-        effective: int,
-        num_prefix_tokens: int,
-    ) -> Merged:
-        """Merge tokens in the middle of block `index`.
+    def choose(
+        self, index: int, block: nn.Module, y: Tensor, r: int, effective: int, num_prefix_tokens: int
+    ) -> Matching | Tensor:
+        """What block `index` merges: pairs of tokens, or (relaxed) which part of each goes to which.
 
         Args:
-            x: (B, N, C) tokens after the block's attention. y: (B, N, C) what that attention read.
-            size: (B, N) float32 sizes, None while all are 1.
+            y: (B, N, C) what the block's attention reads.
+            r: How many tokens to merge away, from `count`.
             effective: How many tokens are still in the game: N, or less after relaxed merges.
             num_prefix_tokens: Leading tokens that don't merge.
         """
-        r = self.count(index, effective, num_prefix_tokens)
+        if not self.relaxed:
+            return bipartite_match(self._metric(index, block, y), r, num_prefix_tokens)
+        y = y.detach()  # the embedding learns from the task but never changes what the trunk learns
+        options = dict(tau1=self.tau1, tau2=self.tau2, candidates=self.candidates)
+        metric = self._metric(index, block, y)
+        return relaxed_match(metric, r, effective, num_prefix_tokens=num_prefix_tokens, **options)
+
+    def forward(
+        self,
+        choice: Matching | Tensor,
+        x: Tensor,
+        size: Tensor | None,
+        r: int,
+        effective: int,
+        num_prefix_tokens: int,
+    ) -> Merged:
+        """Merge, in the middle of a block, what was chosen.
+
+        Args:
+            choice: From `choose`, which took the same r, effective and num_prefix_tokens.
+            x: (B, N, C) tokens after the block's attention.
+            size: (B, N) float32 sizes, None while all are 1.
+        """
         if size is None:
             size = torch.ones(x.shape[:2], device=x.device)
-        y = y.detach()  # the embedding learns from the task but never changes what the trunk learns
-        metric = blocks.keys(block, y) if self.embed is None else self.embed[index](y)
-        if self.training and self.embed is not None:
-            options = dict(tau1=self.tau1, tau2=self.tau2, candidates=self.candidates)
-            assignment = relaxed_match(metric, r, effective, num_prefix_tokens=num_prefix_tokens, **options)
-            x, size, matching = relaxed_apply(assignment, x, size, effective, num_prefix_tokens)
-        else:
-            matching = bipartite_match(metric, r, num_prefix_tokens)
-            x, size = merge(matching, x, size)
+        if isinstance(choice, Matching):
+            x, size = merge(choice, x, size)
+            return Merged(x, size, effective - r, choice)
+        x, size, matching = relaxed_apply(choice, x, size, effective, num_prefix_tokens)
         return Merged(x, size, effective - r, matching)
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether tokens hand over parts of themselves instead of being merged outright."""
+        return self.training and self.embed is not None
+
+    def _metric(self, index: int, block: nn.Module, y: Tensor) -> Tensor:
+        return blocks.keys(block, y) if self.embed is None else self.embed[index](y)
 
 
 def groups(trace: Sequence[Matching]) -> Tensor:
