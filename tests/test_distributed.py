@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
+from gloo import on_two
 
 from timm_tokens import distributed
 from timm_tokens.losses import DINOLoss, DTMLoss, IBOTPatchLoss, MIRALoss, MoBYLoss, MTELoss
@@ -74,9 +73,7 @@ def view_losses(part):
     return out
 
 
-def process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def work(rank, folder):
     x = torch.tensor([1.0, -2.0]) * (rank + 1)
     out = outcome(PARTS[rank])
     out["size"] = torch.tensor(distributed.world_size())
@@ -84,15 +81,12 @@ def process(rank, folder):
     out["mean"], out["batch mean"] = distributed.all_reduce_mean(x), distributed.batch_mean(x[: rank + 1])
     out["logmeanexp"] = distributed.batch_logmeanexp(1000 * x[: rank + 1])
     out["input"] = x
-    torch.save(out, f"{folder}/{rank}.pt")
-    distributed.leave()
+    return out
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(process, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return on_two(work, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.fixture(scope="module")

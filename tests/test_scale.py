@@ -1,20 +1,15 @@
 """Activation checkpointing, DDP and FSDP2 train a merging model to what one plain process trains it to."""
 
-from datetime import timedelta
-
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import multiprocessing
+from gloo import on_two
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-
-from timm_tokens import distributed
 
 WORLD, STEPS, BATCH = 2, 3, 4  # BATCH images on each process
 CLOSE = dict(atol=5e-5, rtol=1e-4)
@@ -76,11 +71,8 @@ SCENARIOS = {
 }
 
 
-def worker(rank, folder):
-    """Run every scenario in one process group; a state, or the error's text, for each."""
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=WORLD, timeout=timeout)
+def work(rank, folder):
+    """Run every scenario; a state, or the error's text, for each."""
     results = {}
     for name in SCENARIOS:
         if name.startswith("fsdp") and not FSDP_ON_CPU:
@@ -89,16 +81,13 @@ def worker(rank, folder):
             results[name] = trained(SCENARIOS[name](), rank, WORLD)
         except (RuntimeError, TypeError) as error:
             results[name] = f"{type(error).__name__}: {error}"
-    torch.save(results, f"{folder}/{rank}.pt")
-    distributed.leave()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each of the processes made of each scenario."""
-    folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return on_two(work, tmp_path_factory.mktemp("gloo"))
 
 
 def assert_trained(states, expected):

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
+from gloo import on_two
 from timm.models import VisionTransformer
 from torch.utils.data import Dataset
 
 import timm_tokens
-from timm_tokens import distributed
 from timm_tokens.data import MultiCrop, dino_crops
 from timm_tokens.tasks import MTETask
 from timm_tokens.training import Settings, train
@@ -54,32 +53,26 @@ def run(objective, out, kill=None, drop_path=0.0, **changes):
     return task
 
 
-def process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    for objective in OBJECTIVES:
-        task = run(objective, folder / objective, batch_size=2)
-        torch.save(task.get_task_state(), folder / f"{objective}{rank}.pt")
-    distributed.leave()
+def work(rank, folder):
+    return {name: run(name, folder / name, batch_size=2).get_task_state() for name in OBJECTIVES}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(process, (folder,), nprocs=2)
-    return folder
+    return folder, on_two(work, folder)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_processes_are_one(objective, two, tmp_path):
     """Losses and all that is logged, parameters of student and teacher, centres and queues."""
     expected = run(objective, tmp_path).get_task_state()
-    for rank in range(2):
-        found = torch.load(two / f"{objective}{rank}.pt")
+    folder, states = two
+    for found in (state[objective] for state in states):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4, msg=name)
-    rows = zip(read(two / objective / "steps.csv"), read(tmp_path / "steps.csv"), strict=True)
+    rows = zip(read(folder / objective / "steps.csv"), read(tmp_path / "steps.csv"), strict=True)
     for found, reference in rows:
         assert found == pytest.approx(reference, rel=1e-3, abs=1e-5)
 

@@ -5,9 +5,9 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from gloo import on_two
 from tiny import base
 
-from timm_tokens import distributed
 from timm_tokens.tasks import DTMTask, MIRATask
 
 STEPS = 3
@@ -52,18 +52,13 @@ def trained(name, part):
     return {"losses": torch.stack(losses), **task.get_task_state()}
 
 
-def process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save({name: trained(name, slice(4 * rank, 4 * rank + 4)) for name in TASKS}, f"{folder}/{rank}.pt")
-    distributed.leave()
+def work(rank, folder):
+    return {name: trained(name, slice(4 * rank, 4 * rank + 4)) for name in TASKS}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(process, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return on_two(work, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.parametrize("name", TASKS)

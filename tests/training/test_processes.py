@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from gloo import on_two
 from PIL import Image
 from runs import Follow, Killed, Points, run
 from safetensors.torch import load_file
 from torch import nn
 
-from timm_tokens import distributed
 from timm_tokens.cli import train
 from timm_tokens.training import Accuracy
 from timm_tokens.training.history import read
@@ -30,9 +30,7 @@ def accuracy(model):
     return {"top1": Accuracy(items, batch_size=2, topk=(1,))(model)["top1"]}
 
 
-def process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def work(rank, folder):
     parts = OPTIONS | dict(batch_size=1, accumulate=2)
     result, task = run(folder / "two", Follow(dropout=0, noise=0), evaluate=accuracy, **parts)
     torch.save((result.model.state_dict(), task.get_task_state()), folder / f"{rank}.pt")
@@ -43,7 +41,6 @@ def process(rank, folder):
     except Killed:
         dist.barrier()
     run(folder / "killed", Follow(), resume=True, **OPTIONS)
-    distributed.leave()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +50,7 @@ def folder(tmp_path_factory):
         path = folder / "images" / ("train", "val")[i // 8] / str(i % 2) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (20 * i, 100, 200)).save(path)
-    torch.multiprocessing.spawn(process, (folder,), nprocs=2)
+    on_two(work, folder)
     return folder
 
 
