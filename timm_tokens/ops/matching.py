@@ -144,7 +144,7 @@ def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     # A small matrix product: as fast on a GPU, and deterministic, where adding rows in any order is not (inductor of
     # torch 2.6 even gets it wrong).
     into = x.new_zeros(*x.shape[:2], index.shape[1]).scatter(1, index.unsqueeze(1), 1.0)
-    return torch.baddbmm(x, into, rows)
+    return x + torch.bmm(into, rows)  # torch 2.6 exports no baddbmm to ONNX
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:
