@@ -4,9 +4,10 @@
     python examples/token_labels.py --data-dir DIR --annotator NAME [--checkpoint FILE] --model lvvit_t --img-size 96
 
 The annotator, any classifier of timm, labels every patch of the images in train/ once. Then the same model is trained
-with these labels and without, with the same images, augmentation and number of steps, for each of --seeds. The report,
-a table and a plot in --out, is the accuracy on val/ at the end, which nothing was trained or chosen on. For the digits
-an annotator is trained first. What was stopped goes on where it was when it is started again.
+with these labels and without, with the same images, augmentation and number of steps, for each of --seeds; --variants
+adds rows for parts of the recipe. The report, a table and a plot in --out, is the accuracy on val/ at the end, which
+nothing was trained or chosen on. For the digits an annotator is trained first. What was stopped goes on where it was
+when it is started again.
 
 Source: token labeling (arXiv 2104.10858).
 """
@@ -28,7 +29,13 @@ from timm.utils import ParseKwargs
 from timm_tokens.cli import CommandError, annotate, train
 from timm_tokens.data import TokenLabelStore
 
-ARMS = {"classes alone": False, "token labels": True}
+ARMS = {"classes alone": None, "token labels": {}}  # None: without labels; else the settings beside them
+VARIANTS = {
+    "labels, no MixToken": {"mix": False},
+    "labels, truth": {"ground_truth": True},
+    "labels, truth, no MixToken": {"ground_truth": True, "mix": False},
+}
+Curve = dict[int, float]  # accuracy after so many epochs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,15 +54,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--annotator", help="any classifier of timm with a spatial map (with --data-dir)")
     parser.add_argument("--checkpoint", type=Path, help="its weights; default: timm's pretrained")
     parser.add_argument("--num-classes", type=int, help="of the checkpoint; default: the annotator's")
+    parser.add_argument(
+        "--folder-classes", action="store_true", help="label with the classes of the folders alone (WordNet names)"
+    )
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="the ViT to train (with --data-dir)")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="such as depth=4")
     parser.add_argument("--img-size", type=int, help="of the images that it is trained on; default: its own")
     parser.add_argument("--val-split", default="val", help="folder to report on; choose settings on another")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--scale", type=float, nargs=2, default=(0.35, 1.0), help="range of a crop's area")
+    parser.add_argument("--variants", action="store_true", help="also without MixToken, and with the true classes")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--scale", type=float, nargs=2, default=(0.5, 1.0), help="range of a crop's area")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("output/token_labels"), help="folder for the results")
@@ -68,24 +79,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     shared = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "scale": tuple(args.scale)}
     shared |= {"workers": args.workers, "device": args.device, "resume": True, "aa": "", "re_prob": 0.0}
+    shared |= {"eval_every": max(1, args.epochs // 10)}
     if not args.data_dir:
         digits_job(args, shared)
     labels = args.out / "labels"
     loading = {"batch_size": args.batch_size, "workers": args.workers, "device": args.device}
     annotate.run(
         data=args.data_dir / "train", out=labels, model=args.annotator, checkpoint=args.checkpoint, **loading,
-        num_classes=args.num_classes,
+        num_classes=args.num_classes, folder_classes=args.folder_classes,
     )  # fmt: skip
     shared |= {"data_dir": args.data_dir, "model": args.model, "img_size": args.img_size, "val_split": args.val_split}
     classes = TokenLabelStore(labels).num_classes  # both tell as many classes apart
     shared |= {"model_kwargs": args.model_kwargs, "num_classes": classes}
-    curves: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
+    arms = ARMS | VARIANTS if args.variants else ARMS
+    curves: dict[str, list[Curve]] = {arm: [] for arm in arms}
     for seed in range(args.seeds):
-        for arm, labelled in ARMS.items():
-            out = args.out / f"{arm.replace(' ', '-')}-{seed}"
-            chosen = {"labels": labels if labelled else None, "seed": seed, "out": out}
+        for arm, options in arms.items():
+            out = args.out / f"{arm.replace(',', '').replace(' ', '-')}-{seed}"
+            chosen = {"seed": seed, "out": out} | ({} if options is None else {"labels": labels} | options)
             result = train.run(objective="token-label", **shared, **chosen)
-            curves[arm].append([row["eval_top1"] for row in result.epochs])
+            curves[arm].append({row["epoch"] + 1: row["eval_top1"] for row in result.epochs if "eval_top1" in row})
     report(curves, args.out)
 
 
@@ -94,7 +107,7 @@ def digits_job(args: argparse.Namespace, shared: dict[str, Any]) -> None:
     shared |= {"hflip": 0.0}  # a mirrored digit is none
     args.data_dir, args.img_size, args.model, args.annotator = write_digits(args.out / "digits"), None, *DIGIT_MODELS
     result = train.run(
-        **shared | {"epochs": 2 * args.epochs}, objective="token-label", data_dir=args.data_dir, model=args.annotator,
+        **shared, objective="token-label", data_dir=args.data_dir, model=args.annotator,
         out=args.out / "annotator",
     )  # fmt: skip
     args.checkpoint, args.num_classes = result.path, 10
@@ -137,12 +150,13 @@ def digits_annotator(pretrained: bool = False, **kwargs: Any) -> VisionTransform
     return _digits_vit("digits_annotator", pretrained, class_token=False, global_pool="avg", **kwargs)
 
 
-def report(curves: dict[str, list[list[float]]], out: Path) -> None:
+def report(curves: dict[str, list[Curve]], out: Path) -> None:
     """Print the table of final accuracies, and write table.csv and accuracy.png."""
-    finals = {arm: [curve[-1] for curve in runs] for arm, runs in curves.items()}
-    gains = [b - a for a, b in zip(*finals.values(), strict=True)]
-    rows = [["", *(f"seed {seed}" for seed in range(len(gains))), "mean", "spread"]]
-    for name, values in [*finals.items(), ("gain", gains)]:
+    finals = {arm: [curve[max(curve)] for curve in runs] for arm, runs in curves.items()}
+    base, *labelled = finals
+    gains = {f"gain, {arm}": [b - a for a, b in zip(finals[base], finals[arm], strict=True)] for arm in labelled}
+    rows = [["", *(f"seed {seed}" for seed in range(len(finals[base]))), "mean", "spread"]]
+    for name, values in (finals | gains).items():
         spread = stdev(values) if len(values) > 1 else float("nan")
         rows.append([name, *(f"{value:.2f}" for value in [*values, fmean(values), spread])])
     with (out / "table.csv").open("w", newline="") as file:
@@ -153,15 +167,15 @@ def report(curves: dict[str, list[list[float]]], out: Path) -> None:
     print(f"\nThe table, the plot and the runs are in {out}.")
 
 
-def plot(curves: dict[str, list[list[float]]]) -> Figure:
+def plot(curves: dict[str, list[Curve]]) -> Figure:
     """Accuracy by epoch: the mean over the seeds, and their range."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel="accuracy, %")
     for arm, runs in curves.items():
-        epochs = list(zip(*runs, strict=True))  # the runs' accuracies at each epoch
-        steps = range(1, len(epochs) + 1)
-        axes.plot(steps, [fmean(values) for values in epochs], "o-", label=arm, markersize=4)
-        axes.fill_between(steps, [min(v) for v in epochs], [max(v) for v in epochs], alpha=0.2)
+        epochs = {epoch: [run[epoch] for run in runs] for epoch in runs[0]}
+        axes.plot(epochs.keys(), [fmean(values) for values in epochs.values()], "o-", label=arm, markersize=4)
+        low, high = ([pick(values) for values in epochs.values()] for pick in (min, max))
+        axes.fill_between(epochs.keys(), low, high, alpha=0.2)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure

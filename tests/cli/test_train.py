@@ -14,7 +14,8 @@ from timm_tokens.cli import main, train
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli.objectives import OBJECTIVES
 from timm_tokens.cli.objectives.token_label import class_numbers
-from timm_tokens.data import TokenLabelWriter
+from timm_tokens.data import TokenLabelWriter, unpack_labels
+from timm_tokens.data.label_format import write_label_file
 
 # timm's ImageDataset leaves the closing of its files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -175,8 +176,12 @@ def test_refuses_labels_that_do_not_fit(images, tmp_path):
     with pytest.raises(CommandError, match=r"over 50 classes, the images are in 3 folders, and 'blue' is no WordNet"):
         train.run(**arguments, labels=many)
     three = annotate(tmp_path / "three")
-    with pytest.raises(CommandError, match="classes"):
+    with pytest.raises(CommandError, match="three are over 3 classes, not 4"):
         train.run(**arguments, labels=three, num_classes=4)
+    for name, label in unpack_labels(three, tmp_path / "files").items():  # of which class 3 is none of the folders
+        write_label_file(tmp_path / "files" / f"{name}.pt", label._replace(indices=label.indices + 1))
+    with pytest.raises(CommandError, match=r"/train\d': classes must be in \[0, 3\), got"):
+        train.run(**arguments | {"out": tmp_path / "new"}, labels=tmp_path / "files")
     with pytest.raises(CommandError, match="ResNet can't be driven from outside"):
         train.run(**arguments | {"model": "test_resnet"}, labels=three)
 

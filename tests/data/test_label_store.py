@@ -243,6 +243,19 @@ def test_published_files_read_and_convert_both_ways(tmp_path):
         assert first.dtype == again.dtype and torch.equal(first, again)
 
 
+def test_published_files_with_a_number_of_classes(tmp_path):
+    publish(tmp_path / "files", NAMES)
+    check(TokenLabelStore(tmp_path / "files", 100), NAMES)
+    few = TokenLabelStore(tmp_path / "files", 3)
+    assert few.num_classes == 3
+    with pytest.raises(ValueError, match=r"'class0/image_0': classes must be in \[0, 3\), got"):
+        few[NAMES[0]]
+    pack_labels(tmp_path / "files", tmp_path / "shards", 100)
+    assert TokenLabelStore(tmp_path / "shards", 100).num_classes == 100
+    with pytest.raises(ValueError, match="shards are over 100 classes, not 3"):
+        TokenLabelStore(tmp_path / "shards", 3)
+
+
 def test_a_class_that_half_precision_cannot_hold_is_not_unpacked(tmp_path):
     with TokenLabelWriter(tmp_path / "shards", 5000) as writer:
         writer.add("a/b_0", torch.ones(1, 2, 2), torch.full((1, 2, 2), 2049))

@@ -1,6 +1,7 @@
 """The token-label example, run as a user runs it but for few images."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,13 @@ def test_digits(example, tmp_path, capsys):
     line = f"--epochs 1 --seeds 2 --batch-size 20 --out {tmp_path} --device cpu".split()
     assert example(line) == 0
     rows = table(tmp_path)
-    assert [*rows] == ["classes alone", "token labels", "gain"]
-    assert rows["gain"][0] == pytest.approx(rows["token labels"][0] - rows["classes alone"][0], abs=0.011)
-    assert rows["gain"][2] == pytest.approx(sum(rows["gain"][:2]) / 2, abs=0.011)
+    assert [*rows] == ["classes alone", "token labels", "gain, token labels"]
+    gain = rows["gain, token labels"]
+    assert gain[0] == pytest.approx(rows["token labels"][0] - rows["classes alone"][0], abs=0.011)
+    assert gain[2] == pytest.approx(sum(gain[:2]) / 2, abs=0.011)
     with Image.open(tmp_path / "accuracy.png") as picture:
         assert picture.width > 400
-    assert "| gain | " in capsys.readouterr().out
+    assert "| gain, token labels | " in capsys.readouterr().out
     assert example(line) == 0 and table(tmp_path) == rows  # what is done is not done again, and is reported the same
 
 
@@ -51,6 +53,12 @@ def test_folder_of_images(example, tmp_path, capsys):
     line += " --num-classes 6 --model test_vit --img-size 32 --model-kwargs depth=1 --epochs 1 --seeds 1 --batch-size 4"
     assert example([*line.split(), "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     assert len(table(tmp_path / "out")) == 3
+    assert example([*line.split(), "--variants", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    assert len(table(tmp_path / "out")) == 9
+    notes = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/options.json")]
+    assert sorted((bool(note["labels"]), note["mix"], note["ground_truth"]) for note in notes) == [
+        (False, True, False), (True, False, False), (True, False, True), (True, True, False), (True, True, True),
+    ]  # fmt: skip
     assert example([*line.split(), "--out", str(tmp_path / "new"), "--val-split", "other"]) == 2
     assert "token_labels: no folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from timm_tokens.data.label_format import LabelMap, read_label_file
+from timm_tokens.data.label_format import LabelMap, check_label_map, read_label_file
 
 INDEX = "index.json"
 FORMAT = "timm-tokens label store"
@@ -30,21 +30,25 @@ class TokenLabelStore(Mapping[str, LabelMap]):
 
     Args:
         folder: of a `TokenLabelWriter`, or of `.pt` files.
+        num_classes: K, of `.pt` files, which don't say; a store of another number is refused.
 
     Attributes:
-        num_classes: K of the annotator; None for `.pt` files, which don't say.
+        num_classes: K of the annotator; None for `.pt` files without the argument.
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it that is a label.
-        ValueError: the index or a shard is damaged.
+        ValueError: the index or a shard is damaged, or the labels are over another number of classes; on reading, a
+            label is damaged or has a class outside [0, K); names the image.
         KeyError: on reading, an image has no label.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, num_classes: int | None = None):
         self.folder = Path(folder)
         self._shards = self._keys = self._places = None
         index = read_index(self.folder)
-        self.num_classes = index and index["num_classes"]
+        self.num_classes = num_classes if index is None else index["num_classes"]
+        if num_classes not in (None, self.num_classes):
+            raise ValueError(f"the labels in {self.folder} are over {self.num_classes} classes, not {num_classes}")
         self._files = index and [check_shard(self.folder, shard) for shard in index["shards"]]
         if index is None and next(self.folder.rglob("*.pt"), None) is None:
             raise FileNotFoundError(f"no label store in {self.folder}: it holds neither {INDEX} nor .pt files")
@@ -96,7 +100,7 @@ class TokenLabelStore(Mapping[str, LabelMap]):
 
     def _read_file(self, name: str) -> LabelMap:
         try:
-            return read_label_file(self._path(name), name)
+            return check_label_map(name, read_label_file(self._path(name), name), self.num_classes)
         except FileNotFoundError:
             raise KeyError(f"no label for image {name!r}: there is no {self._path(name)}") from None
 

@@ -50,12 +50,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def build(options: Namespace) -> Objective:
     """The task, the images with their labels, and validation by top-1 accuracy."""
-    store = None if options.labels is None else TokenLabelStore(options.labels)
+    store = None if options.labels is None else TokenLabelStore(options.labels, options.num_classes)
     train = open_split(options, options.train_split)
     names = class_names(train)
     count = options.num_classes or (store is not None and store.num_classes) or len(names or ())
     if not count:
         raise CommandError("neither the labels nor the images say how many classes there are: give --num-classes")
+    if store is not None:
+        store = TokenLabelStore(options.labels, count)  # .pt files don't say how many
     numbers = class_numbers(names, count)
     if numbers is not None:
         train = open_split(options, options.train_split, class_map=numbers)
@@ -64,7 +66,7 @@ def build(options: Namespace) -> Objective:
         model = token_label_head(model)
     config = resolve_model_data_config(model, args={"img_size": options.img_size})
     loss = TokenLabelLoss(options.dense_weight, options.cls_weight, options.ground_truth, options.smoothing)
-    task = TokenLabelTask(model, loss, mix=options.mix, num_classes=store and store.num_classes)
+    task = TokenLabelTask(model, loss, mix=options.mix, num_classes=None if store is None else count)
     evaluate = None
     if options.val_split:
         val = open_split(options, options.val_split, class_map=numbers)
