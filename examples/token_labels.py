@@ -147,7 +147,7 @@ def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
 @register_model
 def digits_annotator(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """6 x 6 patches, whose average is classified: so every patch has scores that were trained."""
-    return _digits_vit("digits_annotator", pretrained, class_token=False, global_pool="avg", **kwargs)
+    return _digits_vit("digits_annotator", pretrained, class_token=False, global_pool="avg", fc_norm=False, **kwargs)
 
 
 def report(curves: dict[str, list[Curve]], out: Path) -> None:

@@ -16,9 +16,9 @@ from timm_tokens.ops.chunking import rows_at_once
 def sparse_cross_entropy(logits: Tensor, classes: Tensor, excess: Tensor, background: Tensor) -> Tensor:
     """Cross entropy with targets p(k) = background + sum of `excess` where `classes` is k, exact and in float32.
 
-    CE = (sum of p) logsumexp(z) - sum over slots of excess * z[class] - background * sum over k of z_k
+    CE = - sum over slots of excess * log q[class] - background * sum over k of log q_k,  q = softmax(z)
 
-    with gradient (sum of p) softmax(z) - p. Nothing of the size of the logits is kept or written but the gradient:
+    with gradient (sum of p) q - p. Nothing of the size of the logits is kept or written but the gradient:
     both passes go through them in parts that stay in the cache.
 
     Args:
@@ -43,10 +43,12 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        logits = ctx.saved_tensors[0]
-        out = torch.empty_like(logits)
+        out = torch.empty_like(ctx.saved_tensors[0])
         for target, *part in _parts(out, *ctx.saved_tensors, grad):
-            target.copy_(_gradient(*part))
+            exact = target if out.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+            _write_gradient(exact, *part)
+            if exact is not target:
+                target.copy_(exact)
         return out, None, None, None
 
 
@@ -55,19 +57,15 @@ def _parts(*tensors: Tensor) -> Any:
     return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
-def _mass(logits: Tensor, excess: Tensor, background: Tensor) -> Tensor:
-    return logits.shape[1] * background + excess.sum(1)  # 1, or a little more with smoothing
-
-
 def _forward(logits: Tensor, classes: Tensor, excess: Tensor, background: Tensor) -> Tensor:
-    z = logits.float()
-    # The largest log-probability is at most log K below 0, so that the difference loses nothing to large logits.
-    lse = z.amax(1) - z.log_softmax(1).amax(1)
-    chosen = (excess * z.gather(1, classes)).sum(1)
-    return _mass(z, excess, background) * lse - chosen - background * z.sum(1)
+    log_p = logits.log_softmax(1, dtype=torch.float32)
+    return -((excess * log_p.gather(1, classes)).sum(1) + background * log_p.sum(1))
 
 
-def _gradient(logits: Tensor, classes: Tensor, excess: Tensor, background: Tensor, grad: Tensor) -> Tensor:
-    p = logits.softmax(1, dtype=torch.float32)
-    p.mul_((grad * _mass(p, excess, background))[:, None]).sub_((grad * background)[:, None])
-    return p.scatter_add_(1, classes, -grad[:, None] * excess)
+def _write_gradient(
+    out: Tensor, logits: Tensor, classes: Tensor, excess: Tensor, background: Tensor, grad: Tensor
+) -> None:
+    mass = logits.shape[1] * background + excess.sum(1)  # 1, or a little more with smoothing
+    torch.softmax(logits, 1, dtype=torch.float32, out=out)
+    out.mul_((grad * mass)[:, None]).sub_((grad * background)[:, None])
+    out.scatter_add_(1, classes, -grad[:, None] * excess)
