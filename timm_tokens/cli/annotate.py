@@ -28,6 +28,7 @@ from timm_tokens.cli._processes import Process, joined
 from timm_tokens.data import TokenLabelStore, TokenLabelWriter, flush_journals, image_names
 from timm_tokens.data.label_store import INDEX
 from timm_tokens.files import replacing
+from timm_tokens.ops import crop_token_labels
 
 
 class Summary(NamedTuple):
@@ -39,12 +40,15 @@ class Summary(NamedTuple):
         labelled: images with a map.
         agreement: share of them whose map's top class is the folder's, None where folders are not the model's classes.
             The top class is that with the largest mean probability over the cells, of the classes that are kept.
+        confidence: mean probability of the folder's class in the whole image's class target, None likewise.
+            Where it is low, the cells disagree, and training learns little from a label.
     """
 
     images: int
     annotated: int
     labelled: int
     agreement: float | None
+    confidence: float | None
 
 
 class Job(NamedTuple):
@@ -134,7 +138,8 @@ def describe(summary: Summary, annotator: Annotator) -> str:
     line += f"{summary.annotated} of them new; "
     if summary.agreement is None:
         return line + "their folders are not the model's classes, so agreement can't be told"
-    return line + f"the map's top class is the folder's for {summary.agreement:.1%}"
+    line += f"the map's top class is the folder's for {summary.agreement:.1%}"
+    return line + f", whose probability in the class token's target is {summary.confidence:.2f} on average"
 
 
 def _settings(annotator: Annotator, model: str, checkpoint: Path | None) -> dict:
@@ -199,15 +204,20 @@ def _summary(job: Job, annotated: int) -> Summary:
     elif targets is not None:
         classes = model_classes(class_names(job.dataset), job.annotator.model)
     share = range(job.process.rank, len(job.names), job.process.world)
-    mine, right = [i for i in share if job.names[i] in store], 0
+    mine, right, sure = [i for i in share if job.names[i] in store], 0, 0.0
     for start in range(0, 0 if classes is None else len(mine), 256):
         chunk = mine[start : start + 256]
-        values, indices = (torch.stack(part) for part in zip(*(store[job.names[i]] for i in chunk), strict=True))
+        maps = [torch.stack(part) for part in zip(*(store[job.names[i]] for i in chunk), strict=True)]
         truth = classes[torch.tensor([targets[i] for i in chunk])]
-        right += int((top_class(values, indices, job.annotator.num_classes) == truth).sum())
-    annotated, labelled, right = (sum(job.process.gather([count])) for count in (annotated, len(mine), right))
-    agreement = right / labelled if classes is not None and labelled else None
-    return Summary(len(job.names), annotated, labelled, agreement)
+        right += int((top_class(*maps, job.annotator.num_classes) == truth).sum())
+        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(chunk), 4)
+        target = crop_token_labels(*maps, whole, job.annotator.num_classes, 1).cls
+        sure += float(target.gather(1, truth[:, None]).sum())
+    annotated, labelled, right, sure = (
+        sum(job.process.gather([count])) for count in (annotated, len(mine), right, sure)
+    )
+    shares = (right / labelled, sure / labelled) if classes is not None and labelled else (None, None)
+    return Summary(len(job.names), annotated, labelled, *shares)
 
 
 def _complain(errors: list[str], images: int) -> None:
