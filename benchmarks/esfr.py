@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, nargs="+", default=[80, 24, 8], help="one number for every dimension")
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--chunk-size", type=int, default=8)
+    parser.add_argument("--chunk-size", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()

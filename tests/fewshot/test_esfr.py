@@ -59,7 +59,8 @@ def test_golden_accuracies(golden, case, name, kind):
 
 # Case 0, by output: what the biases of two outputs drift by in the reference's twenty updates. These outputs fire on
 # all points most of the time, so that their biases have no gradient, only rounding errors, which Adam magnifies. The
-# two numbers, fitted by least squares, account for all that the reference does otherwise.
+# two numbers, fitted by least squares, account for all that the reference does otherwise. Exact arithmetic is at most
+# 3.1e-4 off, 1.7 % of the numbers by more than 1e-4; the loss by torch's autograd in float32, 4 to 7e-4.
 DRIFT = {40: 2.4074e-5, 50: 5.1913e-5}
 
 
@@ -73,9 +74,10 @@ def test_golden_adaptation_of_twenty_updates(golden, monkeypatch):
     data = golden("esfr")
     adapted, updates = golden_run(data, 0)
     assert updates.item() == data["0.updates"].item() == 20
-    error = (adapted - data["0.adapted"]).abs()  # with rounding errors of its own
-    assert error.mean() < 1e-4
-    assert error.gt(1e-4).double().mean() < 0.1
+    error = (adapted - data["0.adapted"]).abs()  # without that drift, and with rounding errors of its own
+    assert error.mean() < 2e-5
+    assert error.gt(1e-4).double().mean() < 0.03
+    assert error.max() < 5e-4
     monkeypatch.setattr("timm_tokens.fewshot.running.Nets", Drifting)
     data = {name: tensor.double() for name, tensor in data.items()}
     adapted, updates = golden_run(data, 0)

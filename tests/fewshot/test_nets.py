@@ -104,9 +104,17 @@ def test_dropping_networks_leaves_the_others_as_they_were():
     )
 
 
-def test_rounding_errors_do_not_become_biases():
-    nets = Nets([torch.eye(16)[None].clone() for _ in range(4)], 3)
-    nets.updates = 1
-    error = torch.tensor([1e8, 1, -1e8]).view(1, 3, 1).expand(1, 3, 16).contiguous()  # sums to 1, in float32 to 0
-    nets._step(3, torch.zeros(1, 3, 16), error)
-    torch.testing.assert_close(nets.biases[3], torch.full((1, 1, 16), -1e-3))
+@pytest.mark.parametrize("label_weight", [0.0, 0.5])
+def test_rounding_errors_do_not_become_biases(label_weight):
+    """A bias that moves an output on all points alike has the classifier's gradient alone, or exactly none."""
+    weights = [torch.eye(16)[None] + 0.01 * torch.rand(1, 16, 16) for _ in range(4)]
+    nets = Nets(weights, 9, ways=3 if label_weight else 0)
+    inputs, target, labels = torch.rand(1, 9, 16) + 1, unit(torch.randn(1, 9, 16)), torch.arange(3)[None]
+    silent = 5  # at some of the points
+    nets.biases[3][..., silent] = -nets.forward(inputs)[..., silent].median()
+    start = nets.biases[3].clone()
+    for _ in range(3):
+        nets.update(inputs, target, labels if label_weight else labels[:, :0], label_weight)
+    moved = (nets.biases[3] != start).flatten()
+    assert moved[silent]  # a gradient like any other
+    assert moved.sum() == (16 if label_weight else 1)

@@ -59,7 +59,8 @@ class ESFR:
         lr: Adam's learning rate.
         support_weight: weight of the cross-entropy of a linear classifier on the support points' reconstructions.
         center: whether each network's outputs are centred over the episode before they are scaled to unit length.
-        chunk_size: episodes that run at once; memory grows with it, as chunk_size * num_nets * 13 * D^2 floats.
+        chunk_size: episodes that run at once; memory grows with it, as chunk_size * num_nets * 13 * D^2 floats. On a
+            CPU a few are best, which stay in its cache; a GPU wants more.
 
     Raises:
         ValueError: an argument is out of range.
@@ -76,7 +77,7 @@ class ESFR:
         support_weight: float = 0.0,
         *,
         center: bool = False,
-        chunk_size: int = 8,
+        chunk_size: int = 4,
     ):
         counts = {"num_nets": num_nets, "period": period, "max_updates": max_updates, "chunk_size": chunk_size}
         for name, value in counts.items():
@@ -157,7 +158,8 @@ class ESFR:
             run.nets.update(inputs, run.target, run.labels, self.support_weight)
             stopped = self._stopped(run)
             if len(stopped):
-                output = run.nets.forward(run.points[stopped], nets=stopped)
+                everything = len(stopped) == len(run.index)
+                output = run.nets.forward(run.points[stopped], nets=slice(None) if everything else stopped)
                 outputs[run.index[stopped]] = prepare(output) if self.center else unit(output)
                 updates[run.index[stopped]] = run.nets.updates
                 run.drop(stopped)

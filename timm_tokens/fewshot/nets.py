@@ -14,6 +14,7 @@ from torch.optim.adam import adam
 DEPTH = 4
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-7
 _TINY = 1e-6  # the smallest length that a vector is divided by
+relu_backward = torch.ops.aten.threshold_backward.grad_input  # in one pass over the numbers
 
 
 def unit(x: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def reconstruction_gradient(
     scale = torch.linalg.vector_norm(direction, dim=-1, keepdim=True).clamp_min_(_TINY).reciprocal_()  # (N, M, 1)
     cosine = torch.mul(direction.mul_(scale), target, out=work).sum(-1, keepdim=True)
     gradient = direction.mul_(cosine).sub_(target).mul_(scale / output.shape[1])
-    return gradient.sub_(_exact_sum(gradient) / output.shape[1])
+    return gradient.sub_(gradient.mean(1, keepdim=True))
 
 
 def close_gaps(x: Tensor, holes: Tensor, movers: Tensor, n: int) -> Tensor:
@@ -96,13 +97,19 @@ class Nets:
             weight, bias = self.weights[layer], self.biases[layer]
             torch.baddbmm(bias, outputs[layer], weight.mT, out=outputs[layer + 1]).relu_()
         reconstruction_gradient(outputs[DEPTH], target, gradient, work)
+        # The bias of an output that fires on every point shifts all that the loss centres: its gradient is 0, or that
+        # of the classifier alone. A sum would give rounding errors, which Adam blows up to steps.
+        always, shift = outputs[DEPTH].amin(1, keepdim=True) > 0, gradient.new_zeros(())
         if labels.shape[1]:
-            gradient[:, : labels.shape[1]] += self._classify(outputs[DEPTH][:, : labels.shape[1]], labels, label_weight)
+            below = self._classify(outputs[DEPTH][:, : labels.shape[1]], labels, label_weight)
+            gradient[:, : labels.shape[1]] += below
+            shift = below.sum(1, keepdim=True)
         for layer in reversed(range(DEPTH)):
-            # Once the layer above is done only the sign of a ReLU's output is needed, and after that not even that.
-            gradient.mul_(outputs[layer + 1].sign_())
+            relu_backward(gradient, outputs[layer + 1], 0, grad_input=gradient)
+            total = gradient.sum(1, keepdim=True)
+            total = torch.where(always, shift, total) if layer == DEPTH - 1 else total
             below = torch.bmm(gradient, self.weights[layer], out=outputs[layer + 1]) if layer else None
-            self._step(layer, outputs[layer], gradient)
+            self._step(layer, outputs[layer], gradient, total)
             gradient = below
 
     def drop(self, holes: Tensor, movers: Tensor, n: int) -> None:
@@ -121,13 +128,12 @@ class Nets:
         logits = torch.baddbmm(self.biases[DEPTH], points, weight.mT)  # (N, S, K)
         error = (logits.softmax(-1) - one_hot(labels, logits.shape[-1])) * (label_weight / labels.shape[1])
         below = error @ weight
-        self._step(DEPTH, points, error)
+        self._step(DEPTH, points, error, error.sum(1, keepdim=True))
         return below
 
-    def _step(self, layer: int, inputs: Tensor, error: Tensor) -> None:
-        """Adam on one linear layer, given the gradient of its output."""
+    def _step(self, layer: int, inputs: Tensor, error: Tensor, total: Tensor) -> None:
+        """Adam on one linear layer, given the gradient of its output and that of its bias (N, 1, D)."""
         gradient = torch.bmm(error.mT, inputs, out=self.gradients[layer == DEPTH])
-        total = _exact_sum(error) if layer == DEPTH - 1 else error.sum(1, keepdim=True)
         adam(
             [self.weights[layer], self.biases[layer]], [gradient, total], self.means[layer], self.squares[layer], [],
             [torch.full((), 1e9, device=error.device) for _ in range(2)], lr=self.lr * _bias_correction(self.updates),
@@ -144,11 +150,3 @@ def _bias_correction(updates: int) -> float:
     """
     t = torch.tensor(float(updates))
     return ((1 - BETA2**t).sqrt() / (1 - BETA1**t)).item()
-
-
-def _exact_sum(x: Tensor) -> Tensor:
-    """Sums over the points, (N, M, D) -> (N, 1, D), in float64.
-
-    The bias of an output that fires on every point has no gradient, and Adam would blow rounding errors up to steps.
-    """
-    return x.sum(1, keepdim=True, dtype=torch.float64).to(x.dtype)

@@ -29,4 +29,4 @@ def drop_out(points: Tensor, share: float, streams: list[torch.Generator]) -> Te
     for row, stream in zip(bits, streams, strict=True):
         row.random_(-(2**63), None, generator=stream)
     kept = bits.view(torch.int16)[:, :size].ge(round(share * 2**16) - 2**15)
-    return kept.view_as(points).to(points.dtype).mul_(points).div_(1 - share)
+    return (points / (1 - share)).mul_(kept.view_as(points))
