@@ -116,6 +116,9 @@ def test_bench_measures_memory_in_a_process_of_its_own():
         ("bench no_such_vit", "timm has no model 'no_such_vit'"),
         ("bench test_resnet --rounds 1", "can't be driven from outside"),
         ("bench test_vit --r -1", "--r is too small: -1"),
+        ("bench test_vit --threads 0", "--threads is too small: 0"),
+        ("bench test_vit --image-size 100", "--image-size 100 must be a multiple of the model's patches of 16"),
+        ("bench test_vit --device nowhere", "can't use --device nowhere: "),
         ("bench test_vit --batch-size 0", "--batch-size is too small: 0"),
     ],
 )

@@ -175,6 +175,8 @@ def test_arguments_of_the_command_are_those_of_run(feature_file, tmp_path):
         ({"model": "test_vit", "data_dir": "nowhere"}, "no folder nowhere"),
         ({"model": "test_vit", "data_dir": "."}, r"no images of \., split '': Found 0 images"),
         ({"classifiers": ["svm"]}, "unknown classifiers svm: choose from nearest_centroid"),
+        ({"model": "test_vit", "data_dir": ".", "out": __file__}, "--out .*test_fewshot.py is a file: give a folder"),
+        ({"model": "test_vit", "data_dir": ".", "device": "nowhere"}, "can't use --device nowhere: "),
     ],
 )
 def test_refuses_in_words(arguments, message, tmp_path, monkeypatch):

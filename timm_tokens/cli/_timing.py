@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens.cli import _models
+from timm_tokens.cli._errors import CommandError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +41,9 @@ def build(machine: Machine, setting: Setting) -> nn.Module:
     """The model of a setting: the base, or merging r tokens a block, on the machine's device."""
     size = {} if machine.image_size is None else {"img_size": machine.image_size}
     model = _models.plain(_models.create(machine.model, **size))
+    patch = max(getattr(getattr(model, "patch_embed", None), "patch_size", (1,)))
+    if size and machine.image_size % patch:
+        raise CommandError(f"--image-size {machine.image_size} must be a multiple of the model's patches of {patch}")
     if setting.r is not None:
         model = _models.merged(model, setting.r, machine.metric)
         model.freeze_base(setting.step == "modular")

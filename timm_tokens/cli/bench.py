@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from timm_tokens.cli._checks import check_device, check_folder
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._timing import DTYPES, Machine, Setting, build, describe, make_step, peak_memory, timed
 from timm_tokens.files import replacing
@@ -81,9 +82,13 @@ def run(
     Raises:
         CommandError: If a number makes no sense, or the model can't be made or driven.
     """
-    for name, values in (("--batch-size", batch_size), ("--rounds", [rounds]), ("--r", [value + 1 for value in r])):
+    counts = {"--batch-size": batch_size, "--rounds": [rounds], "--threads": [1 if threads is None else threads]}
+    for name, values in (counts | {"--r": [value + 1 for value in r]}).items():
         if min(values) < 1:
             raise CommandError(f"{name} is too small: {min(values) - (name == '--r')}")
+    check_device(device)
+    if out is not None:
+        check_folder(Path(out))
     if threads is not None:
         torch.set_num_threads(threads)
     machine = Machine(model, image_size, metric, compile, dtype, device, threads)

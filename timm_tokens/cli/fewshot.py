@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from timm_tokens.cli._checks import check_device, check_folder
 from timm_tokens.cli._data import open_dataset
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._features import cached_features, load_features, named
@@ -71,6 +72,8 @@ def run(
     """
     _check(classifiers, plot, ready=bool(features), source=bool(model and data_dir))
     out = Path(out)
+    check_folder(out)
+    check_device(device)
     if features:
         x, labels, _ = load_features(Path(features))
     else:

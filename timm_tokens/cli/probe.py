@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
+from timm_tokens.cli._checks import check_device, check_folder
 from timm_tokens.cli._data import class_names, identity
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._features import Features, Source, cached_features, named
@@ -104,6 +105,8 @@ def run(
     """
     _check(plot, model, run_dir, other=bool(checkpoint or pretrained or merge_r or img_size))
     images = Namespace(data_dir=data_dir and Path(data_dir), dataset=dataset, train_split=train_split)
+    check_folder(Path(out))
+    check_device(device)
     splits, out = _open(images, val_split), Path(out)
     trained = load_run(Path(run_dir)) if run_dir else None
     source = trained.source if trained else named(model, checkpoint and Path(checkpoint), pretrained, merge_r, img_size)
