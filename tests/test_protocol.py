@@ -129,6 +129,22 @@ def test_reset_classifier_and_input_size():
     assert model.image_size == (64, 32)
 
 
+@pytest.mark.parametrize("family", ["vit", "vit_no_class_token", "dinov3", "naflex"])
+@pytest.mark.parametrize("training", [False, True])
+@torch.no_grad()
+def test_without_pooling_every_token_has_its_logits(family, training):
+    base, x = create(family), images()
+    base.reset_classifier(4, "")
+    model = apply_dtem_merging(base, r=5).train(training)
+    logits = model(x)
+    assert logits.shape == base(x).shape == (2, base.num_prefix_tokens + 36, 4)
+    close(logits, model.forward_head(model.forward_features(x)))
+    model.merger.r = 0
+    close(model(x), base(x))
+    with pytest.raises(ValueError, match="global_pool=''"):
+        timm_tokens.token_label_head(base)
+
+
 @pytest.mark.parametrize("family", ["vit", "deit_distilled", "dinov2_registers", "eva02", "dinov3", "rope_mixed"])
 @torch.no_grad()
 def test_dynamic_image_size(family):

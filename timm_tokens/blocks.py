@@ -288,8 +288,10 @@ def _pool(base: nn.Module, x: Tensor, size: Tensor, pooling: str) -> Tensor:
 
 
 def pools_by_size(base: nn.Module) -> bool:
-    """Whether `head` can weigh tokens by size; otherwise it needs the tokens un-merged (PRR attention pooling)."""
+    """Whether `head` can weigh tokens by size; otherwise it needs them un-merged: PRR attention pooling, or none."""
     pool = getattr(base, "attn_pool", None)
+    if pool is None and not base.global_pool:  # one row of logits a token
+        return False
     return pool is None or (type(pool).forward is AttentionPoolLatent.forward and pool.pos_embed is None)
 
 

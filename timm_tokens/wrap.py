@@ -141,6 +141,8 @@ def token_label_head(
     blocks.check(base, merging=False)
     if num_classes is None and not base.num_classes:
         raise ValueError("the model has no classes (num_classes=0): give num_classes")
+    if base.global_pool == "":
+        raise ValueError("the model pools nothing (global_pool=''), so there is no class token's logit to add to")
     own = base.head_hidden_size if num_classes not in (None, base.num_classes) else None
     classes = base.num_classes if num_classes is None else num_classes
     return _with_part(
