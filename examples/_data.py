@@ -25,16 +25,36 @@ class Data(NamedTuple):
     val: Dataset
 
 
+class Moving(Dataset):
+    """Images (N, 1, H, W) in [-1, 1] with labels (N,), each a little turned, scaled and shifted, anew every time."""
+
+    def __init__(self, images: Tensor, labels: Tensor):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """A batch at once, as a DataLoader asks for it."""
+        images, count = self.images[indices], len(indices)
+        angle, shift = torch.rand(count) * 0.4 - 0.2, torch.rand(count, 2, 1) * 0.24 - 0.12  # radians, half images
+        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).unflatten(1, (2, 2))
+        turn = turn * (torch.rand(count, 1, 1) * 0.3 + 0.85)
+        grid = F.affine_grid(torch.cat([turn, shift], dim=2), list(images.shape), align_corners=False)
+        moved = F.grid_sample(images + 1, grid, align_corners=False) - 1  # what comes in from outside is dark: -1
+        return list(zip(moved, self.labels[indices], strict=True))
+
+
 def digits(size: int) -> Data:
-    """scikit-learn's 1797 handwritten digits as (1, size, size) in [-1, 1]; a quarter of each class is to report on."""
+    """scikit-learn's 1797 handwritten digits as (1, size, size) in [-1, 1]; half of each class is to report on."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     source = load_digits()  # 8 x 8, from 0 to 16
     images = F.interpolate(torch.from_numpy(source.images).float()[:, None] / 8 - 1, (size, size), mode="bilinear")
     labels = torch.from_numpy(source.target)
-    train, val = train_test_split(range(len(labels)), test_size=0.25, random_state=0, stratify=labels)
-    return Data(TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val]))
+    train, val = train_test_split(range(len(labels)), test_size=0.5, random_state=0, stratify=labels)
+    return Data(Moving(images[train], labels[train]), TensorDataset(images[val], labels[val]))
 
 
 def image_folder(root: Path, model: nn.Module) -> Data:
