@@ -99,10 +99,10 @@ def compare(dim: int, episodes: int, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 192, 640])
-    parser.add_argument("--episodes", type=int, nargs="+", default=[80, 24, 8], help="one number for every dimension")
+    parser.add_argument("--episodes", type=int, nargs="+", default=[80, 24, 4], help="one number for every dimension")
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--chunk-size", type=int, default=4)
+    parser.add_argument("--chunk-size", type=int, help="episodes at once; default: as ESFR chooses")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()

@@ -59,8 +59,8 @@ class ESFR:
         lr: Adam's learning rate.
         support_weight: weight of the cross-entropy of a linear classifier on the support points' reconstructions.
         center: whether each network's outputs are centred over the episode before they are scaled to unit length.
-        chunk_size: episodes that run at once; memory grows with it, as chunk_size * num_nets * 13 * D^2 floats. On a
-            CPU a few are best, which stay in its cache; a GPU wants more.
+        chunk_size: episodes that run at once; memory grows with it, as chunk_size * num_nets * 13 * D^2 floats. None:
+            as many as stay in a CPU's cache, or keep a GPU busy (see `episodes_at_once`).
 
     Raises:
         ValueError: an argument is out of range.
@@ -77,11 +77,11 @@ class ESFR:
         support_weight: float = 0.0,
         *,
         center: bool = False,
-        chunk_size: int = 4,
+        chunk_size: int | None = None,
     ):
         counts = {"num_nets": num_nets, "period": period, "max_updates": max_updates, "chunk_size": chunk_size}
         for name, value in counts.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout = {dropout} must lie in [0, 1): 1 would leave nothing to reconstruct from")
@@ -92,6 +92,13 @@ class ESFR:
         self.num_nets, self.dropout, self.neighbours, self.period = num_nets, dropout, neighbours, period
         self.max_updates, self.lr, self.support_weight = max_updates, lr, support_weight
         self.center, self.chunk_size = center, chunk_size
+
+    def episodes_at_once(self, features: Tensor) -> int:
+        """How many episodes of features (..., D) run at once: `chunk_size`, or as their weights leave room for."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        weights, most = (3_000_000, 16) if features.device.type == "cpu" else (64_000_000, 256)
+        return max(1, min(most, weights // (self.num_nets * DEPTH * features.shape[-1] ** 2)))
 
     @torch.no_grad()
     def adapt(
@@ -126,7 +133,8 @@ class ESFR:
         seeds = torch.randint(2**62, (len(features), self.num_nets), generator=generator, device=device).cpu()
         if not self.support_weight or labels is None:
             labels = torch.empty(len(features), 0, dtype=torch.long, device=features.device)
-        chunks = zip(*(t.split(self.chunk_size) for t in (features, labels, seeds)), strict=True)
+        size = self.episodes_at_once(features)
+        chunks = zip(*(t.split(size) for t in (features, labels, seeds)), strict=True)
         adapted = [self._adapt_chunk(x, y, s.flatten().tolist(), weights) for x, y, s in chunks]
         return Adapted(*(torch.cat(parts) for parts in zip(*adapted, strict=True)))
 

@@ -74,8 +74,8 @@ def compare(
     esfr = ESFR() if esfr is None else esfr
     drawn = sample_episodes(labels, ways, shots, queries, episodes, generator=generator)
     names = list(classifiers)
-    parts = []
-    for block in progress(list(zip(*(t.split(esfr.chunk_size) for t in drawn), strict=True))):
+    parts, size = [], esfr.episodes_at_once(features)
+    for block in progress(list(zip(*(t.split(size) for t in drawn), strict=True))):
         parts.append(_accuracies(features, Episodes(*block), names, esfr, generator))
     plain, adapted = torch.cat(parts, dim=-1)  # (2, classifiers, T)
     return [
