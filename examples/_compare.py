@@ -98,10 +98,17 @@ def normalised(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def outputs(model: nn.Module, images: Tensor, batch_size: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the model, in evaluation mode, gives for uint8 images, in batches."""
+def outputs(
+    model: nn.Module, images: Tensor, batch_size: int = 256, dtype: torch.dtype = torch.float32, amp: bool = False
+) -> Tensor:
+    """What the model, in evaluation mode, gives for uint8 images, in batches; with `amp` computed in bfloat16."""
     model.eval()
-    return torch.cat([model(normalised(batch)).to(dtype) for batch in images.split(batch_size)])
+
+    def of(batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            return model(normalised(batch))
+
+    return torch.cat([of(batch).to(dtype) for batch in images.split(batch_size)])
 
 
 def table(scores: Sequence[Score]) -> str:

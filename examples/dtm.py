@@ -158,8 +158,7 @@ class RememberingTask(DTMTask):
 def teach(teacher: nn.Module, images: Images, args: argparse.Namespace) -> Remembered:
     """The tokens of all images to learn from, on the student's grid, in half precision."""
     task = DTMTask(make_student(args, images, seed=0), teacher)
-    with torch.autocast("cpu", torch.bfloat16, enabled=args.amp is not None):
-        return Remembered(outputs(task.teacher, images.train.images, 64, torch.float16))
+    return Remembered(outputs(task.teacher, images.train.images, 64, torch.float16, amp=args.amp is not None))
 
 
 def pretrain(task: DTMTask, images: Tensor, args: argparse.Namespace, seed: int) -> None:

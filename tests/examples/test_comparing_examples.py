@@ -36,7 +36,7 @@ def example(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root, pixels = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 11)):
+    for split, count in (("train", 80), ("val", 11)):
         for name in ("coat", "hat"):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
@@ -70,7 +70,8 @@ def test_digits(example, name, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("name", OF)
 def test_folders(example, name, folder, tmp_path):
     teacher = ["--teacher", "test_vit", "--teacher-checkpoint", str(folder / "vit.safetensors")]
-    own = teacher if name == "dtm" else []
+    # Maps of one pixel, as smaller crops have, torch 2.14 can't convolve backwards in bfloat16: NaN.
+    own = [*(teacher if name == "dtm" else ["--img-size", "64"]), "--amp", "bfloat16", "--hold-out"]
     arguments = [*QUICK, *OF[name], *own, "--data-dir", str(folder), "--seeds", "3", "--out", str(tmp_path)]
     assert example(name).main(arguments) == 0
     check_results(tmp_path, name, seeds=1)
