@@ -40,13 +40,12 @@ def aux_attention_mask(
 
     Source: MTE (arXiv 2411.15787): class and patch tokens are masked from the auxiliary class tokens.
     """
-    position = torch.arange(num_tokens + num_aux, device=device)
-    query, key = position.unsqueeze(1), position.unsqueeze(0)
-    query_is_aux, key_is_aux = query >= num_tokens, key >= num_tokens
-    hidden = key_is_aux & ~query_is_aux
+    hidden = float("-inf")
+    mask = torch.zeros(num_tokens + num_aux, num_tokens + num_aux, device=device, dtype=dtype)  # made for each block
+    mask[:num_tokens, num_tokens:] = hidden
     if not sees_aux:
-        hidden = hidden | (key_is_aux & query_is_aux & (query != key))
+        itself = torch.eye(num_aux, device=device, dtype=torch.bool)
+        mask[num_tokens:, num_tokens:].masked_fill_(~itself, hidden)
     if not sees_prefix:
-        hidden = hidden | (query_is_aux & (key < num_prefix_tokens))
-    mask = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill(hidden, float("-inf"))
+        mask[num_tokens:, :num_prefix_tokens] = hidden
     return mask.unsqueeze(0).unsqueeze(0)
