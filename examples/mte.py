@@ -65,6 +65,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-pooled", type=int, default=6, help="pooled tokens")
     parser.add_argument("--aux-target", choices=("ensemble", "own"), default="ensemble")
     parser.add_argument("--without-global", action="store_true", help="the global token is no member of the ensemble")
+    parser.add_argument("--global-weight", type=float, default=0.5, help="of the global token, in the loss")
+    parser.add_argument("--heads", choices=("kind", "shared"), help="a head for each kind of token, or one for all")
     parser.add_argument("--aux-on-local", action="store_true", help="local crops have auxiliary tokens, too")
     parser.add_argument("--only-mte", action="store_true", help="leave the baselines out")
     return parser.parse_args(argv)
@@ -119,7 +121,8 @@ def make_task(objective: str, aux: bool, images: Images, args: argparse.Namespac
         model = timm_tokens.add_aux_tokens(model, args.num_cls, args.num_pooled, kernel_size=kernel)
     task = InMemoryTask(
         model, objective, num_prototypes=args.prototypes, hidden=4 * args.dim, width=64, queue_size=1024,
-        aux_target=args.aux_target, include_global=not args.without_global, aux_on_local=args.aux_on_local,
+        aux_target=args.aux_target, include_global=not args.without_global, global_weight=args.global_weight,
+        heads=args.heads, aux_on_local=args.aux_on_local,
         momentum=(args.momentum, 1.0), tau_teacher=(args.tau_teacher, args.tau_teacher),
     )  # fmt: skip
     task.crops = make_crops(objective, images, args)

@@ -9,7 +9,7 @@ from timm_tokens.losses import DINOLoss, MoBYLoss, MTELoss
 B, T, K = 5, 4, 9
 
 
-def slow_dino(student, teacher, centers, aux_target, include_global, tau_s=0.1, tau_t=0.04):
+def slow_dino(student, teacher, centers, aux_target, include_global, weight=0.5, tau_s=0.1, tau_t=0.04):
     """By the definition, token by token and pair by pair; centers (T, K)."""
     distil, aux = [], []
     for u, v in itertools.product(range(len(teacher)), range(len(student))):
@@ -26,7 +26,7 @@ def slow_dino(student, teacher, centers, aux_target, include_global, tau_s=0.1, 
         if student[v].shape[1] > 1:
             each = [cross_entropy(ensemble if aux_target == "ensemble" else p[i], i) for i in range(1, T)]
             aux.append(sum(each) / len(each))
-    return (sum(distil) / len(distil) + sum(aux) / len(aux)) / 2
+    return weight * sum(distil) / len(distil) + (1 - weight) * sum(aux) / len(aux)
 
 
 def slow_moby(queries, keys, queues, aux_target, tau=0.2):
@@ -52,14 +52,15 @@ def views(count, tokens=T, channels=K, grad=False):
 
 @pytest.mark.parametrize("aux_target", ["ensemble", "own"])
 @pytest.mark.parametrize("include_global", [True, False])
-@pytest.mark.parametrize("local_tokens", [T, 1])
-def test_dino_equals_the_slow_form(aux_target, include_global, local_tokens):
-    criterion = MTELoss(DINOLoss(K, num_tokens=T), aux_target=aux_target, include_global=include_global)
+@pytest.mark.parametrize(("local_tokens", "weight"), [(T, 0.5), (1, 0.5), (T, 0.8), (1, 1.0)])
+def test_dino_equals_the_slow_form(aux_target, include_global, local_tokens, weight):
+    options = dict(aux_target=aux_target, include_global=include_global, global_weight=weight)
+    criterion = MTELoss(DINOLoss(K, num_tokens=T), **options)
     centers = torch.zeros(T, K)
     for _ in range(2):
         student, teacher = views(2, grad=True) + views(3, local_tokens, grad=True), views(2)
         fast = criterion(student, teacher).loss
-        slow = slow_dino(student, teacher, centers, aux_target, include_global)
+        slow = slow_dino(student, teacher, centers, aux_target, include_global, weight)
         torch.testing.assert_close(fast, slow)
         torch.testing.assert_close(torch.autograd.grad(fast, student), torch.autograd.grad(slow, student))
         centers = 0.9 * centers + 0.1 * torch.cat(teacher).mean(0)
@@ -82,7 +83,7 @@ def test_moby_equals_the_slow_form(aux_target):
 @pytest.mark.parametrize("aux_target", ["ensemble", "own"])
 @pytest.mark.parametrize("baseline", [lambda: DINOLoss(K), lambda: MoBYLoss(K, 12)])
 def test_without_auxiliary_tokens_it_is_the_baseline(baseline, aux_target):
-    plain, criterion = baseline(), MTELoss(baseline(), aux_target=aux_target)
+    plain, criterion = baseline(), MTELoss(baseline(), aux_target=aux_target, global_weight=0.3)
     for _ in range(3):
         student, teacher = views(2, tokens=1, grad=True), views(2, tokens=1)
         expected = plain([x.squeeze(1) for x in student], [x.squeeze(1) for x in teacher])
@@ -141,6 +142,9 @@ def test_watching_can_be_left():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="must be 'ensemble' or 'own', got 'none'"):
         MTELoss(DINOLoss(K), aux_target="none")
+    for weight in (0, 1.1):
+        with pytest.raises(ValueError, match=rf"global_weight must be in \(0, 1\], got {weight}"):
+            MTELoss(DINOLoss(K), global_weight=weight)
     criterion = MTELoss(DINOLoss(K, num_tokens=T))
     with pytest.raises(ValueError, match=r"\(T, K\) = \(4, 9\), got \(5, 3, 9\); build the loss"):
         criterion(views(2, 3), views(2, 3))

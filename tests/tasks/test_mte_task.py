@@ -106,8 +106,13 @@ def test_ibot_by_hand():
     torch.testing.assert_close(out["loss"], expected + patch)
 
 
-def test_moby_by_hand():
-    task, inputs = make("moby"), crops("moby")
+@pytest.mark.parametrize("heads", ["shared", "kind"])
+def test_moby_by_hand(heads):
+    task, inputs = make("moby", heads=heads), crops("moby")
+    kinds = ["cls", "aux", "pooled"] if heads == "kind" else ["cls", "cls", "cls"]
+    with torch.no_grad():
+        for i, parameter in enumerate(task.student.parameters()):
+            parameter.mul_(1 + 0.01 * i)  # heads that are no longer alike
     for module in (task.student, task.teacher):
         for part in module.modules():
             part.training = False  # batch norm of a view at a time is then that of all together
@@ -115,8 +120,11 @@ def test_moby_by_hand():
     for x in inputs:
         for encoder, out in ((task.student.encoder, queries), (task.teacher.encoder, keys)):
             tokens = encoder.backbone(x, tokens=True)
-            out.append(encoder.heads["cls"](torch.cat([tokens.cls[:, None], tokens.aux_cls, tokens.pooled], 1)))
-    expected = MTELoss(MoBYLoss(8, 32))([task.student.predictor(q) for q in queries], keys)
+            parts = (tokens.cls[:, None], tokens.aux_cls, tokens.pooled)
+            out.append([encoder.heads[kind](part) for kind, part in zip(kinds, parts, strict=True)])
+    predictor = task.student.predictor
+    queries = [[predictor[kind](part) for kind, part in zip(kinds, q, strict=True)] for q in queries]
+    expected = MTELoss(MoBYLoss(8, 32))([torch.cat(q, 1) for q in queries], [torch.cat(k, 1) for k in keys])
     out = task(inputs)
     torch.testing.assert_close(out["loss"], expected.loss)
     torch.testing.assert_close(out["entropy/pooled0"], expected.entropy[3])
@@ -251,6 +259,16 @@ def test_heads_start_alike_and_part():
     assert not any(torch.equal(heads["cls"][0].weight, heads[kind][0].weight) for kind in ("aux", "pooled"))
 
 
+def test_a_batch_norm_sees_the_tokens_of_its_head():
+    """With a head for each kind the global token's statistics are its own; a shared one counts all tokens."""
+    for heads, rows in (("kind", 8), ("shared", 8 * 4)):
+        task, seen = make("moby", heads=heads), []
+        for head in (task.student.encoder.heads["cls"], task.student.predictor["cls"]):
+            head[1].register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(len(inputs[0])))
+        task(crops("moby"))
+        assert seen == [rows, rows]
+
+
 def test_learned_lengths_of_prototypes():
     task = make(learn_scale=True, frozen_epochs=0)
     step(task, sgd(task))
@@ -280,6 +298,7 @@ def test_backbones_without_class_tokens(name, num_pooled):
         (lambda: make("simclr"), "objective must be one of dino, ibot, moby, got 'simclr'"),
         (lambda: MTETask(vit(num_classes=10)), "has a classifier for 10 classes.*reset_classifier"),
         (lambda: make(aux_target="none"), "got 'none'"),
+        (lambda: make(heads="each"), "heads must be 'kind' or 'shared', got 'each'"),
         (
             lambda: MTETask(PooledTokens(timm.create_model("test_efficientnet", num_classes=0)), "ibot"),
             "iBOT masks patches, which takes a ViT",

@@ -47,7 +47,7 @@ class MTELoss(nn.Module):
         loss = MTELoss(DINOLoss(65536, num_tokens=1 + 6 + 6))
         loss(student, teacher).loss               # lists of logits (B, T, K), a view each; the teacher's views first
 
-        L = (L_distil + L_aux) / 2
+        L = w L_distil + (1 - w) L_aux
         L_distil = H(mean_i P_i, S_0)             the teacher's tokens together -> the student's global token
         L_aux    = mean_i H(T_i, S_i)             T_i: the same mean, or the token's own P_i; i > 0
 
@@ -58,15 +58,27 @@ class MTELoss(nn.Module):
         baseline: A `DINOLoss` made for as many tokens, or a `MoBYLoss`.
         aux_target: "ensemble", or "own": what auxiliary tokens are compared with.
         include_global: Whether the global token is a member of the ensemble.
+        global_weight: w, in (0, 1], the share of the global token's loss.
 
     Raises:
-        ValueError: If aux_target is unknown, when building; if views don't fit, when called.
+        ValueError: If aux_target is unknown or global_weight out of range, when building; if views don't fit, when
+            called.
 
     Source: Our definition, after the abstract of MTE (arXiv 2411.15787): its loss is not public.
     """
 
-    def __init__(self, baseline: Baseline, *, aux_target: str = "ensemble", include_global: bool = True) -> None:
+    def __init__(
+        self,
+        baseline: Baseline,
+        *,
+        aux_target: str = "ensemble",
+        include_global: bool = True,
+        global_weight: float = 0.5,
+    ) -> None:
         super().__init__()
+        if not 0 < global_weight <= 1:
+            raise ValueError(f"global_weight must be in (0, 1], got {global_weight}")
+        self.global_weight = global_weight
         if aux_target not in ("ensemble", "own"):
             raise ValueError(f"aux_target must be 'ensemble' or 'own', got {aux_target!r}")
         self.baseline, self.aux_target, self.include_global = baseline, aux_target, include_global
@@ -84,7 +96,7 @@ class MTELoss(nn.Module):
         targets = self.baseline.targets(teacher)
         combined = [self._combine(target) for target in targets]
         losses = cross_view_losses(self.baseline.compare, student, self._of_tokens(targets, combined))
-        loss = losses[0] if len(losses) == 1 else (losses[0] + losses[1:].mean()) / 2
+        loss = losses[0] if len(losses) == 1 else losses[1:].mean().lerp(losses[0], self.global_weight)
         watched = _watch(self.baseline.assignments(targets)) if watch else ()
         self.baseline.update(teacher, combined)
         weight = self.baseline.pair_weight
@@ -103,7 +115,9 @@ class MTELoss(nn.Module):
         return [torch.cat([all_, own[:, 1:]], 1) for all_, own in zip(combined, targets, strict=True)]
 
     def extra_repr(self) -> str:
-        return f"aux_target={self.aux_target!r}, include_global={self.include_global}"
+        return (
+            f"aux_target={self.aux_target!r}, include_global={self.include_global}, global_weight={self.global_weight}"
+        )
 
 
 @torch.no_grad()

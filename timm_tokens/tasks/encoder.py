@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens.parts.aux_tokens import AdaptivePool
+from timm_tokens.tasks.heads import TokenHeads
 from timm_tokens.vit import Tokens, TokenViT
 
 
@@ -80,7 +81,7 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone: TokenViT | PooledTokens, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.backbone, self.heads = backbone, nn.ModuleDict(heads)
+        self.backbone, self.heads = backbone, TokenHeads(heads, token_counts(backbone))
 
     def forward(
         self, images: Tensor, *, aux: bool = True, mask: Tensor | None = None, patches: Tensor | None = None
@@ -93,16 +94,7 @@ class Encoder(nn.Module):
             patches: (M,) int64, patches to project, counted through the images: of image b the first is b N.
         """
         tokens = self.backbone(images, tokens=True, mask=mask, aux=aux)
-        kinds = {"cls": tokens.cls.unsqueeze(1), "aux": tokens.aux_cls, "pooled": tokens.pooled}
-        kinds = {kind: x for kind, x in kinds.items() if x is not None}
-        features = torch.cat(list(kinds.values()), 1)
-        sizes = [x.shape[1] for x in kinds.values()]
-        parts = zip(kinds, features.split(sizes, 1), strict=True)  # split again, for hooks on the features see it
-        projected = self._project(dict(parts))
+        kinds = (tokens.cls.unsqueeze(1), tokens.aux_cls, tokens.pooled)
+        features = torch.cat([x for x in kinds if x is not None], 1)
         rows = None if patches is None else self.heads["cls"](tokens.patches.flatten(0, 1).index_select(0, patches))
-        return Encoded(features, projected, rows)
-
-    def _project(self, kinds: dict[str, Tensor]) -> Tensor:
-        if len(self.heads) == 1:  # a batch norm in it sees all
-            return self.heads["cls"](torch.cat(list(kinds.values()), 1))
-        return torch.cat([self.heads[kind](x) for kind, x in kinds.items()], 1)
+        return Encoded(features, self.heads(features), rows)

@@ -3,6 +3,9 @@
 Shapes: C features, D projected, K prototypes.
 """
 
+from collections.abc import Mapping
+
+import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
@@ -42,3 +45,22 @@ class MoBYHead(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+class TokenHeads(nn.ModuleDict):
+    """(B, T, C) -> (B, T, D): a head for each kind of token, or one for all, whose batch norm then sees all.
+
+    Args:
+        heads: By kind, in the order of `counts`; or "cls" alone.
+        counts: How many tokens of each kind there are, the global one first. Views may have that one alone.
+    """
+
+    def __init__(self, heads: Mapping[str, nn.Module], counts: Mapping[str, int]) -> None:
+        super().__init__(heads)
+        self.counts = list(counts.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self) == 1 or x.shape[1] == 1:
+            return self["cls"](x)
+        parts = zip(self.values(), x.split(self.counts, 1), strict=True)
+        return torch.cat([head(part) for head, part in parts], 1)

@@ -37,7 +37,8 @@ class MTETask(TokenTask):
         num_prototypes: K; None: the objective's, 65536 or 8192.
         hidden: Width of the heads' hidden layers; None: the objective's. width: of what they project to.
         learn_scale: Whether prototypes learn their lengths (norm_last_layer=False).
-        aux_target, include_global: Of `MTELoss`.
+        heads: "kind": a head for each kind of token; "shared": one for all; None: the objective's.
+        aux_target, include_global, global_weight: Of `MTELoss`.
         aux_on_local: Whether the student's local crops have auxiliary tokens, too, where they cost most.
         global_crops: How many crops, the first, the teacher sees.
         tau_teacher: From and to, in a line over the first tau_epochs.
@@ -64,8 +65,10 @@ class MTETask(TokenTask):
         hidden: int | None = None,
         width: int = 256,
         learn_scale: bool = False,
+        heads: str | None = None,
         aux_target: str = "ensemble",
         include_global: bool = True,
+        global_weight: float = 0.5,
         aux_on_local: bool = False,
         global_crops: int = 2,
         tau_teacher: tuple[float, float] = (0.04, 0.07),
@@ -80,14 +83,16 @@ class MTETask(TokenTask):
     ) -> None:
         backbone, recipe = token_backbone(model, objective), OBJECTIVES[objective]
         prototypes = recipe.num_prototypes if num_prototypes is None else num_prototypes
-        student = make_student(backbone, objective, prototypes, hidden or recipe.hidden, width, learn_scale)
+        shape = (prototypes, hidden or recipe.hidden, width, learn_scale, heads or recipe.heads)
+        student = make_student(backbone, objective, *shape)
         super().__init__(student, seed=seed)
         self.teacher = use_batch_statistics(frozen_copy(student))
         self.teacher.predictor = None
         self.objective, self.aux_on_local, self.global_crops = objective, aux_on_local, global_crops
         self.names = token_names(token_counts(backbone))
         baseline = make_loss(objective, prototypes, width, queue_size, len(self.names))
-        self.criterion = MTELoss(baseline, aux_target=aux_target, include_global=include_global)
+        options = dict(aux_target=aux_target, include_global=include_global, global_weight=global_weight)
+        self.criterion = MTELoss(baseline, **options)
         self.patch_criterion = IBOTPatchLoss(prototypes) if objective == "ibot" else None
         self.mask_ratio, self.mask_prob, self.patch_weight = mask_ratio, mask_prob, patch_weight
         self.temperatures, self.tau_epochs, self.frozen_epochs = tuple(tau_teacher), tau_epochs, frozen_epochs

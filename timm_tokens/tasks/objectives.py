@@ -1,5 +1,6 @@
 """What DINO, iBOT and MoBY differ in: the student's heads, and the loss."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
@@ -7,24 +8,26 @@ from torch import nn
 from timm_tokens.losses import DINOLoss, MoBYLoss
 from timm_tokens.tasks.clustering import Prototypes
 from timm_tokens.tasks.encoder import Encoder, PooledTokens, token_counts
-from timm_tokens.tasks.heads import DINOHead, MoBYHead
+from timm_tokens.tasks.heads import DINOHead, MoBYHead, TokenHeads
 from timm_tokens.tasks.views import ViewEncoder
 from timm_tokens.vit import TokenViT
 from timm_tokens.wrap import add_mask_token
 
 
 class Recipe(NamedTuple):
-    """What a paper sets: the heads' hidden width, the number of prototypes, the teacher's momentum at first."""
+    """What a paper sets: the heads' hidden width, the number of prototypes, the teacher's momentum at first. And
+    whether each kind of token has a head, or all share one."""
 
     hidden: int
     num_prototypes: int
     momentum: float
+    heads: str
 
 
 OBJECTIVES = {
-    "dino": Recipe(2048, 65536, 0.996),
-    "ibot": Recipe(2048, 8192, 0.996),
-    "moby": Recipe(4096, 0, 0.99),
+    "dino": Recipe(2048, 65536, 0.996, "kind"),
+    "ibot": Recipe(2048, 8192, 0.996, "kind"),
+    "moby": Recipe(4096, 0, 0.99, "shared"),
 }
 
 
@@ -53,24 +56,41 @@ def token_backbone(model: nn.Module, objective: str) -> TokenViT | PooledTokens:
 
 
 def make_student(
-    backbone: TokenViT | PooledTokens, objective: str, num_prototypes: int, hidden: int, width: int, learn_scale: bool
+    backbone: TokenViT | PooledTokens,
+    objective: str,
+    num_prototypes: int,
+    hidden: int,
+    width: int,
+    learn_scale: bool,
+    heads: str,
 ) -> ViewEncoder:
-    """Heads on a backbone.
+    """Heads on a backbone: for each "kind" of token, or "shared" by all of them.
 
-    DINO and iBOT have a head for each kind of token, and prototypes that all share, so that assignments can be
-    averaged. MoBY has one projector and one predictor, for its keys are.
+    Prototypes are always shared, so that assignments can be averaged.
+
+    Raises:
+        ValueError: If heads is unknown.
     """
+    if heads not in ("kind", "shared"):
+        raise ValueError(f"heads must be 'kind' or 'shared', got {heads!r}")
     base, counts = backbone.base, token_counts(backbone)
-    features = dict.fromkeys(counts, base.num_features)
+    features = dict.fromkeys(counts if heads == "kind" else ["cls"], base.num_features)
     features["cls"] = getattr(base, "head_hidden_size", base.num_features)
     if objective == "moby":
-        projector, predictor = MoBYHead(features["cls"], hidden, width), MoBYHead(width, hidden, width)
-        return ViewEncoder(Encoder(backbone, {"cls": projector}), predictor=predictor)
-    heads = {kind: DINOHead(features[kind], hidden, width) for kind in counts}
-    for kind in counts:  # alike at first: the mean of heads that know nothing of each other says little about an image
-        if features[kind] == features["cls"]:
+        projectors = _alike(lambda size: MoBYHead(size, hidden, width), features)
+        predictors = _alike(lambda size: MoBYHead(size, hidden, width), dict.fromkeys(features, width))
+        return ViewEncoder(Encoder(backbone, projectors), predictor=TokenHeads(predictors, counts))
+    projectors = _alike(lambda size: DINOHead(size, hidden, width), features)
+    return ViewEncoder(Encoder(backbone, projectors), Prototypes(width, num_prototypes, learn_scale))
+
+
+def _alike(make: Callable[[int], nn.Module], features: dict[str, int]) -> dict[str, nn.Module]:
+    """A head for each kind, the same at first: the mean of heads that know nothing of each other says little."""
+    heads = {kind: make(size) for kind, size in features.items()}
+    for kind, size in features.items():
+        if size == features["cls"]:
             heads[kind].load_state_dict(heads["cls"].state_dict())
-    return ViewEncoder(Encoder(backbone, heads), Prototypes(width, num_prototypes, learn_scale))
+    return heads
 
 
 def make_loss(objective: str, num_prototypes: int, width: int, queue_size: int, num_tokens: int) -> DINOLoss | MoBYLoss:

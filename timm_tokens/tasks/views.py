@@ -35,7 +35,7 @@ class ViewEncoder(nn.Module):
     Args:
         encoder: Of images of one size.
         prototypes: (..., D) -> (..., K), shared by tokens of all kinds and by patches; None for contrastive methods.
-        predictor: (..., D) -> (..., D) of the student alone, or None.
+        predictor: (B, T, D) -> (B, T, D) of the student alone, or None.
     """
 
     def __init__(
@@ -69,12 +69,11 @@ class ViewEncoder(nn.Module):
         return Views([view for x in tokens for view in x.split(batch)], rows, encoded.projected, norms)
 
     def _compare(self, projected: list[Tensor], patches: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-        """Logits of all tokens by one product with the prototypes; or the predictions, through one batch norm."""
-        last = self.prototypes if self.prototypes is not None else self.predictor
-        if last is None:
-            return projected, patches
+        """Logits of all tokens by one product with the prototypes; or the predictions."""
+        if self.prototypes is None:
+            return projected if self.predictor is None else [self.predictor(x) for x in projected], patches
         rows = [x.flatten(0, 1) for x in projected] + ([] if patches is None else [patches])
-        logits = last(torch.cat(rows)).split([len(x) for x in rows])
+        logits = self.prototypes(torch.cat(rows)).split([len(x) for x in rows])
         tokens = [x.unflatten(0, shape.shape[:2]) for x, shape in zip(logits, projected, strict=False)]
         return tokens, None if patches is None else logits[-1]
 

@@ -52,6 +52,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     tokens.add_argument("--aux-target", choices=("ensemble", "own"), default="ensemble", help="what they learn from")
     tokens.add_argument("--without-global", dest="include_global", action="store_false",
                         help="the global token is no member of the ensemble")  # fmt: skip
+    tokens.add_argument("--global-weight", type=float, default=0.5, help="of the global token, in the loss")
+    tokens.add_argument("--heads", choices=("kind", "shared"),
+                        help="for each kind of token (default), or one for all (default of MoBY)")  # fmt: skip
     tokens.add_argument("--aux-on-local", action="store_true", help="local crops have them, too")
     crops = parser.add_argument_group("crops")
     crops.add_argument("--local-crops", type=int, help="how many (default: 8, of MoBY none)")
@@ -79,6 +82,8 @@ def make_task(options: Namespace) -> MTETask:
         learn_scale=options.learn_scale,
         aux_target=options.aux_target,
         include_global=options.include_global,
+        global_weight=options.global_weight,
+        heads=options.heads,
         aux_on_local=options.aux_on_local,
         tau_teacher=options.tau_teacher,
         tau_epochs=options.tau_epochs,
