@@ -112,9 +112,10 @@ class InMemoryTask(MTETask):
 def make_task(objective: str, aux: bool, images: Images, args: argparse.Namespace, seed: int) -> MTETask:
     torch.manual_seed(seed)
     channels = images.train.images.shape[1]
+    num_heads = next(n for n in range(max(1, args.dim // 24), 0, -1) if args.dim % n == 0)
     model = VisionTransformer(
         img_size=args.img_size, patch_size=args.patch_size, in_chans=channels, embed_dim=args.dim, depth=args.depth,
-        num_heads=max(1, args.dim // 24), num_classes=0, dynamic_img_size=True, weight_init="jax",
+        num_heads=num_heads, num_classes=0, dynamic_img_size=True, weight_init="jax",
     )  # fmt: skip
     if aux:
         kernel = min(11, 2 * args.img_size // args.patch_size - 1)  # a larger one sees nothing more
