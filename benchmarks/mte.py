@@ -1,12 +1,16 @@
 """Time a DINO training step with auxiliary tokens against one without: python benchmarks/mte.py [--local-crops 8].
 
-The two take turns on the same images, so that what slows the machine slows both; the ratio is the median over pairs of
-steps. With --cross-entropy the forms of the loss are timed instead: `soft_cross_entropy` against log_softmax, and
-against logsumexp(W x / tau) - <W^T P, x> / tau, which never multiplies targets with logits. All must agree.
+The two take turns on the same images, so that what slows the machine slows both; times are of the process's CPU (best
+with one thread), and the ratio is the median over pairs of steps. With --memory a fresh process each takes one step,
+and its peak is read. With --cross-entropy the forms of the loss are timed instead: `soft_cross_entropy` against
+log_softmax, and against logsumexp(W x / tau) - <W^T P, x> / tau, which never multiplies targets with logits. All must
+agree.
 """
 
 import argparse
+import multiprocessing
 import platform
+import resource
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -33,12 +37,18 @@ def main() -> None:
     parser.add_argument("--aux-on-local", action="store_true")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", action="store_true", help="peak memory of a step instead of its time")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {platform.machine()}, {args.threads} threads")
     if args.cross_entropy:
         time_losses(args)
+    elif args.memory:
+        for name in ("without", "with"):
+            process = multiprocessing.get_context("spawn").Process(target=print_peak, args=(args, name))
+            process.start()
+            process.join()
     else:
         time_steps(args)
 
@@ -52,6 +62,12 @@ def time_steps(args: argparse.Namespace) -> None:
     for name, values in times.items():
         print(f"  {name:8s} {1000 * median(values):8.0f} ms")
     print(f"  ratio    {median(ratios):8.3f}, {min(ratios):.3f} to {max(ratios):.3f} in {args.pairs} pairs")
+
+
+def print_peak(args: argparse.Namespace, name: str) -> None:
+    torch.set_num_threads(args.threads)
+    training_step(args, aux=name == "with")()
+    print(f"  {name:8s} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:8.2f} GiB", flush=True)
 
 
 def training_step(args: argparse.Namespace, aux: bool) -> Callable[[], None]:
@@ -102,13 +118,13 @@ def check(forms: Mapping[str, Callable[[], Tensor]], inputs: list[Tensor]) -> No
 
 
 def in_turns(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round; a first round warms up."""
+    """CPU seconds of each step in each round, whatever else the machine does; a first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return {name: values[1:] for name, values in times.items()}
 
 

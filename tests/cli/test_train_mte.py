@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from timm_tokens.cli import main
 
@@ -53,9 +54,19 @@ def test_objectives(images, options, columns):
     assert model.eval()(torch.randn(1, 3, 32, 32)).isfinite().all()
 
 
+def test_a_registered_model_brings_its_tokens(images):
+    code, out = run(images, "--model vit_tiny_mte --objective ibot --local-crops 1 --heads shared --global-weight 0.7")
+    assert code == 0
+    with (out / "steps.csv").open() as file:
+        assert {"loss/aux5", "loss/pooled5", "loss/patch"} <= set(next(csv.DictReader(file)))
+    base = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
+    base.load_state_dict(load_file(out / "model.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ("--model vit_tiny_mte --num-pooled 2", "vit_tiny_mte was made for 6 such tokens, not --num-pooled 2"),
         ("--model test_efficientnet --objective ibot", "iBOT masks patches, which takes a ViT"),
         ("--model test_vit --objective moby --local-crops 2", "takes two crops, both global, got 4 crops"),
         ("--model test_vit --prototypes 0", "num_prototypes must be at least 1, got 0"),

@@ -14,9 +14,11 @@ from argparse import ArgumentParser, Namespace
 from torch import nn
 
 from timm_tokens import blocks
+from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._sources import add_sources, local_size, make_backbone, open_split
 from timm_tokens.cli.objectives import Objective
 from timm_tokens.data import Crop, MultiCrop, dino_crops
+from timm_tokens.parts import AuxTokens
 from timm_tokens.tasks import MTETask, PooledTokens
 from timm_tokens.wrap import add_aux_tokens
 
@@ -98,11 +100,23 @@ def make_task(options: Namespace) -> MTETask:
 def _model(options: Namespace) -> nn.Module:
     """The model with its auxiliary tokens: a ViT that takes crops of any size, or anything else with pooled ones."""
     model = make_backbone(options)
+    if getattr(model, "aux", None) is not None:  # vit_small_mte and the like bring theirs
+        _check_counts(model.aux, options)
+        return model
     try:
         blocks.check(model, merging=False)
     except TypeError:
         return PooledTokens(model, options.num_pooled)
     return add_aux_tokens(model, options.num_cls, options.num_pooled)
+
+
+def _check_counts(aux: AuxTokens, options: Namespace) -> None:
+    for name in ("num_cls", "num_pooled"):
+        if getattr(options, name) != getattr(aux, name):
+            option = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise CommandError(
+                f"{options.model} was made for {getattr(aux, name)} such tokens, not {option}: name its base instead"
+            )
 
 
 def _crops(options: Namespace, base: nn.Module) -> list[Crop]:
