@@ -38,15 +38,23 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, classes: Tensor, excess: Tensor, background: Tensor) -> Tensor:
         ctx.save_for_backward(logits, classes, excess, background)
-        return torch.cat([_forward(*part) for part in _parts(logits, classes, excess, background)])
+        parts = []
+        for z, c in _parts(logits, classes):
+            log_p = z.log_softmax(1, dtype=torch.float32)
+            parts.append((log_p.gather(1, c), log_p.sum(1)))
+        chosen, total = (torch.cat(x) for x in zip(*parts, strict=True))
+        return -(excess * chosen).sum(1) - background * total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        out = torch.empty_like(ctx.saved_tensors[0])
-        for target, *part in _parts(out, *ctx.saved_tensors, grad):
+        logits, classes, excess, background = ctx.saved_tensors
+        mass = logits.shape[1] * background + excess.sum(1)  # 1, or a little more with smoothing
+        scale, shift = (grad * mass)[:, None], -(grad * background)[:, None]
+        out, excess = torch.empty_like(logits), -grad[:, None] * excess
+        for target, z, c, *rest in _parts(out, logits, classes, excess, scale, shift):
             exact = target if out.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-            _write_gradient(exact, *part)
+            _write_gradient(exact, z, c, *rest)
             if exact is not target:
                 target.copy_(exact)
         return out, None, None, None
@@ -57,15 +65,6 @@ def _parts(*tensors: Tensor) -> Any:
     return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
-def _forward(logits: Tensor, classes: Tensor, excess: Tensor, background: Tensor) -> Tensor:
-    log_p = logits.log_softmax(1, dtype=torch.float32)
-    return -((excess * log_p.gather(1, classes)).sum(1) + background * log_p.sum(1))
-
-
-def _write_gradient(
-    out: Tensor, logits: Tensor, classes: Tensor, excess: Tensor, background: Tensor, grad: Tensor
-) -> None:
-    mass = logits.shape[1] * background + excess.sum(1)  # 1, or a little more with smoothing
+def _write_gradient(out: Tensor, logits: Tensor, classes: Tensor, excess: Tensor, scale: Tensor, shift: Tensor) -> None:
     torch.softmax(logits, 1, dtype=torch.float32, out=out)
-    out.mul_((grad * mass)[:, None]).sub_((grad * background)[:, None])
-    out.scatter_add_(1, classes, -grad[:, None] * excess)
+    torch.addcmul(shift, out, scale, out=out).scatter_add_(1, classes, excess)
