@@ -38,10 +38,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, classes: Tensor, excess: Tensor, background: Tensor) -> Tensor:
         ctx.save_for_backward(logits, classes, excess, background)
-        parts = []
-        for z, c in _parts(logits, classes):
-            log_p = z.log_softmax(1, dtype=torch.float32)
-            parts.append((log_p.gather(1, c), log_p.sum(1)))
+        parts = [_log_probabilities(*part) for part in _parts(logits, classes)]
         chosen, total = (torch.cat(x) for x in zip(*parts, strict=True))
         return -(excess * chosen).sum(1) - background * total
 
@@ -63,6 +60,12 @@ class _SparseCrossEntropy(torch.autograd.Function):
 def _parts(*tensors: Tensor) -> Any:
     rows = rows_at_once(tensors[0].shape[1], tensors[0].device)
     return zip(*(x.split(rows) for x in tensors), strict=True)
+
+
+def _log_probabilities(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the slots (M, S), and the sum over all classes (M,). A function, so that all of them go when it ends."""
+    log_p = logits.log_softmax(1, dtype=torch.float32)
+    return log_p.gather(1, classes), log_p.sum(1)
 
 
 def _write_gradient(out: Tensor, logits: Tensor, classes: Tensor, excess: Tensor, scale: Tensor, shift: Tensor) -> None:
