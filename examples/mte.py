@@ -63,10 +63,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-cls", type=int, default=6, help="auxiliary class tokens")
     parser.add_argument("--num-pooled", type=int, default=6, help="pooled tokens")
-    parser.add_argument("--aux-target", choices=("ensemble", "own"), default="ensemble")
+    parser.add_argument("--aux-target", choices=("ensemble", "own"), help="default: ensemble, of MoBY own")
     parser.add_argument("--without-global", action="store_true", help="the global token is no member of the ensemble")
     parser.add_argument("--global-weight", type=float, default=0.5, help="of the global token, in the loss")
-    parser.add_argument("--heads", choices=("kind", "shared"), help="a head for each kind of token, or one for all")
+    parser.add_argument(
+        "--heads", choices=("kind", "shared"), default="kind", help="a head for each kind of token, or one for all"
+    )
     parser.add_argument("--aux-on-local", action="store_true", help="local crops have auxiliary tokens, too")
     parser.add_argument("--only-mte", action="store_true", help="leave the baselines out")
     return parser.parse_args(argv)

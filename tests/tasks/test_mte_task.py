@@ -124,7 +124,9 @@ def test_moby_by_hand(heads):
             out.append([encoder.heads[kind](part) for kind, part in zip(kinds, parts, strict=True)])
     predictor = task.student.predictor
     queries = [[predictor[kind](part) for kind, part in zip(kinds, q, strict=True)] for q in queries]
-    expected = MTELoss(MoBYLoss(8, 32))([torch.cat(q, 1) for q in queries], [torch.cat(k, 1) for k in keys])
+    expected = MTELoss(MoBYLoss(8, 32), aux_target="own")(
+        [torch.cat(q, 1) for q in queries], [torch.cat(k, 1) for k in keys]
+    )
     out = task(inputs)
     torch.testing.assert_close(out["loss"], expected.loss)
     torch.testing.assert_close(out["entropy/pooled0"], expected.entropy[3])

@@ -37,8 +37,8 @@ class MTETask(TokenTask):
         num_prototypes: K; None: the objective's, 65536 or 8192.
         hidden: Width of the heads' hidden layers; None: the objective's. width: of what they project to.
         learn_scale: Whether prototypes learn their lengths (norm_last_layer=False).
-        heads: "kind": a head for each kind of token; "shared": one for all; None: the objective's.
-        aux_target, include_global, global_weight: Of `MTELoss`.
+        heads: "kind": a head for each kind of token; "shared": one for all.
+        aux_target: Of `MTELoss`; None: "own" of MoBY, else "ensemble". include_global, global_weight: of it, too.
         aux_on_local: Whether the student's local crops have auxiliary tokens, too, where they cost most.
         global_crops: How many crops, the first, the teacher sees.
         tau_teacher: From and to, in a line over the first tau_epochs.
@@ -65,8 +65,8 @@ class MTETask(TokenTask):
         hidden: int | None = None,
         width: int = 256,
         learn_scale: bool = False,
-        heads: str | None = None,
-        aux_target: str = "ensemble",
+        heads: str = "kind",
+        aux_target: str | None = None,
         include_global: bool = True,
         global_weight: float = 0.5,
         aux_on_local: bool = False,
@@ -83,7 +83,7 @@ class MTETask(TokenTask):
     ) -> None:
         backbone, recipe = token_backbone(model, objective), OBJECTIVES[objective]
         prototypes = recipe.num_prototypes if num_prototypes is None else num_prototypes
-        shape = (prototypes, hidden or recipe.hidden, width, learn_scale, heads or recipe.heads)
+        shape = (prototypes, hidden or recipe.hidden, width, learn_scale, heads)
         student = make_student(backbone, objective, *shape)
         super().__init__(student, seed=seed)
         self.teacher = use_batch_statistics(frozen_copy(student))
@@ -91,7 +91,8 @@ class MTETask(TokenTask):
         self.objective, self.aux_on_local, self.global_crops = objective, aux_on_local, global_crops
         self.names = token_names(token_counts(backbone))
         baseline = make_loss(objective, prototypes, width, queue_size, len(self.names))
-        options = dict(aux_target=aux_target, include_global=include_global, global_weight=global_weight)
+        target = recipe.aux_target if aux_target is None else aux_target
+        options = dict(aux_target=target, include_global=include_global, global_weight=global_weight)
         self.criterion = MTELoss(baseline, **options)
         self.patch_criterion = IBOTPatchLoss(prototypes) if objective == "ibot" else None
         self.mask_ratio, self.mask_prob, self.patch_weight = mask_ratio, mask_prob, patch_weight

@@ -15,19 +15,19 @@ from timm_tokens.wrap import add_mask_token
 
 
 class Recipe(NamedTuple):
-    """What a paper sets: the heads' hidden width, the number of prototypes, the teacher's momentum at first. And
-    whether each kind of token has a head, or all share one."""
+    """What a paper sets: the heads' hidden width, the number of prototypes, the teacher's momentum at first. And what
+    auxiliary tokens learn from."""
 
     hidden: int
     num_prototypes: int
     momentum: float
-    heads: str
+    aux_target: str
 
 
 OBJECTIVES = {
-    "dino": Recipe(2048, 65536, 0.996, "kind"),
-    "ibot": Recipe(2048, 8192, 0.996, "kind"),
-    "moby": Recipe(4096, 0, 0.99, "shared"),
+    "dino": Recipe(2048, 65536, 0.996, "ensemble"),
+    "ibot": Recipe(2048, 8192, 0.996, "ensemble"),
+    "moby": Recipe(4096, 0, 0.99, "own"),
 }
 
 

@@ -51,12 +51,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     tokens = parser.add_argument_group("auxiliary tokens")
     tokens.add_argument("--num-cls", type=int, default=6, help="auxiliary class tokens, of ViTs")
     tokens.add_argument("--num-pooled", type=int, default=6, help="adaptively pooled tokens")
-    tokens.add_argument("--aux-target", choices=("ensemble", "own"), default="ensemble", help="what they learn from")
+    tokens.add_argument("--aux-target", choices=("ensemble", "own"),
+                        help="what they learn from (default: ensemble, of MoBY own)")  # fmt: skip
     tokens.add_argument("--without-global", dest="include_global", action="store_false",
                         help="the global token is no member of the ensemble")  # fmt: skip
     tokens.add_argument("--global-weight", type=float, default=0.5, help="of the global token, in the loss")
-    tokens.add_argument("--heads", choices=("kind", "shared"),
-                        help="for each kind of token (default), or one for all (default of MoBY)")  # fmt: skip
+    tokens.add_argument("--heads", choices=("kind", "shared"), default="kind",
+                        help="for each kind of token, or one for all")  # fmt: skip
     tokens.add_argument("--aux-on-local", action="store_true", help="local crops have them, too")
     crops = parser.add_argument_group("crops")
     crops.add_argument("--local-crops", type=int, help="how many (default: 8, of MoBY none)")
