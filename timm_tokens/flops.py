@@ -51,11 +51,11 @@ def block_cost(block: nn.Module) -> BlockCost:
     if not attentions:  # attention and MLP share their linear maps
         width = block.num_heads * block.head_dim
         differential = type(block).forward is DiffParallelScalingBlock.forward
-        return BlockCost(_linear(block), 6 * width if differential else 2 * width, 0, width)
+        return BlockCost(_linear(block), 6 * width if differential else 2 * width, 0)
     attend = sum(map(_linear, attentions))
     # differential attention reads its values twice, which are twice as wide as its queries
     pair = sum(a.num_heads * a.head_dim * (6 if isinstance(a, DiffAttention) else 2) for a in attentions)
-    return BlockCost(attend, pair, _linear(block) - attend, attentions[0].proj.out_features)
+    return BlockCost(attend, pair, _linear(block) - attend)
 
 
 def head_flops(base: nn.Module, tokens: int) -> int:

@@ -11,12 +11,11 @@ from timm_tokens.ops.matching import mergeable
 
 
 class BlockCost(NamedTuple):
-    """Multiply-adds of one block: of its attention a token and a pair of tokens, and of its MLP a token; its width."""
+    """Multiply-adds of one block: of its attention a token and a pair of tokens, and of its MLP a token."""
 
     attend: int
     pair: int
     feed: int
-    width: int
 
 
 def token_counts(schedule: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> list[int]:
@@ -40,5 +39,5 @@ def block_flops(cost: BlockCost, tokens: int, merged: int, num_prefix_tokens: in
     if merged:
         patches = tokens - num_prefix_tokens
         similarity = (patches // 2) * (patches - patches // 2) * embed_dim
-        flops += metric * tokens + similarity + left * merged * cost.width
+        flops += metric * tokens + similarity
     return flops
