@@ -26,6 +26,8 @@ def depthwise_convs(x: Tensor, kernels: Tensor) -> tuple[Tensor, ...]:
         raise ValueError(
             f"kernels must be (K, C, side, side) with an odd side, got {tuple(kernels.shape)} for {tuple(x.shape)}"
         )
+    if not torch.is_grad_enabled():  # there torch 2.6 can't compile a function with a gradient of its own
+        return tuple(_conv(x, kernel) for kernel in kernels)
     return _DepthwiseConvs.apply(x, kernels)
 
 
