@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from _compare import Images, Part, Score, digits, finish, folders, normalised, outputs, save
+from _compare import Images, Score, digits, finish, folders, hold_out, normalised, outputs, save
 from _crops import batch_crops
 from _data import InputError
 from timm.models import VisionTransformer
@@ -93,13 +93,6 @@ def run(args: argparse.Namespace) -> list[Score]:
                 save(scores, args.out)
     finish(scores, args.out)
     return scores
-
-
-def hold_out(part: Part) -> Images:
-    """A fifth of the images to report on, the others to learn from."""
-    order = torch.randperm(len(part.labels), generator=torch.Generator().manual_seed(0))
-    held, rest = order.tensor_split([len(order) // 5])
-    return Images(Part(part.images[rest], part.labels[rest]), Part(part.images[held], part.labels[held]))
 
 
 class InMemoryTask(MTETask):
