@@ -99,7 +99,7 @@ def compare(dim: int, episodes: int, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 192, 640])
-    parser.add_argument("--episodes", type=int, nargs="+", default=[80, 24, 4], help="one number for every dimension")
+    parser.add_argument("--episodes", type=int, help="default: 80 of 64 dimensions, fewer of more")
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--chunk-size", type=int, help="episodes at once; default: as ESFR chooses")
@@ -113,8 +113,8 @@ def main() -> None:
     )
     print(f"{where}, {args.threads} threads, torch {torch.__version__}, {args.updates} updates, {args.rounds} rounds\n")
     print("| D | plain, ms an episode | ESFR, ms an episode | ratio | its range |\n|---|---|---|---|---|")
-    for dim, episodes in zip(args.dims, args.episodes, strict=True):
-        compare(dim, episodes, args)
+    for dim in args.dims:
+        compare(dim, args.episodes or max(4, 5120 // dim), args)
 
 
 if __name__ == "__main__":
