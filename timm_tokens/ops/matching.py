@@ -141,8 +141,8 @@ def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     if x.is_cpu and not torch.compiler.is_compiling():
         flat = x.flatten(0, 1).index_add_(0, flat_rows(index, x.shape[1]), rows.flatten(0, 1))
         return flat.view(x.shape)
-    # A small matrix product: as fast on a GPU, and deterministic, where adding rows in any order is not (inductor of
-    # torch 2.6 even gets it wrong).
+    # A small matrix product: deterministic, where a GPU that adds rows in any order is not (and inductor of torch 2.6
+    # gets that wrong).
     into = x.new_zeros(*x.shape[:2], index.shape[1]).scatter(1, index.unsqueeze(1), 1.0)
     return x + torch.bmm(into, rows)  # torch 2.6 exports no baddbmm to ONNX
 
