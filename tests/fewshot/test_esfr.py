@@ -255,7 +255,8 @@ def test_prepare_shifts_centres_and_scales():
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9])
 def test_dropout_keeps_its_share_and_the_mean(share):
-    dropped = drop_out(torch.ones(3, 101, 99), share, [seeded(s) for s in (1, 1, 2)])
+    ones = torch.ones(3, 101, 99)
+    dropped = drop_out(ones, share, [seeded(s) for s in (1, 1, 2)], torch.empty_like(ones))
     assert dropped.unique().tolist() == pytest.approx([0, 1 / (1 - share)] if share else [1])
     assert (dropped == 0).float().mean().item() == pytest.approx(share, abs=0.01)
     assert dropped[0].equal(dropped[1])

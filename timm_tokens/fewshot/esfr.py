@@ -162,7 +162,7 @@ class ESFR:
         outputs, updates = torch.empty_like(run.points), torch.empty_like(run.index)
         run.dimension = self._dimension(run)
         while len(run.index):
-            inputs = drop_out(run.points, self.dropout, run.streams)
+            inputs = drop_out(run.points, self.dropout, run.streams, out=run.inputs)
             run.nets.update(inputs, run.target, run.labels, self.support_weight)
             stopped = self._stopped(run)
             if len(stopped):

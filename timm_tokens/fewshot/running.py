@@ -28,7 +28,7 @@ class Run:
         padding = -dim % _LANES
         features = pad(features, (0, padding))
         self.points, self.labels = (t.repeat_interleave(copies, 0) for t in (features, labels))  # (N, M, D), (N, S)
-        self.target = unit(self.points)
+        self.inputs, self.target = torch.empty_like(self.points), unit(self.points)
         self.index = torch.arange(len(seeds), device=features.device)
         self.streams = [torch.Generator(features.device).manual_seed(seed) for seed in seeds]
         if weights is None:
@@ -47,7 +47,7 @@ class Run:
         n = len(going)
         holes, movers = stopped[stopped < n], going[going >= n]
         self.nets.drop(holes, movers, n)
-        for name in ("points", "target", "labels", "index", "dimension"):
+        for name in ("points", "inputs", "target", "labels", "index", "dimension"):
             setattr(self, name, close_gaps(getattr(self, name), holes, movers, n))
         for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
             self.streams[hole] = self.streams[mover]
