@@ -79,3 +79,14 @@ def test_half_precision_keeps_its_type():
 def test_refuses_neighbours_that_do_not_fit(points, k):
     with pytest.raises(ValueError, match=rf"k = {k} .* do not fit {points} points"):
         local_intrinsic_dimensionality(torch.randn(points, 4), k)
+
+
+def test_the_way_with_a_gradient_and_the_compiled_one_give_the_same():
+    x = torch.randn(3, 30, 8)
+    expected = local_intrinsic_dimensionality(x, 7)
+    leaf = x.clone().requires_grad_()
+    followed = local_intrinsic_dimensionality(leaf, 7)
+    torch.testing.assert_close(followed, expected)
+    assert torch.autograd.grad(followed.sum(), leaf)[0].isfinite().all()
+    compiled = torch.compile(local_intrinsic_dimensionality, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, 7), expected)

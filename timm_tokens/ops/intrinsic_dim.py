@@ -16,7 +16,7 @@ def local_intrinsic_dimensionality(x: Tensor, k: int = 21) -> Tensor:
         k: neighbours, counted with the point itself; 3 <= k <= M.
 
     Returns:
-        The estimate for every point, (..., M), never NaN for finite points.
+        The estimate for every point, (..., M), never NaN for finite points. It has a gradient where none coincide.
 
     Raises:
         ValueError: k is below 3 or above the number of points.
@@ -28,7 +28,7 @@ def local_intrinsic_dimensionality(x: Tensor, k: int = 21) -> Tensor:
         )
     near, farthest = _smallest(_squared_distances(x), k - 1)  # (..., M, k - 1), (..., M, 1)
     stretch = farthest.div(near).masked_fill_(near == 0, torch.inf)  # 0 / 0 is a coincidence too
-    return stretch.log_().sum(-1).reciprocal_().mul_(2 * (k - 1)).to(x.dtype)  # 2: the distances are squared
+    return stretch.log_().sum(-1).reciprocal().mul(2 * (k - 1)).to(x.dtype)  # 2: the distances are squared
 
 
 def _squared_distances(x: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ def _squared_distances(x: Tensor) -> Tensor:
     """
     wide = x.flatten(0, -3) if x.ndim > 2 else x[None]  # (..., M, D) -> (B, M, D)
     wide = wide if wide.device.type == "mps" else wide.double()  # MPS has no float64
-    norms = torch.linalg.vector_norm(wide, dim=-1).square_()
-    norms -= 4 * torch.finfo(wide.dtype).eps * norms.amax(-1, keepdim=True)  # rounding must not part what coincides
+    norms = torch.linalg.vector_norm(wide, dim=-1).square()
+    norms = norms - 4 * torch.finfo(wide.dtype).eps * norms.amax(-1, keepdim=True)  # what coincides must not part
     squared = (norms[..., :, None] + norms[..., None, :]).baddbmm_(wide, wide.mT, alpha=-2).float().clamp_min_(0)
     squared.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
     return squared.view(*x.shape[:-1], x.shape[-2])
