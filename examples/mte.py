@@ -53,13 +53,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--dim", type=int, default=48, help="width of the ViT")
     parser.add_argument("--depth", type=int, default=3, help="of the ViT")
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--local-crops", type=int, default=2, help="of DINO and iBOT")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--momentum", type=float, default=0.98, help="of the teacher, at first")
     parser.add_argument("--prototypes", type=int, default=256)
-    parser.add_argument("--tau-teacher", type=float, default=0.02)
+    parser.add_argument("--tau-teacher", type=float, default=0.04)
+    parser.add_argument(
+        "--batch-norm", action=argparse.BooleanOptionalAction, default=True, help="in the heads of DINO and iBOT"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-cls", type=int, default=6, help="auxiliary class tokens")
     parser.add_argument("--num-pooled", type=int, default=6, help="pooled tokens")
@@ -118,7 +121,7 @@ def make_task(objective: str, aux: bool, images: Images, args: argparse.Namespac
     task = InMemoryTask(
         model, objective, num_prototypes=args.prototypes, hidden=4 * args.dim, width=64, queue_size=1024,
         aux_target=args.aux_target, include_global=not args.without_global, global_weight=args.global_weight,
-        heads=args.heads, aux_on_local=args.aux_on_local,
+        heads=args.heads, batch_norm=args.batch_norm, aux_on_local=args.aux_on_local,
         momentum=(args.momentum, 1.0), tau_teacher=(args.tau_teacher, args.tau_teacher),
     )  # fmt: skip
     task.crops = make_crops(objective, images, args)

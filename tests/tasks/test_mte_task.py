@@ -271,6 +271,14 @@ def test_a_batch_norm_sees_the_tokens_of_its_head():
         assert seen == [rows, rows]
 
 
+def test_batch_norm_forgets_what_all_images_share():
+    x, shared = torch.randn(32, 3, 24), 5 * torch.randn(24)
+    for batch_norm in (False, True):
+        head = make(batch_norm=batch_norm).student.encoder.heads["cls"]
+        moved = (head(x + shared) - head(x)).abs().max()
+        assert moved < 1e-4 if batch_norm else moved > 0.1
+
+
 def test_learned_lengths_of_prototypes():
     task = make(learn_scale=True, frozen_epochs=0)
     step(task, sgd(task))

@@ -13,7 +13,7 @@ from timm_tokens.tasks import MTETask
 from timm_tokens.training import Settings, train
 from timm_tokens.training.history import read
 
-OBJECTIVES = ["dino", "ibot", "moby"]
+OBJECTIVES = ["dino", "ibot", "moby", "ibot, batch norm"]
 
 
 class Noise(Dataset):
@@ -36,7 +36,9 @@ def run(objective, out, kill=None, drop_path=0.0, **changes):
     torch.manual_seed(0)
     shape = dict(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=0, dynamic_img_size=True)
     model = timm_tokens.add_aux_tokens(VisionTransformer(**shape, drop_path_rate=drop_path), 2, 1, kernel_size=3)
-    task = MTETask(model, objective, num_prototypes=8, hidden=16, width=8, queue_size=16, mask_prob=0.7)
+    name, *norm = objective.split(", ")
+    shape = dict(num_prototypes=8, hidden=16, width=8, batch_norm=bool(norm))
+    task = MTETask(model, name, **shape, queue_size=16, mask_prob=0.7)
     if kill is not None:
         before = task.before_optimizer
 

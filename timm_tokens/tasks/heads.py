@@ -14,23 +14,25 @@ from timm_tokens.tasks.clustering import JoinedBatchNorm
 
 
 class DINOHead(nn.Sequential):
-    """(..., C) -> (..., D) of unit length: an MLP with GELU, two hidden layers, and no batch norm.
+    """(..., C) -> (..., D) of unit length: an MLP with GELU and two hidden layers.
 
     The prototypes that DINO counts as the head's last layer are `clustering.Prototypes`, so that tokens of several
-    kinds can each have a head and share them.
+    kinds can each have a head and share them. With batch_norm both hidden layers have that of all processes' tokens
+    together (DINO's use_bn_in_head); the default is without, as published.
 
     Source: DINO (arXiv 2104.14294), section 3.1 and appendix C.
     """
 
-    def __init__(self, features: int, hidden: int = 2048, width: int = 256) -> None:
+    def __init__(self, features: int, hidden: int = 2048, width: int = 256, batch_norm: bool = False) -> None:
         layers = [nn.Linear(features, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, width)]
-        super().__init__(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+        norms = [[JoinedBatchNorm(hidden)] if batch_norm else [] for _ in range(2)]
+        super().__init__(layers[0], *norms[0], nn.GELU(), layers[1], *norms[1], nn.GELU(), layers[2])
         for layer in layers:
             trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(super().forward(x), dim=-1)
+        return F.normalize(super().forward(x.flatten(0, -2)), dim=-1).unflatten(0, x.shape[:-1])
 
 
 class MoBYHead(nn.Sequential):

@@ -38,6 +38,8 @@ class MTETask(TokenTask):
         hidden: Width of the heads' hidden layers; None: the objective's. width: of what they project to.
         learn_scale: Whether prototypes learn their lengths (norm_last_layer=False).
         heads: "kind": a head for each kind of token; "shared": one for all.
+        batch_norm: Whether the heads of DINO and iBOT have batch norm, as MoBY's always do. Not so in the papers, but
+            where a run is short it keeps the images apart, see docs/mte.md.
         aux_target: Of `MTELoss`; None: "own" of MoBY, else "ensemble". include_global, global_weight: of it, too.
         aux_on_local: Whether the student's local crops have auxiliary tokens, too, where they cost most.
         global_crops: How many crops, the first, the teacher sees.
@@ -66,6 +68,7 @@ class MTETask(TokenTask):
         width: int = 256,
         learn_scale: bool = False,
         heads: str = "kind",
+        batch_norm: bool = False,
         aux_target: str | None = None,
         include_global: bool = True,
         global_weight: float = 0.5,
@@ -83,7 +86,7 @@ class MTETask(TokenTask):
     ) -> None:
         backbone, recipe = token_backbone(model, objective), OBJECTIVES[objective]
         prototypes = recipe.num_prototypes if num_prototypes is None else num_prototypes
-        shape = (prototypes, hidden or recipe.hidden, width, learn_scale, heads)
+        shape = (prototypes, hidden or recipe.hidden, width, learn_scale, heads, batch_norm)
         student = make_student(backbone, objective, *shape)
         super().__init__(student, seed=seed)
         self.teacher = use_batch_statistics(frozen_copy(student))

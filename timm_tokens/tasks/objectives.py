@@ -63,6 +63,7 @@ def make_student(
     width: int,
     learn_scale: bool,
     heads: str,
+    batch_norm: bool,
 ) -> ViewEncoder:
     """Heads on a backbone: for each "kind" of token, or "shared" by all of them.
 
@@ -80,7 +81,7 @@ def make_student(
         projectors = _alike(lambda size: MoBYHead(size, hidden, width), features)
         predictors = _alike(lambda size: MoBYHead(size, hidden, width), dict.fromkeys(features, width))
         return ViewEncoder(Encoder(backbone, projectors), predictor=TokenHeads(predictors, counts))
-    projectors = _alike(lambda size: DINOHead(size, hidden, width), features)
+    projectors = _alike(lambda size: DINOHead(size, hidden, width, batch_norm), features)
     return ViewEncoder(Encoder(backbone, projectors), Prototypes(width, num_prototypes, learn_scale))
 
 

@@ -40,6 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     loss.add_argument("--objective", dest="loss", choices=("dino", "ibot", "moby"), default="dino", help="the baseline")
     loss.add_argument("--prototypes", type=int, help="how many (default: 65536 of DINO, 8192 of iBOT)")
     loss.add_argument("--head-hidden", type=int, help="width of the heads (default: 2048, of MoBY 4096)")
+    loss.add_argument("--batch-norm", action="store_true", help="in the heads of DINO and iBOT; MoBY's always have it")
     loss.add_argument("--learn-scale", action="store_true", help="prototypes learn their lengths, too")
     loss.add_argument("--tau-teacher", type=float, nargs=2, default=(0.04, 0.07), help="temperature, from and to")
     loss.add_argument("--tau-epochs", type=float, default=30, help="in which the temperature changes")
@@ -87,6 +88,7 @@ def make_task(options: Namespace) -> MTETask:
         include_global=options.include_global,
         global_weight=options.global_weight,
         heads=options.heads,
+        batch_norm=options.batch_norm,
         aux_on_local=options.aux_on_local,
         tau_teacher=options.tau_teacher,
         tau_epochs=options.tau_epochs,
