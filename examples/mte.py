@@ -66,6 +66,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-cls", type=int, default=6, help="auxiliary class tokens")
     parser.add_argument("--num-pooled", type=int, default=6, help="pooled tokens")
+    parser.add_argument("--aux-sees-cls", action="store_true", help="auxiliary class tokens see the global one")
+    parser.add_argument("--aux-sees-aux", action="store_true", help="auxiliary class tokens see each other")
+    parser.add_argument("--pool-weight", choices=("channel", "spatial"), default="channel", help="of pooled tokens")
     parser.add_argument("--aux-target", choices=("ensemble", "own"), help="default: ensemble, of MoBY own")
     parser.add_argument("--without-global", action="store_true", help="the global token is no member of the ensemble")
     parser.add_argument("--global-weight", type=float, default=0.5, help="of the global token, in the loss")
@@ -117,7 +120,10 @@ def make_task(objective: str, aux: bool, images: Images, args: argparse.Namespac
     )  # fmt: skip
     if aux:
         kernel = min(11, 2 * args.img_size // args.patch_size - 1)  # a larger one sees nothing more
-        model = timm_tokens.add_aux_tokens(model, args.num_cls, args.num_pooled, kernel_size=kernel)
+        model = timm_tokens.add_aux_tokens(
+            model, args.num_cls, args.num_pooled, kernel_size=kernel, pool_weight=args.pool_weight,
+            aux_sees_cls=args.aux_sees_cls, aux_sees_aux=args.aux_sees_aux,
+        )  # fmt: skip
     task = InMemoryTask(
         model, objective, num_prototypes=args.prototypes, hidden=4 * args.dim, width=64, queue_size=1024,
         aux_target=args.aux_target, include_global=not args.without_global, global_weight=args.global_weight,

@@ -36,9 +36,15 @@ def run(images, options):
     ("options", "columns"),
     [
         ("--model test_vit --objective dino --local-crops 2", ["loss/cls", "loss/aux5", "loss/pooled5"]),
-        ("--model test_vit --objective ibot --num-cls 1 --num-pooled 0", ["loss/patch", "agreement/aux0"]),
+        (
+            "--model test_vit --objective ibot --batch-norm --num-cls 1 --aux-sees-cls --num-pooled 0",
+            ["loss/patch", "agreement/aux0"],
+        ),
         ("--model test_vit --objective moby --aux-target own", ["gradient/pooled5"]),
-        ("--model test_efficientnet --num-pooled 2 --local-crops 1", ["cosine/pooled1"]),
+        (
+            "--model test_efficientnet --num-cls 0 --num-pooled 2 --pool-weight spatial --local-crops 1",
+            ["cosine/pooled1"],
+        ),
     ],
 )
 def test_objectives(images, options, columns):
@@ -66,7 +72,9 @@ def test_a_registered_model_brings_its_tokens(images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--model vit_tiny_mte --num-pooled 2", "vit_tiny_mte was made for 6 such tokens, not --num-pooled 2"),
+        ("--model vit_tiny_mte --num-pooled 2", "vit_tiny_mte was made with num_pooled = 6, not 2: name its base"),
+        ("--model vit_tiny_mte --aux-sees-cls", "vit_tiny_mte was made with aux_sees_cls = False, not True"),
+        ("--model test_efficientnet --num-cls 2", "test_efficientnet can't have auxiliary class tokens, only pooled"),
         ("--model test_efficientnet --objective ibot", "iBOT masks patches, which takes a ViT"),
         ("--model test_vit --objective moby --local-crops 2", "takes two crops, both global, got 4 crops"),
         ("--model test_vit --prototypes 0", "num_prototypes must be at least 1, got 0"),

@@ -18,7 +18,7 @@ from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._sources import add_sources, local_size, make_backbone, open_split
 from timm_tokens.cli.objectives import Objective
 from timm_tokens.data import Crop, MultiCrop, dino_crops
-from timm_tokens.parts import AuxTokens
+from timm_tokens.parts.aux_tokens import POOL_NORMS, POOL_WEIGHTS
 from timm_tokens.tasks import MTETask, PooledTokens
 from timm_tokens.wrap import add_aux_tokens
 
@@ -31,6 +31,8 @@ DEFAULTS = {
     "drop_path": 0.1,
     "val_split": "",
 }
+TOKENS = ("num_cls", "aux_sees_cls", "aux_sees_aux")  # arguments of auxiliary class tokens
+POOL = ("num_pooled", "pool_weight", "pool_norm")  # and of pooled ones
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -50,8 +52,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     loss.add_argument("--mask-prob", type=float, default=0.5, help="probability of iBOT's masks")
     loss.add_argument("--queue-size", type=int, default=4096, help="of MoBY")
     tokens = parser.add_argument_group("auxiliary tokens")
-    tokens.add_argument("--num-cls", type=int, default=6, help="auxiliary class tokens, of ViTs")
-    tokens.add_argument("--num-pooled", type=int, default=6, help="adaptively pooled tokens")
+    tokens.add_argument("--num-cls", type=int, help="auxiliary class tokens, of ViTs (default: 6)")
+    tokens.add_argument("--num-pooled", type=int, help="adaptively pooled tokens (default: 6)")
+    tokens.add_argument("--aux-sees-cls", action="store_true", default=None, help="class tokens see the global one")
+    tokens.add_argument("--aux-sees-aux", action="store_true", default=None, help="class tokens see each other")
+    tokens.add_argument(
+        "--pool-weight", choices=POOL_WEIGHTS, help="own weights for each channel (default), or one map"
+    )
+    tokens.add_argument("--pool-norm", choices=POOL_NORMS, help="of the weights over the positions (default: softmax)")
     tokens.add_argument("--aux-target", choices=("ensemble", "own"),
                         help="what they learn from (default: ensemble, of MoBY own)")  # fmt: skip
     tokens.add_argument("--without-global", dest="include_global", action="store_false",
@@ -103,23 +111,20 @@ def make_task(options: Namespace) -> MTETask:
 def _model(options: Namespace) -> nn.Module:
     """The model with its auxiliary tokens: a ViT that takes crops of any size, or anything else with pooled ones."""
     model = make_backbone(options)
+    asked = {name: value for name in TOKENS + POOL if (value := getattr(options, name)) is not None}
     if getattr(model, "aux", None) is not None:  # vit_small_mte and the like bring theirs
-        _check_counts(model.aux, options)
+        for name, value in asked.items():
+            if value != model.aux.config[name]:
+                made = f"{name} = {model.aux.config[name]}, not {value}"
+                raise CommandError(f"{options.model} was made with {made}: name its base instead")
         return model
     try:
         blocks.check(model, merging=False)
     except TypeError:
-        return PooledTokens(model, options.num_pooled)
-    return add_aux_tokens(model, options.num_cls, options.num_pooled)
-
-
-def _check_counts(aux: AuxTokens, options: Namespace) -> None:
-    for name in ("num_cls", "num_pooled"):
-        if getattr(options, name) != getattr(aux, name):
-            option = f"--{name.replace('_', '-')} {getattr(options, name)}"
-            raise CommandError(
-                f"{options.model} was made for {getattr(aux, name)} such tokens, not {option}: name its base instead"
-            )
+        if any(asked.get(name) for name in TOKENS):
+            raise CommandError(f"{options.model} can't have auxiliary class tokens, only pooled ones") from None
+        return PooledTokens(model, **{name: value for name, value in asked.items() if name in POOL})
+    return add_aux_tokens(model, **asked)
 
 
 def _crops(options: Namespace, base: nn.Module) -> list[Crop]:
