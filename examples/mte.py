@@ -64,11 +64,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--batch-norm", action=argparse.BooleanOptionalAction, default=True, help="in the heads of DINO and iBOT"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num-cls", type=int, default=6, help="auxiliary class tokens")
+    parser.add_argument("--num-cls", type=int, default=0, help="auxiliary class tokens")
     parser.add_argument("--num-pooled", type=int, default=6, help="pooled tokens")
     parser.add_argument("--aux-sees-cls", action="store_true", help="auxiliary class tokens see the global one")
     parser.add_argument("--aux-sees-aux", action="store_true", help="auxiliary class tokens see each other")
-    parser.add_argument("--pool-weight", choices=("channel", "spatial"), default="channel", help="of pooled tokens")
+    parser.add_argument("--pool-weight", choices=("spatial", "channel"), default="spatial", help="of pooled tokens")
     parser.add_argument("--aux-target", choices=("ensemble", "own"), help="default: ensemble, of MoBY own")
     parser.add_argument("--without-global", action="store_true", help="the global token is no member of the ensemble")
     parser.add_argument("--global-weight", type=float, default=0.5, help="of the global token, in the loss")

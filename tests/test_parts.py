@@ -159,6 +159,16 @@ def test_the_pooling(weight):
     assert AdaptivePool(6, 4, kernel_size=3, pool_weight=weight, pool_norm="none")(x).shape == (2, 4, 6)
 
 
+@pytest.mark.parametrize("dim", [8, 200])
+@torch.no_grad()
+def test_pooled_tokens_start_different(dim):
+    """One map a token is neither even nor a single position at first, however wide the model is."""
+    logits = AdaptivePool(dim, 50).conv(torch.randn(1, dim, 12, 12))[0, :, 6, 6]
+    assert 0.5 < logits.std() < 2
+    pooled = torch.nn.functional.normalize(AdaptivePool(dim, 6)(torch.randn(4, dim, 12, 12)), dim=-1)
+    assert ((pooled @ pooled.mT).sum((1, 2)) - 6).mean() / 30 < 0.9
+
+
 @torch.no_grad()
 def test_pooling_serves_conv_nets():
     net = timm.create_model("test_resnet", num_classes=0).eval()

@@ -68,7 +68,7 @@ def add_aux_tokens(
     num_pooled: int = 6,
     *,
     kernel_size: int = 11,
-    pool_weight: str = "channel",
+    pool_weight: str = "spatial",
     pool_norm: str = "softmax",
     aux_sees_cls: bool = False,
     aux_sees_aux: bool = False,
@@ -87,7 +87,7 @@ def add_aux_tokens(
         model: A timm ViT, or a TokenViT without auxiliary tokens.
         num_cls: k_a, auxiliary class tokens. num_pooled: k_p, adaptively pooled tokens.
         kernel_size: Side of the convolution that makes the pooling weights, odd.
-        pool_weight: "channel": each channel has pooling weights of its own; "spatial": one map of weights a token.
+        pool_weight: "spatial": one map of pooling weights a token; "channel": each channel has weights of its own.
         pool_norm: "softmax": pooling weights sum to 1; "none": they are the convolution's output.
         aux_sees_cls: Whether auxiliary class tokens attend to the class token and other prefix tokens.
         aux_sees_aux: Whether auxiliary class tokens attend to each other.

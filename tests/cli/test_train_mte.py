@@ -35,7 +35,7 @@ def run(images, options):
 @pytest.mark.parametrize(
     ("options", "columns"),
     [
-        ("--model test_vit --objective dino --local-crops 2", ["loss/cls", "loss/aux5", "loss/pooled5"]),
+        ("--model test_vit --objective dino --num-cls 6 --local-crops 2", ["loss/cls", "loss/aux5", "loss/pooled5"]),
         (
             "--model test_vit --objective ibot --batch-norm --num-cls 1 --aux-sees-cls --num-pooled 0",
             ["loss/patch", "agreement/aux0"],

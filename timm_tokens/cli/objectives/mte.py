@@ -6,7 +6,7 @@
 
 --data-dir has train/ with a folder a class; the classes play no part. What comes out is a plain timm model.
 Defaults are DINO's, whose learning rate of 5e-4 is for 256 images a step; the second line is MoBY as its paper has it.
-A ViT has auxiliary class tokens and pooled ones, any other model pooled ones alone.
+Pooled tokens alone are the default, which did best where it was measured; ViTs can have auxiliary class tokens, too.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -52,7 +52,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     loss.add_argument("--mask-prob", type=float, default=0.5, help="probability of iBOT's masks")
     loss.add_argument("--queue-size", type=int, default=4096, help="of MoBY")
     tokens = parser.add_argument_group("auxiliary tokens")
-    tokens.add_argument("--num-cls", type=int, help="auxiliary class tokens, of ViTs (default: 6)")
+    tokens.add_argument("--num-cls", type=int, help="auxiliary class tokens, of ViTs (default: 0)")
     tokens.add_argument("--num-pooled", type=int, help="adaptively pooled tokens (default: 6)")
     tokens.add_argument("--aux-sees-cls", action="store_true", default=None, help="class tokens see the global one")
     tokens.add_argument("--aux-sees-aux", action="store_true", default=None, help="class tokens see each other")
@@ -124,7 +124,7 @@ def _model(options: Namespace) -> nn.Module:
         if any(asked.get(name) for name in TOKENS):
             raise CommandError(f"{options.model} can't have auxiliary class tokens, only pooled ones") from None
         return PooledTokens(model, **{name: value for name, value in asked.items() if name in POOL})
-    return add_aux_tokens(model, **asked)
+    return add_aux_tokens(model, **{"num_cls": 0} | asked)
 
 
 def _crops(options: Namespace, base: nn.Module) -> list[Crop]:
