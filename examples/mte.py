@@ -69,7 +69,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--aux-sees-cls", action="store_true", help="auxiliary class tokens see the global one")
     parser.add_argument("--aux-sees-aux", action="store_true", help="auxiliary class tokens see each other")
     parser.add_argument("--pool-weight", choices=("spatial", "channel"), default="spatial", help="of pooled tokens")
-    parser.add_argument("--aux-target", choices=("ensemble", "own"), help="default: ensemble, of MoBY own")
+    parser.add_argument(
+        "--aux-target",
+        choices=("ensemble", "own"),
+        default="ensemble",
+        help="of the teacher: what auxiliary tokens learn from",
+    )
     parser.add_argument("--without-global", action="store_true", help="the global token is no member of the ensemble")
     parser.add_argument("--global-weight", type=float, default=0.5, help="of the global token, in the loss")
     parser.add_argument(

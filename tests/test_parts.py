@@ -431,7 +431,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         (add_aux_tokens, dict(num_cls=-1), ValueError, "num_cls must be at least 0, got -1"),
         (add_aux_tokens, dict(num_pooled=1.5), TypeError, "num_pooled must be an int, got 1.5"),
         (add_aux_tokens, dict(kernel_size=4), ValueError, "kernel_size must be odd, got 4"),
-        (add_aux_tokens, dict(pool_weight="token"), ValueError, "pool_weight must be one of 'channel', 'spatial'"),
+        (add_aux_tokens, dict(pool_weight="token"), ValueError, "pool_weight must be one of 'spatial', 'channel'"),
         (add_aux_tokens, dict(pool_norm="sum"), ValueError, "pool_norm must be one of 'softmax', 'none', got 'sum'"),
         (token_label_head, dict(num_classes=0), ValueError, "num_classes must be at least 1, got 0"),
         (token_label_head, dict(num_classes="5"), TypeError, "num_classes must be an int, got '5'"),

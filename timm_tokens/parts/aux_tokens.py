@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_tokens.ops import aux_attention_mask
 from timm_tokens.ops.depthwise import depthwise_convs
 
-POOL_WEIGHTS = ("channel", "spatial")
+POOL_WEIGHTS = ("spatial", "channel")
 POOL_NORMS = ("softmax", "none")
 
 

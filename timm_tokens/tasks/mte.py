@@ -40,7 +40,7 @@ class MTETask(TokenTask):
         heads: "kind": a head for each kind of token; "shared": one for all.
         batch_norm: Whether the heads of DINO and iBOT have batch norm, as MoBY's always do. Not so in the papers, but
             where a run is short it keeps the images apart, see docs/mte.md.
-        aux_target: Of `MTELoss`; None: "own" of MoBY, else "ensemble". include_global, global_weight: of it, too.
+        aux_target, include_global, global_weight: Of `MTELoss`.
         aux_on_local: Whether the student's local crops have auxiliary tokens, too, where they cost most.
         global_crops: How many crops, the first, the teacher sees.
         tau_teacher: From and to, in a line over the first tau_epochs.
@@ -69,7 +69,7 @@ class MTETask(TokenTask):
         learn_scale: bool = False,
         heads: str = "kind",
         batch_norm: bool = False,
-        aux_target: str | None = None,
+        aux_target: str = "ensemble",
         include_global: bool = True,
         global_weight: float = 0.5,
         aux_on_local: bool = False,
@@ -94,8 +94,7 @@ class MTETask(TokenTask):
         self.objective, self.aux_on_local, self.global_crops = objective, aux_on_local, global_crops
         self.names = token_names(token_counts(backbone))
         baseline = make_loss(objective, prototypes, width, queue_size, len(self.names))
-        target = recipe.aux_target if aux_target is None else aux_target
-        options = dict(aux_target=target, include_global=include_global, global_weight=global_weight)
+        options = dict(aux_target=aux_target, include_global=include_global, global_weight=global_weight)
         self.criterion = MTELoss(baseline, **options)
         self.patch_criterion = IBOTPatchLoss(prototypes) if objective == "ibot" else None
         self.mask_ratio, self.mask_prob, self.patch_weight = mask_ratio, mask_prob, patch_weight

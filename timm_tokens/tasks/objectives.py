@@ -15,19 +15,17 @@ from timm_tokens.wrap import add_mask_token
 
 
 class Recipe(NamedTuple):
-    """What a paper sets: the heads' hidden width, the number of prototypes, the teacher's momentum at first. And what
-    auxiliary tokens learn from."""
+    """What a paper sets: the heads' hidden width, the number of prototypes, the teacher's momentum at first."""
 
     hidden: int
     num_prototypes: int
     momentum: float
-    aux_target: str
 
 
 OBJECTIVES = {
-    "dino": Recipe(2048, 65536, 0.996, "ensemble"),
-    "ibot": Recipe(2048, 8192, 0.996, "ensemble"),
-    "moby": Recipe(4096, 0, 0.99, "own"),
+    "dino": Recipe(2048, 65536, 0.996),
+    "ibot": Recipe(2048, 8192, 0.996),
+    "moby": Recipe(4096, 0, 0.99),
 }
 
 

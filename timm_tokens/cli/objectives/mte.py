@@ -57,11 +57,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     tokens.add_argument("--aux-sees-cls", action="store_true", default=None, help="class tokens see the global one")
     tokens.add_argument("--aux-sees-aux", action="store_true", default=None, help="class tokens see each other")
     tokens.add_argument(
-        "--pool-weight", choices=POOL_WEIGHTS, help="own weights for each channel (default), or one map"
+        "--pool-weight", choices=POOL_WEIGHTS, help="one map a token (default), or each channel its own"
     )
     tokens.add_argument("--pool-norm", choices=POOL_NORMS, help="of the weights over the positions (default: softmax)")
-    tokens.add_argument("--aux-target", choices=("ensemble", "own"),
-                        help="what they learn from (default: ensemble, of MoBY own)")  # fmt: skip
+    tokens.add_argument("--aux-target", choices=("ensemble", "own"), default="ensemble", help="what they learn from")
     tokens.add_argument("--without-global", dest="include_global", action="store_false",
                         help="the global token is no member of the ensemble")  # fmt: skip
     tokens.add_argument("--global-weight", type=float, default=0.5, help="of the global token, in the loss")
