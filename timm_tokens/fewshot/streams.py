@@ -17,7 +17,7 @@ def glorot_uniform(like: Tensor, dim: int, streams: list[torch.Generator]) -> li
 
 
 def drop_out(points: Tensor, share: float, streams: list[torch.Generator], out: Tensor) -> Tensor:
-    """Inverted dropout of points (N, M, D), a stream each, written to `out`.
+    """Inverted dropout of points (N, M, D), a stream each, written to `out` unless the share is 0.
 
     The mask takes 8 random bits an entry where they are enough, as for a half, or else 16, to which the share is
     rounded: on the CPU less than a tenth of the time of torch's Bernoulli numbers.
