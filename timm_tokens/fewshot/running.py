@@ -47,8 +47,9 @@ class Run:
         n = len(going)
         holes, movers = stopped[stopped < n], going[going >= n]
         self.nets.drop(holes, movers, n)
-        for name in ("points", "inputs", "target", "labels", "index", "dimension"):
+        for name in ("points", "target", "labels", "index", "dimension"):
             setattr(self, name, close_gaps(getattr(self, name), holes, movers, n))
+        self.inputs = self.inputs[:n]  # written anew by each update
         for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
             self.streams[hole] = self.streams[mover]
         del self.streams[n:]

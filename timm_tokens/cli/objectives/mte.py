@@ -10,6 +10,7 @@ Pooled tokens alone are the default, which did best where it was measured; ViTs 
 """
 
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,7 @@ from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._sources import add_sources, local_size, make_backbone, open_split
 from timm_tokens.cli.objectives import Objective
 from timm_tokens.data import Crop, MultiCrop, dino_crops
-from timm_tokens.parts.aux_tokens import POOL_NORMS, POOL_WEIGHTS
+from timm_tokens.parts.aux_tokens import POOL_NORMS, POOL_WEIGHTS, AuxTokens
 from timm_tokens.tasks import MTETask, PooledTokens
 from timm_tokens.wrap import add_aux_tokens
 
@@ -112,10 +113,7 @@ def _model(options: Namespace) -> nn.Module:
     model = make_backbone(options)
     asked = {name: value for name in TOKENS + POOL if (value := getattr(options, name)) is not None}
     if getattr(model, "aux", None) is not None:  # vit_small_mte and the like bring theirs
-        for name, value in asked.items():
-            if value != model.aux.config[name]:
-                made = f"{name} = {model.aux.config[name]}, not {value}"
-                raise CommandError(f"{options.model} was made with {made}: name its base instead")
+        _check_made_with(asked, model.aux, options.model)
         return model
     try:
         blocks.check(model, merging=False)
@@ -124,6 +122,13 @@ def _model(options: Namespace) -> nn.Module:
             raise CommandError(f"{options.model} can't have auxiliary class tokens, only pooled ones") from None
         return PooledTokens(model, **{name: value for name, value in asked.items() if name in POOL})
     return add_aux_tokens(model, **{"num_cls": 0} | asked)
+
+
+def _check_made_with(asked: dict[str, Any], aux: AuxTokens, model: str) -> None:
+    for name, value in asked.items():
+        made = aux.config[name]
+        if value != made:
+            raise CommandError(f"{model} was made with {name} = {made}, not {value}: name its base instead")
 
 
 def _crops(options: Namespace, base: nn.Module) -> list[Crop]:
