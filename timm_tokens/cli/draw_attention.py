@@ -4,8 +4,8 @@
     timm-tokens draw attention photo.jpg attention.png --model vit_small_mte --checkpoint model.safetensors --block 6
 
 The panels: the image; the attention of the class token and of each auxiliary class token, averaged over heads; the
-weights by which each pooled token pools the patches, averaged over channels; and the cosines between all of them.
-Each map is drawn from its least to its largest value.
+weights by which each pooled token pools the patches, averaged where channels have their own; and the cosines between
+all of them. Each map is drawn from its least to its largest value.
 """
 
 from argparse import ArgumentParser
