@@ -7,7 +7,7 @@ from families import DRIVABLE, MERGEABLE, WHOLE_BLOCKS, create, images
 from timm.models.vision_transformer import Attention, Block
 
 import timm_tokens
-from timm_tokens import TokenViT, apply_dtem_merging, blocks
+from timm_tokens import TokenViT, apply_dtem_merging, blocks, pooling
 from timm_tokens.ops import size_bias
 
 every_family = pytest.mark.parametrize("family", DRIVABLE)
@@ -70,8 +70,8 @@ def test_a_token_of_size_two_equals_the_token_twice(family):
         tokens = blocks.feed(block, tokens)
         twice = block(twice, **twice_rope)
     close(tokens, twice[:, :-1])
-    if blocks.pools_by_size(base):
-        close(blocks.head(base, base.norm(tokens), size), base.forward_head(base.norm(twice)))
+    if pooling.pools_by_size(base):
+        close(pooling.head(base, base.norm(tokens), size), base.forward_head(base.norm(twice)))
 
 
 @every_mergeable

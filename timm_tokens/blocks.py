@@ -1,7 +1,8 @@
-"""How timm's Vision Transformers are driven from outside: the only file that knows their inside.
+"""How timm's Vision Transformers are driven from outside: `blocks`, `keys` and `pooling` alone know their inside.
 
 A model is driven as stem -> for each block: attend, feed -> norm -> head. `embed` is the stem; `attend` and `feed` are
-the two halves of a block, so that tokens can change in between; `head` pools tokens that stand for several patches.
+the two halves of a block, so that tokens can change in between; `pooling.head` pools tokens that stand for several
+patches.
 What a block does is looked up by its class's forward function, not by its class: a subclass with a forward of its own
 does something else, and is refused. A test compares every driven model with the model itself.
 """
@@ -10,15 +11,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import AttentionPoolLatent, AttentionRope, DiffAttention
+from timm.layers import AttentionRope, DiffAttention
 from timm.layers.attention import Attention
-from timm.models import Eva, VisionTransformer, VisionTransformerDistilled
+from timm.models import Eva, VisionTransformer
 from timm.models import eva as _eva
 from timm.models import vision_transformer as _vit
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
-
-from timm_tokens.ops import size_bias
 
 
 class Embedded(NamedTuple):
@@ -81,22 +80,22 @@ def check(base: nn.Module, merging: bool) -> None:
     """
     if getattr(type(base), "forward_features", None) not in _MODELS:
         inside = getattr(base, "blocks", None)
-        block = f" (blocks: {_name(inside[0])})" if isinstance(inside, (nn.Sequential, nn.ModuleList)) else ""
-        raise TypeError(f"{_name(base)}{block} can't be driven from outside; supported are {_SUPPORTED}")
+        block = f" (blocks: {name(inside[0])})" if isinstance(inside, (nn.Sequential, nn.ModuleList)) else ""
+        raise TypeError(f"{name(base)}{block} can't be driven from outside; supported are {_SUPPORTED}")
     for i, block in enumerate(base.blocks):
         forward = type(block).forward
         if forward in _WHOLE and merging:
             raise TypeError(
-                f"block {i}, {_name(block)}, runs attention and MLP in parallel: no tokens can be merged in between; "
+                f"block {i}, {name(block)}, runs attention and MLP in parallel: no tokens can be merged in between; "
                 f"merging supports {_SUPPORTED}"
             )
         known = forward in _WHOLE or (forward in _HALVES and type(block.attn).forward in ATTENTIONS)
         if not known:
-            attention = f" with {_name(block.attn)}" if hasattr(block, "attn") else ""
-            raise TypeError(f"block {i}, {_name(block)}{attention}, is not known; supported are {_SUPPORTED}")
+            attention = f" with {name(block.attn)}" if hasattr(block, "attn") else ""
+            raise TypeError(f"block {i}, {name(block)}{attention}, is not known; supported are {_SUPPORTED}")
 
 
-def _name(module: nn.Module) -> str:
+def name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -191,7 +190,7 @@ def read(block: nn.Module, x: Tensor) -> Tensor:
     halves = _HALVES.get(type(block).forward)
     if halves is None or hasattr(block, "unshard"):  # a method that FSDP2 gives to what it wraps
         raise TypeError(
-            f"{_name(block)} is a wrapped block, but a block whose tokens merge is called in two halves, past the "
+            f"{name(block)} is a wrapped block, but a block whose tokens merge is called in two halves, past the "
             "wrapper; wrap its attn and mlp, or the whole model"
         )
     return halves.read(block, x)
@@ -205,94 +204,6 @@ def attend(block: nn.Module, x: Tensor, y: Tensor, **attention: Tensor | None) -
 def feed(block: nn.Module, x: Tensor) -> Tensor:
     """The MLP half of the block on x (B, N, C)."""
     return _HALVES[type(block).forward].feed(block, x)
-
-
-def keys(block: nn.Module, y: Tensor) -> Tensor:
-    """The attention's keys of y = read(block, x), averaged over heads: (B, N, C) -> (B, N, head_dim)."""
-    if isinstance(block.attn.k_norm, nn.Identity):  # the average of linear maps is one small linear map
-        return nn.functional.linear(y, *mean_keys(block, block.attn.head_dim))
-    weight, bias, heads = _key_projection(block.attn)
-    return block.attn.k_norm(nn.functional.linear(y, weight, bias).unflatten(-1, (heads, -1))).mean(dim=2)
-
-
-def keys_width(block: nn.Module) -> int:
-    """How many channels `keys` computes for each token: a head's, or all of them where the keys are normed."""
-    weight, _, heads = _key_projection(block.attn)
-    return weight.shape[0] if not isinstance(block.attn.k_norm, nn.Identity) else weight.shape[0] // heads
-
-
-def mean_keys(block: nn.Module, width: int) -> tuple[Tensor | None, Tensor | None]:
-    """Weight (E, C) and bias (E,) that make the keys, averaged over as many groups of heads as give E = width channels.
-
-    The bias is None if the keys have none; the weight, too, if the heads can't be grouped to that width.
-    """
-    weight, bias, heads = _key_projection(block.attn)
-    groups, rest = divmod(width, block.attn.head_dim)
-    if rest or heads % groups:
-        return None, None
-
-    def mean(w: Tensor) -> Tensor:
-        return w.unflatten(0, (groups, heads // groups, -1)).mean(dim=1).flatten(0, 1)
-
-    return mean(weight), None if bias is None else mean(bias)
-
-
-def _key_projection(attn: nn.Module) -> tuple[Tensor, Tensor | None, int]:
-    """The weight and bias that make the keys, and how many heads they have.
-
-    Raises:
-        TypeError: If FSDP2 wraps the attention, which keeps its weights sharded outside its forward.
-    """
-    if hasattr(attn, "unshard"):
-        raise TypeError(
-            f"{_name(attn)} is wrapped, but its keys are computed from its weights without calling it; "
-            "wrap the MLPs and the whole model only, or merge by learned embeddings"
-        )
-    heads = 2 * attn.num_heads if isinstance(attn, DiffAttention) else getattr(attn, "num_kv_heads", attn.num_heads)
-    if attn.qkv is None:
-        return attn.k_proj.weight, attn.k_proj.bias, heads
-    bias = attn.qkv.bias  # EvaAttention keeps its biases apart, and has none on the keys
-    return attn.qkv.weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1], heads
-
-
-def head(base: nn.Module, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
-    """Pool normed tokens (B, N, C), each weighted by its size (B, N), and classify: (B, K)."""
-    pooling = "map" if getattr(base, "attn_pool", None) is not None else base.global_pool
-    if size is None or pooling in ("", "token") or isinstance(base, VisionTransformerDistilled):
-        return base.forward_head(x, pre_logits=pre_logits)
-    x = base.head_drop(base.fc_norm(_pool(base, x, size, pooling)))
-    return x if pre_logits else base.head(x)
-
-
-def head_norm(base: nn.Module, x: Tensor) -> Tensor:
-    """Tokens (B, N, C) after the final norm as a classifier of tokens wants them: normed also where timm norms last."""
-    return base.fc_norm(x)
-
-
-def pooled_from(base: nn.Module) -> int:
-    """The first token that pooling over tokens reads: the first patch, or the first prefix token."""
-    # Eva's attention pooling reads its prefix tokens too, without saying so
-    everything = getattr(base, "pool_include_prefix", isinstance(base, Eva) and base.attn_pool is not None)
-    return 0 if everything else base.num_prefix_tokens
-
-
-def _pool(base: nn.Module, x: Tensor, size: Tensor, pooling: str) -> Tensor:
-    x, size = x[:, pooled_from(base) :], size[:, pooled_from(base) :]
-    if pooling == "map":
-        return base.attn_pool(x, attn_mask=size_bias(size).to(x.dtype))
-    if pooling == "max":
-        return x.amax(dim=1)
-    share = (size / size.sum(dim=1, keepdim=True)).unsqueeze(2).to(x.dtype)
-    mean = (x * share).sum(dim=1)
-    return mean if pooling == "avg" else 0.5 * (mean + x.amax(dim=1))
-
-
-def pools_by_size(base: nn.Module) -> bool:
-    """Whether `head` can weigh tokens by size; otherwise it needs them un-merged: PRR attention pooling, or none."""
-    pool = getattr(base, "attn_pool", None)
-    if pool is None and not base.global_pool:  # one row of logits a token
-        return False
-    return pool is None or (type(pool).forward is AttentionPoolLatent.forward and pool.pos_embed is None)
 
 
 def stem(base: nn.Module) -> nn.Module:

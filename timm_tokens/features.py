@@ -1,79 +1,105 @@
-"""Features for dense tasks and pictures: everything un-merged to the full grid of patches."""
+"""What the blocks of a ViT give, un-merged to the full grid of patches: for dense tasks, teachers and pictures."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from timm.models._features import feature_take_indices
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_tokens import blocks
+from timm_tokens.driver import Trace, encode
+from timm_tokens.parts import AuxTokens, TokenMerger
 from timm_tokens.parts.merger import groups, unmerge_all
 
 
-class DenseFeatures:
-    """Mixed into TokenViT: what its blocks give, patch by patch."""
+class Tokens(NamedTuple):
+    """Features after the final norm.
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-    ) -> Any:
-        """Features after chosen blocks, un-merged to the full grid; arguments and results as timm's.
+    Attributes:
+        cls: (B, C) the global token: the class token, or the pooled features of a model without one.
+        prefix: (B, P, C) class, register and distillation tokens.
+        patches: (B, N, C) one token a patch; merged patches share theirs.
+        aux_cls: (B, k_a, C) auxiliary class tokens, None without auxiliary tokens.
+        pooled: (B, k_p, C) adaptively pooled tokens, None without auxiliary tokens.
+    """
 
-        Args:
-            x: (B, 3, H, W) images.
-            indices: The last n blocks if an int, all if None, else these blocks.
-            return_prefix_tokens: Return (patches, prefix tokens) pairs.
-            norm: Apply the final norm to each.
-            stop_early: Don't run the blocks after the last one asked for.
-            output_fmt: "NCHW" for maps (B, C, H, W), "NLC" for tokens (B, N, C).
-            intermediates_only: Leave the final features out.
-            output_dict: Return a dict with "image_intermediates", "image_intermediates_prefix", "image_features".
+    cls: Tensor
+    prefix: Tensor
+    patches: Tensor
+    aux_cls: Tensor | None = None
+    pooled: Tensor | None = None
 
-        Raises:
-            ValueError: If output_fmt is unknown.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        taken, final_norm = [], self.base.norm
-        take_indices, last = feature_take_indices(len(self.base.blocks), indices)
 
-        def on_block(i: int, x: Tensor, trace: list) -> None:
-            if i in take_indices:
-                taken.append(unmerge_all(trace, final_norm(x) if norm else x))
+def forward_tokens(
+    base: nn.Module,
+    images: Tensor,
+    edit: Callable[[Tensor], Tensor] | None = None,
+    *,
+    merger: TokenMerger | None = None,
+    aux: AuxTokens | None = None,
+    has_class_token: bool = True,
+) -> Tokens:
+    """The features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`.
 
-        stream, trace = self._encode(x, on_block=on_block, depth=last + 1 if stop_early else None)
-        final = None if intermediates_only else unmerge_all(trace, final_norm(stream.x))
-        prefix = [y[:, : self.num_prefix_tokens] for y in taken]
-        maps = [y[:, self.num_prefix_tokens :] for y in taken]
-        if output_fmt == "NCHW":
-            grid = blocks.grid_size(self.base, x.shape[-2:])
-            maps = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in maps]
-        return _pack(maps, prefix if return_prefix_tokens and self.num_prefix_tokens else None, final, output_dict)
+    Args:
+        has_class_token: Whether the first prefix token is a class token.
 
-    @torch.no_grad()
-    def token_groups(self, images: Tensor, block: int | None = None) -> Tensor:
-        """Which token, counted after the prefix, each patch of images (B, 3, H, W) ends in: (B, rows, columns) int64.
+    Raises:
+        ValueError: If pooled tokens are asked for and patches are missing.
+    """
+    stream, trace = encode(base, images, edit, merger=merger, aux=aux)
+    x, extra = stream.split(base.norm(stream.x))
+    x, prefix = unmerge_all(trace, x), base.num_prefix_tokens
+    patches = x[:, prefix:]
+    cls = x[:, 0] if has_class_token else base.forward_head(x, pre_logits=True)
+    pooled = None
+    if aux is not None and aux.pool is not None:
+        pooled = aux.pool(_map(patches, blocks.grid_size(base, images.shape[-2:])))
+    return Tokens(cls, x[:, :prefix], patches, extra if stream.num_aux else None, pooled)
 
-        Tokens are merged as in evaluation, whatever mode the model is in. With `block`, it is the token after so many
-        blocks.
-        """
-        training = self.training
-        try:
-            _, trace = self.eval()._encode(images, depth=block)
-        finally:
-            self.train(training)
-        grid = blocks.grid_size(self.base, images.shape[-2:])
-        if not trace:
-            return torch.arange(grid[0] * grid[1], device=images.device).view(1, *grid).repeat(len(images), 1, 1)
-        return groups(trace)[:, self.num_prefix_tokens :].unflatten(1, grid) - self.num_prefix_tokens
+
+def _map(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patches (B, N, C) as a map (B, C, rows, columns)."""
+    if patches.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"{patches.shape[1]} patches don't fill the grid of {grid[0]} x {grid[1]}, as pooled tokens need; "
+            "build the base without patch dropout"
+        )
+    return patches.transpose(1, 2).unflatten(2, grid)
+
+
+def forward_intermediates(
+    base: nn.Module,
+    merger: TokenMerger | None,
+    images: Tensor,
+    *,
+    indices: int | Sequence[int] | None,
+    return_prefix_tokens: bool,
+    norm: bool,
+    stop_early: bool,
+    output_fmt: str,
+    intermediates_only: bool,
+    output_dict: bool,
+) -> Any:
+    """Features after chosen blocks; see `TokenViT.forward_intermediates`."""
+    if output_fmt not in ("NCHW", "NLC"):
+        raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+    taken, final_norm, prefix = [], base.norm, base.num_prefix_tokens
+    take_indices, last = feature_take_indices(len(base.blocks), indices)
+
+    def on_block(i: int, x: Tensor, trace: Trace) -> None:
+        if i in take_indices:
+            taken.append(unmerge_all(trace, final_norm(x) if norm else x))
+
+    stream, trace = encode(base, images, merger=merger, on_block=on_block, depth=last + 1 if stop_early else None)
+    final = None if intermediates_only else unmerge_all(trace, final_norm(stream.x))
+    maps = [x[:, prefix:] for x in taken]
+    if output_fmt == "NCHW":
+        grid = blocks.grid_size(base, images.shape[-2:])
+        maps = [x.transpose(1, 2).unflatten(2, grid).contiguous() for x in maps]
+    prefixes = [x[:, :prefix] for x in taken] if return_prefix_tokens and prefix else None
+    return _pack(maps, prefixes, final, output_dict)
 
 
 def _pack(maps: list[Tensor], prefix: list[Tensor] | None, final: Tensor | None, as_dict: bool) -> Any:
@@ -83,3 +109,12 @@ def _pack(maps: list[Tensor], prefix: list[Tensor] | None, final: Tensor | None,
         return {name: value for name, value in packed.items() if value is not None}
     maps = maps if prefix is None else list(zip(maps, prefix, strict=True))
     return maps if final is None else (final, maps)
+
+
+def token_groups(base: nn.Module, merger: TokenMerger | None, images: Tensor, depth: int | None = None) -> Tensor:
+    """Which token, counted after the prefix, each patch ends in: (B, rows, columns) int64; see `TokenViT`."""
+    _, trace = encode(base, images, merger=merger, depth=depth)
+    (rows, columns), prefix = blocks.grid_size(base, images.shape[-2:]), base.num_prefix_tokens
+    if not trace:
+        return torch.arange(rows * columns, device=images.device).view(1, rows, columns).repeat(len(images), 1, 1)
+    return groups(trace)[:, prefix:].unflatten(1, (rows, columns)) - prefix

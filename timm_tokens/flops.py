@@ -12,7 +12,7 @@ from timm.models.vision_transformer import DiffParallelScalingBlock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_tokens import blocks
+from timm_tokens import blocks, pooling
 from timm_tokens.ops import schedule
 from timm_tokens.ops.flops import BlockCost, block_flops, token_counts
 
@@ -34,7 +34,7 @@ def model_flops(model: "TokenViT", r: Any = None, image_size: tuple[int, int] | 
     base, merger, prefix = model.base, model.merger, model.num_prefix_tokens
     tokens = model_tokens(model, r, image_size)
     embed_dim = merger.embed_dim if merger is not None else 0
-    pooled = tokens[-1 if blocks.pools_by_size(base) else 0]
+    pooled = tokens[-1 if pooling.pools_by_size(base) else 0]
     total = stem_flops(base, image_size or model.image_size) + head_flops(base, pooled)
     if model.head is not None:
         own = 0 if model.head.cls is None else model.head.cls.weight.numel() - sum(map(_linear, _classifiers(base)))
@@ -65,7 +65,7 @@ def head_flops(base: nn.Module, tokens: int) -> int:
         return classify
     if not isinstance(pool, AttentionPoolLatent):  # PRR: attention without linear maps, over all tokens un-merged
         return classify + 2 * tokens**2 * base.embed_dim
-    tokens -= blocks.pooled_from(base)
+    tokens -= pooling.pooled_from(base)
     per_token = _linear(pool.kv)
     per_query = _linear(pool) - per_token + 2 * tokens * pool.num_heads * pool.head_dim
     return classify + per_token * tokens + per_query * pool.latent_len

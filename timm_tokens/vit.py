@@ -1,14 +1,14 @@
 """TokenViT: a timm Vision Transformer with parts that change its tokens, driven from outside."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from timm_tokens import blocks
-from timm_tokens.driver import Driver
-from timm_tokens.features import DenseFeatures
+from timm_tokens import blocks, features, pooling
+from timm_tokens.driver import Trace, encode
+from timm_tokens.features import Tokens
 from timm_tokens.flops import model_flops
 from timm_tokens.ops import mix_tokens
 from timm_tokens.ops.matching import Matching
@@ -17,25 +17,7 @@ from timm_tokens.parts.merger import unmerge_all
 from timm_tokens.protocol import TimmProtocol
 
 
-class Tokens(NamedTuple):
-    """Features after the final norm.
-
-    Attributes:
-        cls: (B, C) the global token: the class token, or the pooled features of a model without one.
-        prefix: (B, P, C) class, register and distillation tokens.
-        patches: (B, N, C) one token a patch; merged patches share theirs.
-        aux_cls: (B, k_a, C) auxiliary class tokens, None without auxiliary tokens.
-        pooled: (B, k_p, C) adaptively pooled tokens, None without auxiliary tokens.
-    """
-
-    cls: Tensor
-    prefix: Tensor
-    patches: Tensor
-    aux_cls: Tensor | None = None
-    pooled: Tensor | None = None
-
-
-class TokenViT(Driver, DenseFeatures, TimmProtocol, nn.Module):
+class TokenViT(TimmProtocol, nn.Module):
     """A timm ViT that is left as it is, and parts that act between its layers.
 
         images -> base embeds -> [aux appends its tokens] -> for each block: attend -> [merger merges] -> feed
@@ -107,8 +89,9 @@ class TokenViT(Driver, DenseFeatures, TimmProtocol, nn.Module):
         self._check_call(dense, box, tokens)
         edit = None if box is None and mask is None else self._edit(images, box, mask)
         if tokens:
-            return self._tokens(images, edit, aux and self.aux is not None)
-        stream, trace = self._encode(images, edit)
+            options = dict(merger=self.merger, aux=self.aux if aux else None, has_class_token=self.has_class_token)
+            return features.forward_tokens(self.base, images, edit, **options)
+        stream, trace = encode(self.base, images, edit, merger=self.merger)
         x = self.base.norm(stream.x)
         if self.head is None:
             return self._classify(x, stream.size, trace)
@@ -127,7 +110,7 @@ class TokenViT(Driver, DenseFeatures, TimmProtocol, nn.Module):
 
         So `forward_head` needs no sizes: the mean over patches is the mean over tokens weighted by size.
         """
-        stream, trace = self._encode(images)
+        stream, trace = encode(self.base, images, merger=self.merger)
         return unmerge_all(trace, self.base.norm(stream.x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -137,34 +120,69 @@ class TokenViT(Driver, DenseFeatures, TimmProtocol, nn.Module):
         cls = self._classify(x, None, [], self.head.cls)
         return self.head(cls, self._patches(x))
 
-    def _classify(self, x: Tensor, size: Tensor | None, trace: list, classifier: nn.Module | None = None) -> Tensor:
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Features after chosen blocks, un-merged to the full grid; arguments and results as timm's.
+
+        Args:
+            x: (B, 3, H, W) images.
+            indices: The last n blocks if an int, all if None, else these blocks.
+            return_prefix_tokens: Return (patches, prefix tokens) pairs.
+            norm: Apply the final norm to each.
+            stop_early: Don't run the blocks after the last one asked for.
+            output_fmt: "NCHW" for maps (B, C, H, W), "NLC" for tokens (B, N, C).
+            intermediates_only: Leave the final features out.
+            output_dict: Return a dict with "image_intermediates", "image_intermediates_prefix", "image_features".
+
+        Raises:
+            ValueError: If output_fmt is unknown.
+        """
+        return features.forward_intermediates(
+            self.base,
+            self.merger,
+            x,
+            indices=indices,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+            output_dict=output_dict,
+        )
+
+    @torch.no_grad()
+    def token_groups(self, images: Tensor, block: int | None = None) -> Tensor:
+        """Which token, counted after the prefix, each patch of images (B, 3, H, W) ends in: (B, rows, columns) int64.
+
+        Tokens are merged as in evaluation, whatever mode the model is in. With `block`, it is the token after so many
+        blocks.
+        """
+        training = self.training
+        try:
+            return features.token_groups(self.base, self.eval().merger, images, block)
+        finally:
+            self.train(training)
+
+    def _classify(self, x: Tensor, size: Tensor | None, trace: Trace, classifier: nn.Module | None = None) -> Tensor:
         """Class logits of normed tokens: by the base's head, or by another classifier of its pooled features."""
-        if trace and not blocks.pools_by_size(self.base):
+        if trace and not pooling.pools_by_size(self.base):
             x, size = unmerge_all(trace, x), None
         if classifier is None:
-            return blocks.head(self.base, x, size)
-        return classifier(blocks.head(self.base, x, size, pre_logits=True))
+            return pooling.head(self.base, x, size)
+        return classifier(pooling.head(self.base, x, size, pre_logits=True))
 
     def _patches(self, x: Tensor) -> Tensor:
         """The patch tokens of normed tokens (B, P + N, C), as a classifier of tokens wants them."""
-        return blocks.head_norm(self.base, x[:, self.num_prefix_tokens :])
-
-    def _tokens(self, images: Tensor, edit: Callable[[Tensor], Tensor] | None, aux: bool) -> Tokens:
-        stream, trace = self._encode(images, edit, aux=aux)
-        x, extra = stream.split(self.base.norm(stream.x))
-        x = unmerge_all(trace, x)
-        prefix, patches = x.split([self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens], dim=1)
-        cls = x[:, 0] if self.has_class_token else self.base.forward_head(x, pre_logits=True)
-        pooled = None
-        if aux and self.aux.pool is not None:
-            grid = self._grid(images)
-            if patches.shape[1] != grid[0] * grid[1]:
-                raise ValueError(
-                    f"{patches.shape[1]} patches don't fill the grid of {grid[0]} x {grid[1]}, as pooled tokens need; "
-                    "build the base without patch dropout"
-                )
-            pooled = self.aux.pool(patches.transpose(1, 2).unflatten(2, grid))
-        return Tokens(cls, prefix, patches, extra if stream.num_aux else None, pooled)
+        return pooling.head_norm(self.base, x[:, self.num_prefix_tokens :])
 
     def _edit(
         self, images: Tensor, box: Tensor | Sequence[int] | None, mask: Tensor | None

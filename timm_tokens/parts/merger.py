@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from timm_tokens import blocks
+from timm_tokens import keys
 from timm_tokens.ops import bipartite_match, merge, schedule
 from timm_tokens.ops.matching import Matching, mergeable, take
 from timm_tokens.ops.relaxed import RelaxedMatching, relaxed_apply, relaxed_match, relaxed_unmerge
@@ -82,7 +82,7 @@ class TokenMerger(nn.Module):
     def reset_parameters(self, base: nn.Module) -> None:
         """Start the embeddings as the keys of the base's attention, averaged over as many groups of heads as fit."""
         for embed, block in zip(self.embed or (), base.blocks, strict=False):
-            weight, bias = blocks.mean_keys(block, self.embed_dim)
+            weight, bias = keys.mean_projection(block, self.embed_dim)
             if weight is None:
                 continue  # no whole number of heads: the embedding keeps its random start
             embed.weight.copy_(weight)
@@ -111,7 +111,7 @@ class TokenMerger(nn.Module):
 
     def flops_per_token(self, block: nn.Module) -> int:
         """Multiply-adds to make what one token is compared by."""
-        return block.attn.proj.out_features * (self.embed_dim if self.embed is not None else blocks.keys_width(block))
+        return block.attn.proj.out_features * (self.embed_dim if self.embed is not None else keys.keys_width(block))
 
     def truncate(self, depth: int) -> None:
         """Keep the first `depth` blocks only."""
@@ -167,7 +167,7 @@ class TokenMerger(nn.Module):
         return self.training and self.embed is not None
 
     def _metric(self, index: int, block: nn.Module, y: Tensor) -> Tensor:
-        return blocks.keys(block, y) if self.embed is None else self.embed[index](y)
+        return keys.mean_keys(block, y) if self.embed is None else self.embed[index](y)
 
 
 def groups(trace: Sequence[Matching]) -> Tensor:
