@@ -4,6 +4,8 @@ Importing this registers the package's models with timm.
 """
 
 from timm_tokens import data, fewshot, losses, models, ops, parts, probing, tasks
+from timm_tokens.hub import push_merger_to_hub
+from timm_tokens.merger_file import save_merger
 from timm_tokens.parts import DenseLogits
 from timm_tokens.vit import Tokens, TokenViT
 from timm_tokens.wrap import add_aux_tokens, apply_dtem_merging, token_label_head
@@ -24,6 +26,8 @@ __all__ = [
     "ops",
     "parts",
     "probing",
+    "push_merger_to_hub",
+    "save_merger",
     "tasks",
     "token_label_head",
 ]

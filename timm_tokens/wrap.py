@@ -1,11 +1,15 @@
 """The verbs that give a model a part: each takes a timm ViT or a TokenViT and returns a new TokenViT."""
 
 from collections.abc import Sequence
+from inspect import signature
+from os import PathLike
+from typing import Any
 
 from torch import nn
 
 from timm_tokens import blocks
 from timm_tokens.flops import model_flops
+from timm_tokens.merger_file import read_merger
 from timm_tokens.parts import AuxTokens, TokenLabelHead, TokenMerger
 from timm_tokens.vit import TokenViT
 
@@ -21,6 +25,7 @@ def apply_dtem_merging(
     tau2: float = 0.1,
     prop_attn: bool = True,
     flops_ratio: float | None = None,
+    weights: str | PathLike[str] | None = None,
 ) -> TokenViT:
     """Merge the most similar tokens in each block of a ViT: learned (DTEM) or training-free (ToMe).
 
@@ -41,13 +46,20 @@ def apply_dtem_merging(
         prop_attn: Whether a token counts as many times as it has members in the attention.
         flops_ratio: Instead of r: merge the fewest tokens, the same in each block, with which the FLOPs are at most
             this share of the base's.
+        weights: A trained merger: a file that `save_merger` wrote, a training run's folder, or "hf-hub:user/name" with
+            or without "@revision". It brings its own settings and r; r and flops_ratio override its r.
 
     Returns:
         A TokenViT around the same base, with a merger and the parts that `model` had.
 
     Raises:
         TypeError: If the model can't be driven (the message names its block class), or r has the wrong type.
-        ValueError: If the model merges already, r and flops_ratio are both given, or a value is out of range.
+        ValueError: If the model merges already, r and flops_ratio are both given, a value is out of range, or the
+            weights are corrupt or were trained for another model or with other settings.
+        OSError: If the weights are not found.
+
+    Warns:
+        UserWarning: If the weights were trained on other weights of the same model.
 
     Source: DTEM (arXiv 2412.10569); ToMe (arXiv 2210.09461) for metric="keys".
     """
@@ -56,10 +68,20 @@ def apply_dtem_merging(
         raise ValueError(f"give r or flops_ratio, not both, got r={r} and flops_ratio={flops_ratio}")
     blocks.check(base, merging=True)
     options = dict(embed_dim=embed_dim, metric=metric, candidates=candidates, tau1=tau1, tau2=tau2, prop_attn=prop_attn)
-    merged = _with_part(model, merger=TokenMerger(base, 8 if r is None else r, **options))
+    if weights is None:
+        merger = TokenMerger(base, 8 if r is None else r, **options)
+    else:
+        merger = read_merger(weights).build(base, r, **_changed(options))
+    merged = _with_part(model, merger=merger)
     if flops_ratio is not None:
         merged.merger.r = smallest_r(merged, flops_ratio)
     return merged
+
+
+def _changed(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `apply_dtem_merging` that are not at their defaults."""
+    defaults = signature(apply_dtem_merging).parameters
+    return {name: value for name, value in options.items() if value != defaults[name].default}
 
 
 def add_aux_tokens(

@@ -1,0 +1,136 @@
+"""Publishing a merger on the Hugging Face hub, with a model card that says what it is for and what it does."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from timm.utils import unwrap_model
+from torch import nn
+
+from timm_tokens import identity
+from timm_tokens.merger_file import NAME, merger_of, save_merger
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def push_merger_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    data: str | None = None,
+    table: Rows | None = None,
+    dtype: torch.dtype | None = torch.float16,
+    license: str | None = None,
+    commit_message: str = "Add merger",
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Upload the merger of a model, 0.3 MB for ViT-Tiny, for `apply_dtem_merging(vit, weights="hf-hub:user/name")`.
+
+    A model card is made by `merger_card`, unless the repository has one already.
+
+    Args:
+        model: A TokenViT with a merger.
+        repo_id: "user/name"; the repository is made where there is none.
+        data: What the merger was trained on, for the card: a data set's name on the hub, or a sentence.
+        table: Results for the card, one mapping from column to value for each row; None: tokens and FLOPs by r.
+        dtype: Floating-point type of the uploaded weights; None keeps theirs.
+        license: For the card: an identifier such as "apache-2.0".
+        commit_message, token, revision, private, create_pr: As in huggingface_hub's `HfApi`.
+
+    Raises:
+        ValueError: If the model has no merger, or weights that are not finite.
+    """
+    api = HfApi(token=token, library_name="timm-tokens")
+    with TemporaryDirectory() as folder:
+        save_merger(model, Path(folder) / NAME, dtype=dtype, notes={"data": data, "table": list(table or ())})
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not api.file_exists(repo_id, "README.md", revision=revision):
+            merger_card(model, repo_id, data=data, table=table, license=license).save(Path(folder) / "README.md")
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message
+        )
+
+
+def merger_card(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    data: str | None = None,
+    table: Rows | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """The model card of a merger: its base, its data, how to use it, and a table of what it does by r.
+
+    Arguments are those of `push_merger_to_hub`.
+    """
+    model = unwrap_model(model)
+    merger, name = merger_of(model), identity.base_name(model.base)
+    header = ModelCardData(
+        library_name="timm-tokens",
+        license=license,
+        base_model=(getattr(model.base, "pretrained_cfg", None) or {}).get("hf_hub_id"),
+        datasets=[data] if data and " " not in data else None,
+        tags=["timm-tokens", "timm", "token-merging", "vision-transformer"],
+    )
+    settings = ", ".join(f"`{key}={value!r}`" for key, value in merger.config.items())
+    body = _BODY.format(
+        title=repo_id.split("/")[-1],
+        base=f"timm's `{name}`" if name else f"a ViT with {identity.words(identity.shape(model.base))}",
+        data=data or "Not stated.",
+        create=f'timm.create_model("{name}", pretrained=True)' if name else "...  # the base, with its weights",
+        repo_id=repo_id,
+        settings=settings,
+        table=_markdown(table or _costs(model)),
+    )
+    return ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}")
+
+
+_BODY = """# {title}
+
+A token merger for {base}: it merges the most similar tokens in each block, so that the model needs less time at almost
+the same accuracy. It was made with timm-tokens and follows DTEM ([arXiv 2412.10569](https://arxiv.org/abs/2412.10569)).
+The base's weights are not part of it.
+
+```python
+import timm, timm_tokens
+
+vit = {create}
+model = timm_tokens.apply_dtem_merging(vit, weights="hf-hub:{repo_id}").eval()
+model.merger.r = 8  # tokens to merge in each block: fewer for accuracy, more for speed
+```
+
+## Training data
+
+{data}
+
+## Results
+
+{table}
+
+## Settings
+
+{settings}
+"""
+
+
+def _costs(model: Any) -> list[dict[str, Any]]:
+    """Tokens left and GFLOPs of an image, without merging and as the merger is set."""
+    settings = {"0": 0, "as saved": model.merger.r}
+    return [{"r": name, "GFLOPs": f"{model.flops(r) / 1e9:.2f}"} for name, r in settings.items()]
+
+
+def _markdown(rows: Rows) -> str:
+    """A table whose columns are the keys of the first row."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column, "")) for column in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
