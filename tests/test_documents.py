@@ -1,0 +1,38 @@
+"""What README and docs show runs: their Python blocks one after the other, page by page, without downloads."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_tokens
+
+ROOT = Path(timm_tokens.__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ELSEWHERE = ("segmentation_models_pytorch", "onnx")  # these have tests of their own
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """timm without weights from elsewhere, in an empty folder."""
+    create = timm.create_model
+
+    def create_without_weights(name, pretrained=False, checkpoint_path="", **kwargs):
+        return create(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", create_without_weights)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+def test_python_blocks_run(page, offline):
+    names = {"timm": timm, "timm_tokens": timm_tokens, "torch": torch, "images": torch.randn(2, 3, 224, 224)}
+    for block in blocks(page, "python"):
+        if not any(name in block for name in ELSEWHERE):
+            exec(compile(block, str(page), "exec"), names)
