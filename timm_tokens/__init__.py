@@ -7,13 +7,14 @@ from timm_tokens import data, fewshot, losses, models, ops, parts, probing, task
 from timm_tokens.hub import push_merger_to_hub
 from timm_tokens.merger_file import save_merger
 from timm_tokens.parts import DenseLogits
-from timm_tokens.vit import Tokens, TokenViT
+from timm_tokens.vit import MergedTokens, Tokens, TokenViT
 from timm_tokens.wrap import add_aux_tokens, apply_dtem_merging, token_label_head
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DenseLogits",
+    "MergedTokens",
     "TokenViT",
     "Tokens",
     "__version__",

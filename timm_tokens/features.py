@@ -31,6 +31,49 @@ class Tokens(NamedTuple):
     pooled: Tensor | None = None
 
 
+class MergedTokens(NamedTuple):
+    """Features after the final norm, as few as the merging left: for decoders and language models.
+
+        x = torch.cat([prefix, patches], dim=1)  # what a decoder attends to, with size.log() as a bias on the patches
+        every_patch = patches.gather(1, groups.flatten(1).unsqueeze(2).expand(-1, -1, C))  # Tokens.patches (B, N, C)
+
+    Attributes:
+        prefix: (B, P, C) class, register and distillation tokens.
+        patches: (B, M, C) what the N patches were merged into; N of them where nothing merges.
+        size: (B, M) float32, how many patches each stands for.
+        groups: (B, H, W) int64, the row in `patches` that each patch of the grid is in.
+    """
+
+    prefix: Tensor
+    patches: Tensor
+    size: Tensor
+    groups: Tensor
+
+
+def forward_merged(
+    base: nn.Module,
+    images: Tensor,
+    edit: Callable[[Tensor], Tensor] | None = None,
+    *,
+    merger: TokenMerger | None = None,
+) -> MergedTokens:
+    """The merged features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`.
+
+    Raises:
+        ValueError: If the merging is relaxed, which leaves all tokens, or patches are missing from the grid.
+    """
+    if merger is not None and merger.relaxed:
+        raise ValueError(
+            "tokens='merged' gives what is left after merging, but in training learned merging is relaxed and leaves "
+            "every token: call model.merger.eval() to merge outright while the rest trains, or model.eval()"
+        )
+    stream, trace = encode(base, images, edit, merger=merger)
+    x, prefix = base.norm(stream.x), base.num_prefix_tokens
+    patches = x[:, prefix:]
+    size = torch.ones(patches.shape[:2], device=x.device) if stream.size is None else stream.size[:, prefix:]
+    return MergedTokens(x[:, :prefix], patches, size, _group_map(base, images, trace, patches.shape[1]))
+
+
 def forward_tokens(
     base: nn.Module,
     images: Tensor,
@@ -61,12 +104,16 @@ def forward_tokens(
 
 def _map(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches (B, N, C) as a map (B, C, rows, columns)."""
-    if patches.shape[1] != grid[0] * grid[1]:
-        raise ValueError(
-            f"{patches.shape[1]} patches don't fill the grid of {grid[0]} x {grid[1]}, as pooled tokens need; "
-            "build the base without patch dropout"
-        )
+    _check_grid(patches.shape[1], grid, "pooled tokens need")
     return patches.transpose(1, 2).unflatten(2, grid)
+
+
+def _check_grid(count: int, grid: tuple[int, int], as_what_needs: str) -> None:
+    if count != grid[0] * grid[1]:
+        raise ValueError(
+            f"{count} patches don't fill the grid of {grid[0]} x {grid[1]}, as {as_what_needs}; build the base without "
+            "patch dropout"
+        )
 
 
 def forward_intermediates(
@@ -113,8 +160,16 @@ def _pack(maps: list[Tensor], prefix: list[Tensor] | None, final: Tensor | None,
 
 def token_groups(base: nn.Module, merger: TokenMerger | None, images: Tensor, depth: int | None = None) -> Tensor:
     """Which token, counted after the prefix, each patch ends in: (B, rows, columns) int64; see `TokenViT`."""
-    _, trace = encode(base, images, merger=merger, depth=depth)
+    stream, trace = encode(base, images, merger=merger, depth=depth)
+    return _group_map(base, images, trace, stream.x.shape[1] - base.num_prefix_tokens)
+
+
+def _group_map(base: nn.Module, images: Tensor, trace: Trace, left: int) -> Tensor:
+    """(B, rows, columns) int64: which of the `left` tokens after the prefix holds each patch of the grid."""
     (rows, columns), prefix = blocks.grid_size(base, images.shape[-2:]), base.num_prefix_tokens
-    if not trace:
-        return torch.arange(rows * columns, device=images.device).view(1, rows, columns).repeat(len(images), 1, 1)
-    return groups(trace)[:, prefix:].unflatten(1, (rows, columns)) - prefix
+    if trace:
+        found = groups(trace)[:, prefix:] - prefix
+    else:
+        found = torch.arange(left, device=images.device).repeat(images.shape[0], 1)
+    _check_grid(found.shape[1], (rows, columns), "a map of the groups needs")
+    return found.unflatten(1, (rows, columns))

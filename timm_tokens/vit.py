@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from timm_tokens import blocks, features, pooling
 from timm_tokens.driver import Trace, encode
-from timm_tokens.features import Tokens
+from timm_tokens.features import MergedTokens, Tokens
 from timm_tokens.flops import model_flops
 from timm_tokens.ops import mix_tokens
 from timm_tokens.ops.matching import Matching
@@ -68,17 +68,18 @@ class TokenViT(TimmProtocol, nn.Module):
         *,
         dense: bool = False,
         box: Tensor | Sequence[int] | None = None,
-        tokens: bool = False,
+        tokens: bool | str = False,
         mask: Tensor | None = None,
         aux: bool = True,
-    ) -> Tensor | DenseLogits | Tokens:
+    ) -> Tensor | DenseLogits | Tokens | MergedTokens:
         """Class logits (B, K) of images (B, 3, H, W), in training and evaluation alike.
 
         Args:
             dense: Give `DenseLogits` instead: the class token's logits and those of every patch. Needs the head.
             box: (top, left, bottom, right) on the patch grid: the patches inside are taken from the flipped batch, and
                 their logits are given back to their own images (MixToken). With dense=True.
-            tokens: Give `Tokens` instead: the features after the final norm.
+            tokens: Give `Tokens` instead: the features after the final norm, one for each patch. "merged": give
+                `MergedTokens`, the features that are left after merging, and which patches each stands for.
             mask: (B, N) bool: these patches are replaced by the mask token (zeros if the model has none) before they
                 get their position embedding.
             aux: With tokens=True, whether auxiliary tokens are computed; nothing else needs them.
@@ -88,6 +89,8 @@ class TokenViT(TimmProtocol, nn.Module):
         """
         self._check_call(dense, box, tokens)
         edit = None if box is None and mask is None else self._edit(images, box, mask)
+        if tokens == "merged":
+            return features.forward_merged(self.base, images, edit, merger=self.merger)
         if tokens:
             options = dict(merger=self.merger, aux=self.aux if aux else None, has_class_token=self.has_class_token)
             return features.forward_tokens(self.base, images, edit, **options)
@@ -208,11 +211,13 @@ class TokenViT(TimmProtocol, nn.Module):
         """Rows and columns of the images' patches."""
         return blocks.grid_size(self.base, images.shape[-2:])
 
-    def _check_call(self, dense: bool, box: Any, tokens: bool) -> None:
+    def _check_call(self, dense: bool, box: Any, tokens: bool | str) -> None:
+        if isinstance(tokens, str) and tokens != "merged":
+            raise ValueError(f"tokens must be False, True or 'merged', got {tokens!r}")
         if dense and self.head is None:
             raise ValueError("dense=True needs a token-label head; give the model one with token_label_head(model)")
         if dense and tokens:
-            raise ValueError("ask for dense=True or tokens=True, not both")
+            raise ValueError(f"ask for dense=True or tokens={tokens!r}, not both")
         if box is not None and not dense:
             raise ValueError("box mixes the batch's patches (MixToken), whose logits need dense=True")
 
