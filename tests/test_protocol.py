@@ -313,8 +313,9 @@ def test_registered_models_are_known_to_timm():
     assert "deit_small_dtem.fb_in1k" in timm.list_pretrained("*dtem*")
     assert timm.models.get_pretrained_cfg("deit_small_dtem").hf_hub_id == "timm/deit_small_patch16_224.fb_in1k"
     assert timm.is_model("token_vit")
-    with pytest.raises(ValueError, match="token_vit needs base="):
-        timm.create_model("token_vit")
+    with pytest.raises(TypeError, match=r"base must be the name of a timm ViT.*got 3"):
+        timm.create_model("token_vit", base=3)
+    assert timm.create_model("token_vit").base.pretrained_cfg["architecture"] == "vit_tiny_patch16_224"
     with pytest.raises(RuntimeError, match="Unknown base model"):
         timm.create_model("token_vit", base="no_such_model")
     assert isinstance(timm.create_model("token_vit", base="test_vit"), TokenViT)

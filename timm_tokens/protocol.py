@@ -1,39 +1,89 @@
 """What timm's scripts expect of a model, answered by the base: nothing here changes what is computed."""
 
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from timm_tokens import blocks
+from timm_tokens import blocks, loading, saving
 
 
 def _of_base(name: str) -> property:
-    return property(lambda self: getattr(self.base, name), doc=f"The base's {name}.")
-
-
-PUBLISHED_HEAD = "aux_head"  # the token-label head in published checkpoints
+    """A member of the base, read and set there; a base without it makes it an AttributeError, as in timm."""
+    return property(
+        lambda self: getattr(self.base, name),
+        lambda self, value: setattr(self.base, name, value),
+        doc=f"The base's {name}.",
+    )
 
 
 class TimmProtocol:
     """Mixed into TokenViT: the members by which timm trains, saves and takes features from a model."""
 
     base: nn.Module
+    _unset = False  # whether memory was made for weights (`to_empty`), and nothing has set them yet
 
     num_features = _of_base("num_features")
     head_hidden_size = _of_base("head_hidden_size")
     embed_dim = _of_base("embed_dim")
     num_prefix_tokens = _of_base("num_prefix_tokens")
+    num_reg_tokens = _of_base("num_reg_tokens")
     global_pool = _of_base("global_pool")
+    pool_include_prefix = _of_base("pool_include_prefix")
     grad_checkpointing = _of_base("grad_checkpointing")
     in_chans = _of_base("in_chans")
+    dynamic_img_size = _of_base("dynamic_img_size")
+    no_embed_class = _of_base("no_embed_class")
+    distilled_training = _of_base("distilled_training")
+    # its layers: setting one sets the base's, as tools do that replace a norm or take blocks away
+    patch_embed, embeds, pos_embed, rope = map(_of_base, ("patch_embed", "embeds", "pos_embed", "rope"))
+    cls_token, reg_token, dist_token = map(_of_base, ("cls_token", "reg_token", "dist_token"))
+    pos_drop, patch_drop, norm_pre, blocks = map(_of_base, ("pos_drop", "patch_drop", "norm_pre", "blocks"))
+    norm, attn_pool, fc_norm, head_drop = map(_of_base, ("norm", "attn_pool", "fc_norm", "head_drop"))
+    head_dist = _of_base("head_dist")
+    # its methods that have nothing to do with the parts
+    set_input_size = _of_base("set_input_size")
+    set_grad_checkpointing = _of_base("set_grad_checkpointing")
+    load_pretrained = _of_base("load_pretrained")
+    fix_init_weight = _of_base("fix_init_weight")
+    get_patch_size = _of_base("get_patch_size")
 
     def _init_protocol(self) -> None:
         cfg = dict(getattr(self.base, "pretrained_cfg", None) or {})
         if cfg.get("first_conv"):
             cfg["first_conv"] = under_base(cfg["first_conv"])
         self.pretrained_cfg = self.default_cfg = cfg | {"architecture": "token_vit", "classifier": self.classifiers}
-        self.register_load_state_dict_pre_hook(_accept_plain_checkpoint)
+        self.register_load_state_dict_pre_hook(loading.before_loading)
+        self.register_load_state_dict_post_hook(loading.after_loading)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):  # nn.Module would register a layer of this name here
+            object.__setattr__(self, name, value)
+        elif name == "head" and value is not None and not hasattr(value, "tokens"):
+            raise TypeError(
+                f"model.head is the token-label head, got a {type(value).__name__}; for other classes call "
+                "model.reset_classifier(num_classes), or set model.base.head"
+            )
+        else:
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if self._has(name)]
+
+    def _has(self, name: str) -> bool:
+        """Whether a member can be had: not those that bases of other families have."""
+        try:
+            return not isinstance(getattr(type(self), name, None), property) or hasattr(self, name)
+        except ValueError:  # model_args of a base that was not made by name
+            return False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TimmProtocol":
+        was_on_meta = loading.on_meta(self)
+        super()._apply(fn, recurse)
+        self._unset = self._unset or (was_on_meta and not loading.on_meta(self))
+        return self
 
     @property
     def num_classes(self) -> int:
@@ -45,7 +95,7 @@ class TimmProtocol:
         """Names of the layers that make the logits."""
         if self.head is not None and self.head.cls is not None:
             return ("head.cls", "head.tokens")
-        names = tuple(under_base(name) for name in _classifiers(self.base) if name != PUBLISHED_HEAD)
+        names = tuple(under_base(n) for n in loading.classifiers(self.base) if n != loading.PUBLISHED_HEAD)
         return names if self.head is None else (*names, "head.tokens")
 
     @property
@@ -77,33 +127,12 @@ class TimmProtocol:
         Raises:
             ValueError: If the base was not made by timm.create_model, so that its name is unknown.
         """
-        args = {name: getattr(self.base, name) for name in ("in_chans", "global_pool")}
-        if getattr(blocks.stem(self.base), "img_size", None):
-            args["img_size"] = list(self.image_size)
-        args |= getattr(self.base, "_model_args", {})
-        if self.pretrained_cfg["architecture"] == "token_vit":
-            args["base"] = self._base_name()
-        args["num_classes"] = self.num_classes
-        if self.num_classes != self.base.num_classes:
-            args["base_num_classes"] = self.base.num_classes
-        args |= {name: part and part.config for name, part in self.parts.items()}
-        if self.head is not None:
-            del args["head"]["num_classes"]  # said above, and there to be overridden
-        return args | {"mask_token": self.mask_token is not None}
+        return saving.model_args(self)
 
     @property
     def parts(self) -> dict[str, nn.Module | None]:
         """The parts by name, None where the model has none."""
         return {"aux": self.aux, "merger": self.merger, "head": self.head}
-
-    def _base_name(self) -> str:
-        cfg = getattr(self.base, "pretrained_cfg", None) or {}
-        if not cfg.get("architecture"):
-            raise ValueError(
-                f"the base, a {type(self.base).__name__}, does not say by which name timm.create_model makes it "
-                "(base.pretrained_cfg['architecture']); save its state dict instead, or create it by name"
-            )
-        return f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
 
     # timm records here how a model was built and resized. The base keeps that record and the merger keeps its own, so
     # both are read from there when they are asked for, and what timm sets on the wrapper is already known.
@@ -137,27 +166,44 @@ class TimmProtocol:
         if self.head is not None:
             self.head = self.head.resized(num_classes) if num_classes else None
 
-    def set_distilled_training(self, enable: bool = True) -> None:
-        """Let a distilled base return both its heads' logits in training, as timm's distillation wants them.
+    @property
+    def set_distilled_training(self) -> Callable[..., None]:
+        """Of distilled bases: let both heads' logits out in training, as timm's distillation wants them.
 
-        Raises:
+        Raises (when it is called):
             ValueError: If the model has a token-label head, which adds to one set of logits.
         """
-        if enable and self.head is not None:
-            raise ValueError("a model with a token-label head gives one set of logits; distil one without the head")
-        self.base.set_distilled_training(enable)
+        return partial(_set_distilled, self.base.set_distilled_training, self.head)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping what is inside it."""
-        self.base.set_grad_checkpointing(enable)
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Pool what `forward_features` gives, (B, P + N, C) -> (B, C), as the base does or by `pool_type`."""
+        return (self.base._pool if hasattr(self.base, "_pool") else self.base.pool)(x, pool_type)
 
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Take images of another size, resampling the position embedding."""
-        self.base.set_input_size(img_size=img_size, patch_size=patch_size)
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> list[Any]:
+        """`forward_intermediates` as DINO names it: tokens (B, N, C) of n blocks, with `reshape` maps (B, C, H, W)."""
+        options = dict(return_prefix_tokens=return_prefix_tokens, norm=norm, attn_mask=attn_mask)
+        return self.forward_intermediates(
+            x, n, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True, **options
+        )
 
-    def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
-        """Load one of the base's foreign checkpoints (.npz) into the base."""
-        self.base.load_pretrained(checkpoint_path, prefix)
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialise all weights anew: the base's by timm's rules, then the parts'; a merger starts as the base's keys.
+
+        Args:
+            mode: timm's name of the rules ("jax", "moco", ...); "": those that the base was made by.
+            needs_reset: Whether layers that initialise themselves when they are made do so again.
+        """
+        self.base.init_weights(**({"mode": mode} if mode else {}), needs_reset=needs_reset)
+        loading.initialise_parts(self)
+        self._unset = False
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves alone."""
@@ -185,6 +231,12 @@ class TimmProtocol:
         return taken
 
 
+def _set_distilled(set_base: Callable[[bool], None], head: nn.Module | None, enable: bool = True) -> None:
+    if enable and head is not None:
+        raise ValueError("a model with a token-label head gives one set of logits; distil one without the head")
+    set_base(enable)
+
+
 def under_base(names: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """Names of the base's modules as the wrapper has them."""
     return f"base.{names}" if isinstance(names, str) else tuple(f"base.{name}" for name in names)
@@ -195,33 +247,3 @@ def _patterns_under_base(patterns: Any) -> Any:
     if isinstance(patterns, str):
         return r"^base\.(?:" + re.sub(r"(^|\|)\^", r"\1", patterns) + ")"
     return [(_patterns_under_base(pattern), order) for pattern, order in patterns]
-
-
-def _classifiers(base: nn.Module) -> tuple[str, ...]:
-    """Names of the classifiers in the base's published checkpoints."""
-    names = (getattr(base, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _accept_plain_checkpoint(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before loading: a checkpoint of the plain ViT goes to the base, and the parts keep what they have.
-
-    A published token-label head goes to the head. It must be there if the base is one that is published with it.
-    """
-    own = {name for name in state_dict if name.startswith(prefix)}
-    if not own or any(name.startswith(f"{prefix}base.") for name in own):
-        return
-    for name in own:
-        state_dict[prefix + whole_name(name[len(prefix) :])] = state_dict.pop(name)
-    given = {name.rpartition(".")[0] for name in state_dict}
-    if PUBLISHED_HEAD in _classifiers(model.base):
-        given.add(f"{prefix}head.tokens")
-    for name, value in model.state_dict(prefix=prefix, keep_vars=True).items():
-        if not name.startswith(f"{prefix}base.") and name.rpartition(".")[0] not in given:
-            state_dict[name] = value.detach()
-
-
-def whole_name(name: str) -> str:
-    """A TokenViT's name of a weight in a plain or published checkpoint."""
-    module, _, leaf = name.rpartition(".")
-    return f"head.tokens.{leaf}" if module == PUBLISHED_HEAD else f"base.{name}"

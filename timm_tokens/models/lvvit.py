@@ -14,9 +14,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import VisionTransformer, build_model_with_cfg, clean_state_dict, generate_default_cfgs, register_model
 from torch import Tensor
 
+from timm_tokens.loading import PUBLISHED_HEAD, whole_name
 from timm_tokens.models.lvvit_base import lvvit_base
 from timm_tokens.models.token_vit import fit_position_embedding, with_parts
-from timm_tokens.protocol import PUBLISHED_HEAD, whole_name
 from timm_tokens.vit import TokenViT
 
 _SIZES = {

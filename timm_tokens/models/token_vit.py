@@ -13,6 +13,8 @@ from timm_tokens.protocol import under_base
 from timm_tokens.vit import TokenViT
 from timm_tokens.wrap import add_aux_tokens, add_mask_token, apply_dtem_merging, token_label_head
 
+DEFAULT_BASE = "vit_tiny_patch16_224"  # of token_vit, so that what walks over timm.list_models() can make it
+
 
 def build(
     variant: str,
@@ -44,8 +46,11 @@ def build(
         kwargs: timm's arguments for the base (num_classes, img_size, drop_path_rate, features_only, ...).
 
     Raises:
-        TypeError: If the base can't be driven. ValueError: if an argument of a part is out of range.
+        TypeError: If the base can't be driven, or its name is no string. ValueError: if an argument of a part is out
+            of range.
     """
+    if not isinstance(base, str):
+        raise TypeError(f'base must be the name of a timm ViT, such as "vit_small_patch16_224", got {base!r}')
     whole = pretrained_cfg is not None and not isinstance(pretrained_cfg, str)
     if isinstance(pretrained_cfg, str):
         base = f"{base.split('.')[0]}.{pretrained_cfg}"
@@ -124,14 +129,23 @@ def fit_position_embedding(state_dict: dict[str, Tensor], model: TokenViT) -> di
     own, given = getattr(model.base, "pos_embed", None), state_dict.get("base.pos_embed")
     if own is not None and given is not None and own.shape != given.shape:
         prefix = 0 if model.base.no_embed_class else model.num_prefix_tokens
-        grid = model.base.patch_embed.grid_size
-        state_dict["base.pos_embed"] = resample_abs_pos_embed(given, new_size=grid, num_prefix_tokens=prefix)
+        grids = dict(new_size=model.base.patch_embed.grid_size, old_size=_saved_grid(model, given.shape[1] - prefix))
+        state_dict["base.pos_embed"] = resample_abs_pos_embed(given, **grids, num_prefix_tokens=prefix)
     return state_dict
 
 
+def _saved_grid(model: TokenViT, count: int) -> list[int] | None:
+    """The grid of a checkpoint's `count` patches, by the image size that it was saved with; None: a square one."""
+    size = getattr(model, "pretrained_model_args", {}).get("img_size") or model.pretrained_cfg["input_size"][-2:]
+    sides = [size, size] if isinstance(size, int) else size
+    grid = [side // patch for side, patch in zip(sides, model.base.patch_embed.patch_size, strict=True)]
+    return grid if grid[0] * grid[1] == count else None
+
+
+default_cfgs = cfgs({"token_vit": DEFAULT_BASE})
+
+
 @register_model
-def token_vit(pretrained: bool = False, **kwargs: Any) -> TokenViT:
+def token_vit(pretrained: bool = False, base: str = DEFAULT_BASE, **kwargs: Any) -> TokenViT:
     """Any timm ViT with parts: `timm.create_model("token_vit", base="<name>", merger=dict(r=13))`."""
-    if not kwargs.get("base"):
-        raise ValueError('token_vit needs base="<the name of a timm ViT>", for example base="vit_small_patch16_224"')
-    return build("token_vit", pretrained, **kwargs)
+    return build("token_vit", pretrained, base=base, **kwargs)

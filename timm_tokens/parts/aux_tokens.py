@@ -55,9 +55,19 @@ class AuxTokens(nn.Module):
         self.num_cls, self.num_pooled = num_cls, num_pooled
         self.aux_sees_cls, self.aux_sees_aux = aux_sees_cls, aux_sees_aux
         self.pool_options = dict(kernel_size=kernel_size, pool_weight=pool_weight, pool_norm=pool_norm)
-        # drawn each for itself: equal tokens would stay equal for ever
-        self.tokens = nn.Parameter(trunc_normal_(torch.empty(num_cls, embed_dim), std=0.02)) if num_cls else None
+        self.tokens = nn.Parameter(torch.empty(num_cls, embed_dim)) if num_cls else None
+        self._draw_tokens()
         self.pool = AdaptivePool(embed_dim, num_pooled, **self.pool_options) if num_pooled else None
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        self._draw_tokens()
+        if self.pool is not None:
+            self.pool.reset_parameters()
+
+    def _draw_tokens(self) -> None:
+        if self.tokens is not None:  # drawn each for itself: equal tokens would stay equal for ever
+            trunc_normal_(self.tokens, std=0.02)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -120,6 +130,12 @@ class AdaptivePool(nn.Module):
         out, groups = (num_pooled * dim, dim) if self.per_channel else (num_pooled, 1)
         self.conv = nn.Conv2d(dim, out, kernel_size, padding=kernel_size // 2, groups=groups, bias=False)
         self.out_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        self.norm.reset_parameters()
+        self.out_norm.reset_parameters()
         # Per channel the weights start nearly even, as the tokens would else be mixtures of channels from everywhere.
         trunc_normal_(self.conv.weight, std=0.02 if self.per_channel else self.conv.weight[0].numel() ** -0.5)
 

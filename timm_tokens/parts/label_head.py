@@ -60,8 +60,15 @@ class TokenLabelHead(nn.Module):
         if isinstance(pool_weight, bool) or not isinstance(pool_weight, (int, float)):
             raise TypeError(f"pool_weight must be a number, got {pool_weight!r}")
         self.num_classes, self.pool, self.pool_weight = num_classes, pool, pool_weight
-        self.tokens = _classifier(embed_dim, num_classes)
-        self.cls = None if own_classifier is None else _classifier(own_classifier, num_classes)
+        self.tokens = nn.Linear(embed_dim, num_classes)
+        self.cls = None if own_classifier is None else nn.Linear(own_classifier, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        for layer in (self.tokens,) if self.cls is None else (self.tokens, self.cls):
+            trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -86,10 +93,3 @@ class TokenLabelHead(nn.Module):
             return cls + self.pool_weight * logits.mean(dim=1)
         share = (size / size.sum(dim=1, keepdim=True)).unsqueeze(2).to(logits.dtype)
         return cls + self.pool_weight * (logits * share).sum(dim=1)
-
-
-def _classifier(width: int, num_classes: int) -> nn.Linear:
-    layer = nn.Linear(width, num_classes)
-    trunc_normal_(layer.weight, std=0.02)
-    nn.init.zeros_(layer.bias)
-    return layer

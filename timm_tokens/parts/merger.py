@@ -73,9 +73,11 @@ class TokenMerger(nn.Module):
         self.embed_dim = embed_dim or head_dim * (2 if base.embed_dim >= 1024 else 1)
         self.embed = None
         if metric == "learned":
-            self.embed = nn.ModuleList(nn.Linear(base.embed_dim, self.embed_dim) for _ in base.blocks)
+            weights = next(base.parameters())
+            layers = (nn.Linear(base.embed_dim, self.embed_dim, device=weights.device) for _ in base.blocks)
+            self.embed = nn.ModuleList(layers)
             self.reset_parameters(base)
-            self.to(next(base.parameters()))
+            self.to(weights)
         self.r = r
 
     @torch.no_grad()
@@ -83,8 +85,9 @@ class TokenMerger(nn.Module):
         """Start the embeddings as the keys of the base's attention, averaged over as many groups of heads as fit."""
         for embed, block in zip(self.embed or (), base.blocks, strict=False):
             weight, bias = keys.mean_projection(block, self.embed_dim)
-            if weight is None:
-                continue  # no whole number of heads: the embedding keeps its random start
+            if weight is None:  # no whole number of heads: a random start
+                embed.reset_parameters()
+                continue
             embed.weight.copy_(weight)
             embed.bias.zero_() if bias is None else embed.bias.copy_(bias)
 
