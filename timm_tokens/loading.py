@@ -88,7 +88,7 @@ def initialise_parts(model: nn.Module, kept: set[str] | None = None) -> None:
         part.load_state_dict(loaded, strict=False)
     if model.mask_token is not None and (kept is None or "mask_token" in kept):
         if model.mask_token.is_meta:
-            model.mask_token = nn.Parameter(torch.empty_like(model.mask_token, device=weights.device))
+            model.mask_token = nn.Parameter(weights.new_empty(model.mask_token.shape))
         trunc_normal_(model.mask_token, std=0.02)
 
 
