@@ -9,6 +9,8 @@ from torch import nn
 from timm_tokens import add_aux_tokens, apply_dtem_merging, token_label_head
 from timm_tokens.wrap import add_mask_token
 
+# those that differ in what their layers compute when they are made
+FAMILIES = ("vit", "deit_distilled", "lvvit", "siglip_map", "prr", "eva", "dinov3", "rope_mixed", "naflex_rope")
 OWN = ("deit_tiny_dtem", "vit_tiny_mte", "lvvit_t", "token_vit")
 PARTS = dict(merger=dict(r=3), aux=dict(num_cls=2, num_pooled=2), head=dict(num_classes=7), mask_token=True)
 TINY = dict(embed_dim=48, depth=2, num_heads=3, num_classes=5)
@@ -56,7 +58,7 @@ def test_every_model_of_ours_is_made_on_meta_and_in_a_type():
             assert all(p.is_meta for p in timm.create_model(name, **TINY, **options).parameters())
 
 
-@pytest.mark.parametrize("family", MERGEABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_whole_checkpoints_give_the_same_model(family):
     model, x = with_all_parts(create(family)), images()
     expected = results(model, x)
@@ -71,7 +73,7 @@ def test_whole_checkpoints_give_the_same_model(family):
         close(results(emptied[0] if outer else emptied, x), expected)
 
 
-@pytest.mark.parametrize("family", MERGEABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("assign", [False, True])
 def test_plain_checkpoints_leave_no_part_without_values(family, assign):
     base, model = create(family), meta_twin(family)
@@ -116,7 +118,7 @@ def test_parts_follow_the_type_of_what_was_assigned():
     assert model(images().bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("family", MERGEABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_init_weights_sets_everything(family):
     model = meta_twin(family)
     model.to_empty(device="cpu")
