@@ -14,7 +14,7 @@ ALLOWED = {  # what may import what, inside the package
     "losses": {"losses", "ops", "distributed"},
     "fewshot": {"fewshot", "ops", "distributed"},
     "data": {"data", "ops", "seeding"},
-    "probing": {"probing"},
+    "probing": {"probing", "ops"},
     "blocks": set(),
     "keys": {"blocks"},
     "pooling": {"ops"},

@@ -198,7 +198,7 @@ def test_refuses_models_and_checkpoints_that_do_not_fit(images, tmp_path):
 
 def test_a_damaged_image_is_named_and_not_replaced_by_the_next(images, tmp_path):
     (images / "red" / "1.png").write_text("no picture")
-    with pytest.raises(CommandError, match=r"1 of 12 images can't be read, repair or remove them: image 'red/1'"):
+    with pytest.raises(CommandError, match=r"1 of 12 images can't be read, repair or remove them: image 'red/1.png'"):
         fewshot.run(**QUICK, data_dir=images, out=tmp_path / "out", model="test_vit")
     assert not (tmp_path / "out").exists()
 

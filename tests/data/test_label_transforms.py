@@ -209,7 +209,7 @@ def test_a_missing_label_names_the_image(folders):
 def test_a_damaged_image_is_named_and_not_replaced_by_the_next(folders):
     images, _ = folders
     (images / "a" / "img2.png").write_bytes(b"nothing")
-    with pytest.raises(OSError, match="image 'a/img2' can't be read"):
+    with pytest.raises(OSError, match=r"image 'a/img2\.png' can't be read: it is empty"):
         make(folders)[1]
 
 

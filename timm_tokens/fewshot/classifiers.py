@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, one_hot
 
+from timm_tokens.ops.finite import check_finite
+
 
 def nearest_centroid(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     """Minus the distances of the queries to the mean support feature of every class.
@@ -20,7 +22,7 @@ def nearest_centroid(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
         (T, Q, K).
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or features are not finite.
     """
     return -_distance(query, _centroids(support, _one_hot(support, labels, query)))
 
@@ -57,7 +59,7 @@ def bd_cspn(support: Tensor, labels: Tensor, query: Tensor, temperature: float =
 
 
 def _one_hot(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-    """Checks the shapes and turns labels into (T, S, K)."""
+    """Checks shapes and features, and turns labels into (T, S, K)."""
     if support.ndim != 3 or query.ndim != 3 or query.shape[::2] != support.shape[::2]:
         raise ValueError(
             f"support (T, S, D) and query (T, Q, D) must share T and D; "
@@ -65,6 +67,7 @@ def _one_hot(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
         )
     if labels.shape not in (support.shape[:2], support.shape[1:2]):
         raise ValueError(f"labels must be {tuple(support.shape[:2])}, one a support row; got {tuple(labels.shape)}")
+    check_finite(support=support, query=query)
     return one_hot(labels.long(), int(labels.max()) + 1).expand(len(support), -1, -1).to(support)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from timm_tokens.fewshot.nets import DEPTH, unit
 from timm_tokens.fewshot.running import Run
 from timm_tokens.fewshot.streams import drop_out
+from timm_tokens.ops.finite import check_finite
 from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
 
 
@@ -123,7 +124,8 @@ class ESFR:
             `Adapted(features (T, M, D), updates (T, num_nets))`.
 
         Raises:
-            ValueError: a shape does not fit, or support_weight is set and there are no labels.
+            ValueError: a shape does not fit, features or weights are not finite, or support_weight is set and there are
+                no labels.
         """
         labels = self._check(features, weights, support)
         features = features.to(torch.promote_types(features.dtype, torch.float32))  # half precision would not train
@@ -139,7 +141,7 @@ class ESFR:
         return Adapted(*(torch.cat(parts) for parts in zip(*adapted, strict=True)))
 
     def _check(self, features: Tensor, weights: list[Tensor] | None, support: int | Tensor | None) -> Tensor | None:
-        """Refuses shapes that do not fit; returns the support labels (T, S) if there are any."""
+        """Refuses shapes that do not fit and what is not finite; returns the support labels (T, S) if there are any."""
         if features.ndim != 3 or not features.is_floating_point():
             raise ValueError(f"features must be floats (T, M, D); got {features.dtype} {tuple(features.shape)}")
         t, m, d = features.shape
@@ -148,6 +150,7 @@ class ESFR:
         shapes = [tuple(w.shape) for w in weights or []]
         if weights is not None and shapes != [(self.num_nets, d, d)] * DEPTH:
             raise ValueError(f"weights must be {DEPTH} tensors {(self.num_nets, d, d)}; got {shapes}")
+        check_finite(features=features, **{f"weights[{layer}]": w for layer, w in enumerate(weights or [])})
         labels = support.expand(t, -1).to(features.device) if isinstance(support, Tensor) else None
         if self.support_weight and labels is None:
             raise ValueError(f"support_weight = {self.support_weight} needs labels: pass support=labels (T, S)")

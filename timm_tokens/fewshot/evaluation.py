@@ -9,6 +9,7 @@ from torch import Tensor
 from timm_tokens.fewshot.classifiers import bd_cspn, cosine_centroid, nearest_centroid
 from timm_tokens.fewshot.episodes import Episodes, sample_episodes
 from timm_tokens.fewshot.esfr import ESFR, prepare
+from timm_tokens.ops.finite import check_finite
 
 Classifier = Callable[[Tensor, Tensor, Tensor], Tensor]
 CLASSIFIERS: Mapping[str, Classifier] = {
@@ -70,7 +71,11 @@ def compare(
 
     Returns:
         One `Comparison` for each classifier.
+
+    Raises:
+        ValueError: features are not finite, or there are too few images for the episodes.
     """
+    check_finite(features=features)
     esfr = ESFR() if esfr is None else esfr
     drawn = sample_episodes(labels, ways, shots, queries, episodes, generator=generator)
     names = list(classifiers)

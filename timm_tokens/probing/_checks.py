@@ -2,9 +2,15 @@
 
 from torch import Tensor
 
+from timm_tokens.ops.finite import check_finite
+
 
 def check_pair(train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor) -> None:
-    """Refuse what is not two sets of features (N, D) with labels (N,), N > 0, of one width."""
+    """Refuse what is not two sets of finite features (N, D) with labels (N,), N > 0, of one width.
+
+    Raises:
+        ValueError: Says what is wrong, and which row is not finite.
+    """
     _check("train_features", train_features, train_labels)
     _check("features", features, labels)
     if train_features.shape[1] != features.shape[1]:
@@ -12,6 +18,7 @@ def check_pair(train_features: Tensor, train_labels: Tensor, features: Tensor, l
             f"train_features have {train_features.shape[1]} channels, features {features.shape[1]}: "
             "take both from one model"
         )
+    check_finite(train_features=train_features, features=features)
 
 
 def _check(name: str, features: Tensor, labels: Tensor) -> None:

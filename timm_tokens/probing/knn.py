@@ -33,7 +33,7 @@ def knn_accuracy(
         Accuracy between 0 and 1 by k.
 
     Raises:
-        ValueError: shapes do not fit, or a k is not in [1, M].
+        ValueError: shapes do not fit, features are not finite, or a k is not in [1, M].
 
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv 1805.01978;
         k and tau as DINO (arXiv 2104.14294) evaluates.

@@ -65,7 +65,8 @@ def linear_probe(
         generator: on the CPU, of the split and the order; None: one with seed 0, so that results repeat.
 
     Raises:
-        ValueError: shapes do not fit, there is nothing to hold out, or an argument is out of range.
+        ValueError: shapes do not fit, features are not finite, there is nothing to hold out, or an argument is out of
+            range.
     """
     check_pair(train_features, train_labels, features, labels)
     _check_positive(lrs, epochs, batch_size)
@@ -86,7 +87,7 @@ def linear_probe(
 
 
 def _check_positive(lrs: Sequence[float], epochs: int, batch_size: int) -> None:
-    if not lrs or min(lrs) <= 0 or epochs < 1 or batch_size < 1:
+    if not lrs or not all(0 < lr < math.inf for lr in lrs) or epochs < 1 or batch_size < 1:
         raise ValueError(f"lrs, epochs and batch_size must be positive, got {tuple(lrs)}, {epochs}, {batch_size}")
 
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from timm_tokens.ops.finite import check_finite
+
 
 def assignment_nmi(assignments: Tensor, labels: Tensor) -> float:
     """Normalised mutual information 2 I(A; Y) / (H(A) + H(Y)) of two labellings of the same N images.
@@ -42,9 +44,13 @@ def ensemble_assignments(probabilities: Tensor) -> Tensor:
 
     Returns:
         (T, B) int64. Batches can be joined along B for `assignment_nmi`, row by row.
+
+    Raises:
+        ValueError: the shape does not fit, or probabilities are not finite.
     """
     if probabilities.ndim != 3:
         raise ValueError(f"probabilities must be (T, B, K), got {tuple(probabilities.shape)}")
+    check_finite(probabilities=probabilities)
     return probabilities.cumsum(0).argmax(-1)  # a sum is largest where the mean is
 
 

@@ -1,0 +1,130 @@
+"""Images in class folders: which files of a folder are taken, and which are left out and why."""
+# ruff: noqa: PTH112, PTH113, PTH118, PTH119, PTH120, PTH122 (pathlib is slow for a million files)
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from os.path import basename, dirname, isdir, isfile, join, realpath, splitext
+from pathlib import Path
+
+from timm.data.readers.class_map import load_class_map
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+from timm_tokens.data.decoding import image_suffixes
+
+NO_SUFFIX = "no images by their suffix"
+_MOST_NAMED = 10
+
+
+class FolderReader(ReaderImageFolder):
+    """timm's reader of class folders, for images of every format, with a record of what it leaves out.
+
+    The class of an image is the name of the folder that it lies in. Suffixes may be in upper case, and links are
+    followed. Hidden files and folders, whose names start with a dot, are left out. So are images beside the class
+    folders; but where there are no class folders, all images are of one class, named "".
+
+    Args:
+        root: The folder that holds the class folders.
+        class_map: Numbers by class name, or the path of a text file with one class per line; images of other classes
+            are left out. None: the classes found, in natural order.
+
+    Attributes:
+        samples: (path, class number) of each image, in natural order of the paths.
+        class_to_idx: Numbers by class name.
+        left_out: Names of files and folders, relative to the root, by the reason why they were left out.
+        joined: Names of the folders, relative to the root, of each class that several folders have the name of.
+
+    Raises:
+        FileNotFoundError: There is no image in the folder; says what else is there.
+    """
+
+    def __init__(self, root: str | Path, class_map: dict[str, int] | str | Path | None = None):
+        self.root = str(root)
+        left_out, folders = defaultdict(list), defaultdict(set)
+        names = _beside_none(_images(self.root, left_out), left_out)
+        if class_map:
+            self.class_to_idx = load_class_map(class_map if isinstance(class_map, dict) else str(class_map), self.root)
+        else:
+            classes = sorted({_class(name) for name in names}, key=_natural)
+            self.class_to_idx = {name: i for i, name in enumerate(classes)}
+        left_out["of none of the classes"] += [name for name in names if _class(name) not in self.class_to_idx]
+        names = sorted((name for name in names if _class(name) in self.class_to_idx), key=_natural)
+        self.left_out = {why: sorted(which, key=_natural) for why, which in left_out.items() if which}
+        if not names:
+            raise FileNotFoundError("; ".join([f"no images in {root}", *left_out_lines(self.left_out)]))
+        self.samples = [(join(self.root, name), self.class_to_idx[_class(name)]) for name in names]
+        for name in names:
+            folders[_class(name)].add(dirname(name))
+        self.joined = {name: sorted(which) for name, which in folders.items() if len(which) > 1}
+
+
+def left_out_lines(left_out: dict[str, Sequence[str]]) -> list[str]:
+    """For each reason a line: how many files were left out, why, and the names of the first of them."""
+    return [f"left out {len(names)} ({why}): {listed(names)}" for why, names in left_out.items() if names]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are; what can't be printed is escaped."""
+    shown = [name if name.isprintable() else ascii(name)[1:-1] for name in names[:_MOST_NAMED]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f", and {more} more" if more else "")
+
+
+def _images(root: str, left_out: dict[str, list[str]]) -> list[str]:
+    """The images below a folder by their names; all others are added to those that are left out."""
+    suffixes, images = image_suffixes(), []
+    for name, kind in _walk(root, "", (realpath(root),)):
+        if basename(name).startswith("."):
+            left_out["hidden"].append(name)
+        elif kind == "folder":
+            left_out["empty folders"].append(name)
+        elif splitext(name)[1].lower() not in suffixes:
+            left_out[NO_SUFFIX].append(name)
+        elif kind == "other":
+            left_out["no files, or links to none"].append(name)
+        elif name != name.encode(errors="ignore").decode():
+            left_out["names that are not UTF-8"].append(name)
+        else:
+            images.append(name)
+    return images
+
+
+def _walk(folder: str, name: str, above: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Names and kinds of all files, hidden folders and empty folders. Links back to a folder above are not followed."""
+    with os.scandir(folder) as entries:
+        found = sorted((entry.name, _kind(entry)) for entry in entries)
+    if not found and name:
+        yield name, "folder"
+    for entry, kind in found:
+        path, below = join(folder, entry), join(name, entry)
+        if kind != "folder" or entry.startswith("."):
+            yield below, kind
+        elif (real := realpath(path)) not in above:
+            yield from _walk(path, below, (*above, real))
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """ "folder", "file" or "other", of what a link leads to; a file that is no link is not looked at for it."""
+    link = entry.is_symlink()
+    if isdir(entry.path) if link else entry.is_dir():
+        return "folder"
+    return "file" if (isfile(entry.path) if link else entry.is_file()) else "other"
+
+
+def _beside_none(names: list[str], left_out: dict[str, list[str]]) -> list[str]:
+    """The images without those that lie beside the class folders."""
+    loose = [name for name in names if not dirname(name)]
+    if len(loose) == len(names):
+        return names
+    left_out["in no class folder"] += loose
+    return [name for name in names if dirname(name)]
+
+
+def _class(name: str) -> str:
+    return basename(dirname(name))
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sorts 2 before 10, as timm does."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
