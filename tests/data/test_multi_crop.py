@@ -108,3 +108,14 @@ def test_as_the_transform_of_a_data_set(tmp_path):
 def test_impossible_crops_are_refused(crops, message):
     with pytest.raises(ValueError, match=message):
         MultiCrop(crops)
+
+
+def test_a_model_of_one_channel_gets_grey_crops():
+    model = timm.create_model("test_resnet", in_chans=1)
+    transform = MultiCrop.for_model(model, [Crop(24)._replace(jitter_prob=0.0, blur=0.0)])
+    assert transform.mean == pytest.approx((sum(model.pretrained_cfg["mean"]) / 3,))
+    (crop,) = transform(Image.new("RGB", (40, 40), (255, 102, 0)))
+    grey = (0.299 * 255 + 0.587 * 102) / 255
+    torch.testing.assert_close(
+        crop, torch.full((1, 24, 24), (grey - transform.mean[0]) / transform.std[0]), atol=0.02, rtol=0
+    )

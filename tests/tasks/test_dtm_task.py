@@ -209,5 +209,12 @@ def test_students_that_cannot_be_driven_are_refused():
 
 
 def test_other_channels_are_refused():
-    with pytest.raises(ValueError, match="student takes 1 channels and the teacher 3"):
-        DTMTask(vit(in_chans=1), base())
+    with pytest.raises(ValueError, match="student takes 2 channels and the teacher 3"):
+        DTMTask(vit(in_chans=2), base())
+
+
+def test_a_grey_student_of_a_colour_teacher():
+    task = DTMTask(vit(in_chans=1), base())
+    loss = task(torch.randn(4, 1, 32, 32))["loss"]
+    loss.backward()
+    assert loss.isfinite() and task.student.vit.base.patch_embed.proj.weight.grad.abs().max() > 0

@@ -106,5 +106,16 @@ def test_a_fixed_size_is_refused():
 def test_other_channels_are_refused():
     vit = base()
     vit.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    with pytest.raises(ValueError, match="normalised in 1 channels, but the teacher takes 3"):
-        TokenTeacher(vit, GRID, normalisation=((0.5,), (0.5,)))
+    with pytest.raises(ValueError, match="normalised in 2 channels, but the teacher takes 3"):
+        TokenTeacher(vit, GRID, normalisation=((0.5,) * 2, (0.5,) * 2))
+
+
+def test_grey_images_go_to_all_channels():
+    vit = base()
+    vit.pretrained_cfg = {"mean": (0.2, 0.4, 0.6), "std": (0.1, 0.2, 0.4)}
+    grey = torch.rand(2, 1, 32, 32)
+    teacher = TokenTeacher(vit, GRID, normalisation=((0.3,), (0.5,)))
+    mean, std = (torch.tensor(vit.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    expected = vit.eval().forward_features((grey - mean) / std)[:, vit.num_prefix_tokens :]
+    torch.testing.assert_close(teacher((grey - 0.3) / 0.5), expected)
+    assert TokenTeacher(vit, GRID)(grey).shape == expected.shape

@@ -1,16 +1,21 @@
-"""Data: label stores, augmentation of images together with their labels, multi-crop and block masks."""
+"""Data: images, label stores, augmentation of images together with their labels, multi-crop and block masks."""
 
+from timm_tokens.data.decoding import decode_image
+from timm_tokens.data.folders import left_out_lines
 from timm_tokens.data.label_dataset import LabeledTarget, TokenLabelDataset
 from timm_tokens.data.label_format import LabelMap, image_id
 from timm_tokens.data.label_store import TokenLabelStore
 from timm_tokens.data.label_transforms import TokenLabelTransform, View
 from timm_tokens.data.label_writer import TokenLabelWriter, flush_journals, pack_labels, unpack_labels
 from timm_tokens.data.masking import block_masks, random_ratio_masks
+from timm_tokens.data.model_input import input_config, input_transform
 from timm_tokens.data.multi_crop import Crop, MultiCrop, dino_crops, swav_crops
-from timm_tokens.data.reading import image_names, read_image
+from timm_tokens.data.opening import open_folder
+from timm_tokens.data.reading import Images, image_names, read_image, unreadable
 
 __all__ = [
     "Crop",
+    "Images",
     "LabelMap",
     "LabeledTarget",
     "MultiCrop",
@@ -20,13 +25,19 @@ __all__ = [
     "TokenLabelWriter",
     "View",
     "block_masks",
+    "decode_image",
     "dino_crops",
     "flush_journals",
     "image_id",
     "image_names",
+    "input_config",
+    "input_transform",
+    "left_out_lines",
+    "open_folder",
     "pack_labels",
     "random_ratio_masks",
     "read_image",
     "swav_crops",
     "unpack_labels",
+    "unreadable",
 ]

@@ -29,7 +29,7 @@ def input_config(model: nn.Module, image_size: int | Sequence[int] | None = None
     size = config["input_size"][1:] if image_size is None else to_2tuple(image_size)
     if image_size is not None:
         check_size(model, *size)
-    normalisation = {name: _per_channel(config[name], channels) for name in ("mean", "std")}
+    normalisation = {name: per_channel(config[name], channels) for name in ("mean", "std")}
     return config | {"input_size": (channels, *size)} | normalisation
 
 
@@ -63,5 +63,6 @@ def check_size(model: nn.Module, height: int, width: int) -> None:
         )
 
 
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A mean or standard deviation for so many channels: the values themselves, or their average for each."""
     return tuple(values) if len(values) == channels else (fmean(values),) * channels

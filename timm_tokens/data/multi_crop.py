@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
+from timm_tokens.data.model_input import input_config
 from timm_tokens.seeding import drawn_from
 
 
@@ -108,8 +109,8 @@ class MultiCrop:
 
     @classmethod
     def for_model(cls, model: nn.Module, crops: Sequence[Crop]) -> "MultiCrop":
-        """With the normalisation and the interpolation that a timm model expects."""
-        config = resolve_model_data_config(model)
+        """With the channels, the normalisation and the interpolation that a timm model expects."""
+        config = input_config(model)
         return cls(crops, config["mean"], config["std"], config["interpolation"])
 
     def __call__(self, image: Image.Image | Tensor, generator: torch.Generator | None = None) -> list[Tensor]:

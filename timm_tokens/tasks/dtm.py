@@ -77,7 +77,7 @@ class DTMTask(TokenTask):
         if not 0 < mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in (0, 1], got {mask_ratio}; the paper masks 75 of 196 patches, 0.38")
         vit = student if getattr(student, "mask_token", None) is not None else add_mask_token(student)
-        if vit.in_chans != channels(teacher):
+        if vit.in_chans not in (1, channels(teacher)):  # grey goes to each of the teacher's channels
             raise ValueError(f"the student takes {vit.in_chans} channels and the teacher {channels(teacher)}")
         grid = blocks.grid_size(vit.base, _image_size(vit, image_size))
         targets = TokenTeacher(teacher, grid, normalisation=normalisation_of(vit.base), head=teacher_head)

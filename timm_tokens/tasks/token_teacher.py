@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from timm_tokens.data.model_input import per_channel
 from timm_tokens.tasks.teacher import frozen_copy
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
@@ -48,7 +49,7 @@ class TokenTeacher(nn.Module):
         self._vit = (vit,)
         if head and isinstance(vit.get_classifier(), nn.Identity):
             raise ValueError("head=True sends the tokens through the teacher's classifier, but this one has none")
-        scale, shift = _renormalisation(normalisation, normalisation_of(vit))
+        scale, shift = _renormalisation(normalisation, normalisation_of(vit), channels(vit))
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self.width = self._check_tokens()
@@ -95,10 +96,11 @@ class TokenTeacher(nn.Module):
 
 
 def normalisation_of(model: nn.Module) -> Normalisation | None:
-    """(mean, std) that a timm model was made for; None if it does not say, or takes other channels than it says."""
+    """(mean, std) that a timm model was made for, averaged where it takes grey images; None if it does not say."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = tuple(cfg.get("mean") or ()), tuple(cfg.get("std") or ())
-    return (mean, std) if len(mean) == len(std) == channels(model) else None
+    if not cfg.get("mean") or not cfg.get("std"):
+        return None
+    return per_channel(cfg["mean"], channels(model)), per_channel(cfg["std"], channels(model))
 
 
 def channels(model: nn.Module) -> int:
@@ -126,11 +128,11 @@ def _fit(vit: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
     return size
 
 
-def _renormalisation(own: Normalisation | None, teachers: Normalisation | None) -> tuple[Tensor, Tensor]:
-    """Factor and summand (C, 1, 1) that take images normalised in one way to the other."""
+def _renormalisation(own: Normalisation | None, teachers: Normalisation | None, channels: int) -> tuple[Tensor, Tensor]:
+    """Factor and summand (C, 1, 1) that take images normalised in one way to the other; grey ones to all channels."""
     if own is None or teachers is None:
-        return torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+        return torch.ones(channels, 1, 1), torch.zeros(channels, 1, 1)
     (mean, std), (target_mean, target_std) = ([torch.tensor(v)[:, None, None] for v in n] for n in (own, teachers))
-    if len(mean) != len(target_mean):
+    if len(mean) not in (1, len(target_mean)):
         raise ValueError(f"images are normalised in {len(mean)} channels, but the teacher takes {len(target_mean)}")
     return std / target_std, (mean - target_mean) / target_std
