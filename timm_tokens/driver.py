@@ -1,6 +1,6 @@
 """The loop that drives a timm ViT block by block, and what may happen to its tokens on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -8,7 +8,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from timm_tokens import blocks
-from timm_tokens.ops import size_bias
+from timm_tokens.ops import mix_tokens, size_bias
 from timm_tokens.ops.matching import Matching
 from timm_tokens.ops.relaxed import RelaxedMatching
 from timm_tokens.parts import AuxTokens, TokenMerger
@@ -37,6 +37,31 @@ class Stream(NamedTuple):
         """The model's own tokens and the auxiliary ones of x (B, N + A, C)."""
         main = x.shape[1] - self.num_aux
         return x[:, :main], x[:, main:]
+
+
+def patch_edit(
+    grid: tuple[int, int], box: Tensor | Sequence[int] | None, mask: Tensor | None, mask_token: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """What happens to the patches (B, N, C) before their position embedding: masking, then mixing.
+
+    Args:
+        grid: Rows and columns of patches.
+        box: (top, left, bottom, right) of the patches that the flipped batch gives, or None.
+        mask: (B, N) bool, the patches that become the mask token (C,), or zeros without one; or None.
+    """
+
+    def edit(x: Tensor) -> Tensor:
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+                raise ValueError(
+                    f"mask must be bool (B, N) = {tuple(x.shape[:2])} for a grid of {grid[0]} x {grid[1]} patches, "
+                    f"got {mask.dtype} {tuple(mask.shape)}"
+                )
+            token = x.new_zeros(()) if mask_token is None else mask_token.to(x.dtype)
+            x = torch.where(mask.unsqueeze(2), token, x)
+        return x if box is None else mix_tokens(x, box, grid)
+
+    return edit
 
 
 def encode(

@@ -1,88 +1,127 @@
-"""Multiply-adds of a driven model, read off the shapes of its layers.
+"""Multiply-adds of a model for one image, counted by torch's own counter on tensors without data.
 
-Counted as the papers count them, one for a multiplication with its addition: half of what torch's flop counter says.
+Counted as the papers count them, one for a multiplication with its addition (DeiT-S: 4.6 G): half of what
+`torch.utils.flop_counter` prints. Merging itself is not counted: it adds rows to rows, though where that is fastest (on
+GPUs, and when compiled) a small matrix product does it, which is less than 1 % of a block.
 """
 
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from itertools import chain, repeat
+from typing import NamedTuple, TypeVar
 
 import torch
-from timm.layers import AttentionPoolLatent, DiffAttention
-from timm.models.vision_transformer import DiffParallelScalingBlock
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_tokens import blocks, pooling
-from timm_tokens.ops import schedule
-from timm_tokens.ops.flops import BlockCost, block_flops, token_counts
+from timm_tokens.ops.schedule import token_counts
+from timm_tokens.parts import TokenLabelHead, TokenMerger
 
-if TYPE_CHECKING:
-    from timm_tokens.vit import TokenViT
-
-
-def model_tokens(model: "TokenViT", r: Any = None, image_size: tuple[int, int] | None = None) -> list[int]:
-    """Tokens, prefix included, before the first block and after each; arguments as of `TokenViT.flops`."""
-    base, merger, prefix = model.base, model.merger, model.num_prefix_tokens
-    depth = len(base.blocks)
-    counts = schedule(r, depth) if r is not None else merger.schedule if merger is not None else (0,) * depth
-    rows, columns = blocks.grid_size(base, image_size or model.image_size)
-    return token_counts(counts, prefix + rows * columns, prefix)
+M = TypeVar("M", bound=nn.Module)
 
 
-def model_flops(model: "TokenViT", r: Any = None, image_size: tuple[int, int] | None = None) -> int:
-    """Multiply-adds of a TokenViT for one image in evaluation; see `TokenViT.flops`."""
-    base, merger, prefix = model.base, model.merger, model.num_prefix_tokens
-    tokens = model_tokens(model, r, image_size)
-    embed_dim = merger.embed_dim if merger is not None else 0
-    pooled = tokens[-1 if pooling.pools_by_size(base) else 0]
-    total = stem_flops(base, image_size or model.image_size) + head_flops(base, pooled)
-    if model.head is not None:
-        own = 0 if model.head.cls is None else model.head.cls.weight.numel() - sum(map(_linear, _classifiers(base)))
-        total += own + (tokens[-1] - prefix) * model.head.tokens.weight.numel()
-    for block, before, after in zip(base.blocks, tokens, tokens[1:], strict=False):
-        metric = merger.flops_per_token(block) if merger is not None else 0
-        total += block_flops(block_cost(block), before, before - after, prefix, metric, embed_dim)
-    return total
+class BlockCost(NamedTuple):
+    """Multiply-adds of one block."""
+
+    token: int  # of its attention per token that enters; of all of it where no block merges
+    pair: int  # of its attention per pair of tokens that enter
+    feed: int  # of its MLP per token that is left after merging
+    metric: int  # per token that enters, to make what tokens are compared by
+    width: int  # per pair of tokens that are compared
+
+    def flops(self, before: int, after: int, num_prefix_tokens: int) -> int:
+        """Multiply-adds for one image, of whose `before` tokens `after` are left."""
+        total = self.token * before + self.pair * before**2 + self.feed * after
+        if before != after:
+            patches = before - num_prefix_tokens
+            total += self.metric * before + (patches // 2) * (patches - patches // 2) * self.width
+        return total
 
 
-def block_cost(block: nn.Module) -> BlockCost:
-    """What the block computes, from the shapes of its linear maps."""
-    attentions = [m for m in block.modules() if type(m).forward in blocks.ATTENTIONS]
-    if not attentions:  # attention and MLP share their linear maps
-        width = block.num_heads * block.head_dim
-        differential = type(block).forward is DiffParallelScalingBlock.forward
-        return BlockCost(_linear(block), 6 * width if differential else 2 * width, 0)
-    attend = sum(map(_linear, attentions))
-    # differential attention reads its values twice, which are twice as wide as its queries
-    pair = sum(a.num_heads * a.head_dim * (6 if isinstance(a, DiffAttention) else 2) for a in attentions)
-    return BlockCost(attend, pair, _linear(block) - attend)
+class Costs:
+    """What the pieces of a ViT with parts cost, from which the FLOPs of any schedule follow.
+
+    Args:
+        base, merger, head: The parts of a TokenViT in evaluation mode, on meta: see `on_meta`.
+        image_size: (height, width).
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        merger: TokenMerger | None,
+        head: TokenLabelHead | None,
+        image_size: tuple[int, int],
+    ) -> None:
+        self.base, self.head, self.prefix = base, head, base.num_prefix_tokens
+        rows, columns = blocks.grid_size(base, image_size)
+        self.num_tokens = self.prefix + rows * columns
+        self.stem = count(lambda images: blocks.embed(base, images).x, base.in_chans, *image_size)
+        self.blocks = [_block_cost(i, block, base.embed_dim, merger) for i, block in enumerate(base.blocks)]
+
+    def flops(self, schedule: Sequence[int]) -> int:
+        """Multiply-adds for one image where block i merges schedule[i] tokens."""
+        tokens = token_counts(schedule, self.num_tokens, self.prefix)
+        inside = map(BlockCost.flops, self.blocks, tokens, tokens[1:], repeat(self.prefix))
+        return self.stem + sum(inside) + self._head(tokens[-1])
+
+    def _head(self, tokens: int) -> int:
+        pooled, width = tokens if pooling.pools_by_size(self.base) else self.num_tokens, self.base.embed_dim
+        if self.head is None:
+            return count(self.base.forward_head, pooled, width)
+        own, classify = self.head.cls, self.base.forward_head
+        cls = classify if own is None else lambda x: own(classify(x, pre_logits=True))
+        return count(cls, pooled, width) + count(self.head.tokens, tokens - self.prefix, width)
 
 
-def head_flops(base: nn.Module, tokens: int) -> int:
-    """Multiply-adds of pooling and classifying this many tokens."""
-    pool, classify = getattr(base, "attn_pool", None), sum(map(_linear, _classifiers(base)))
-    if pool is None:
-        return classify
-    if not isinstance(pool, AttentionPoolLatent):  # PRR: attention without linear maps, over all tokens un-merged
-        return classify + 2 * tokens**2 * base.embed_dim
-    tokens -= pooling.pooled_from(base)
-    per_token = _linear(pool.kv)
-    per_query = _linear(pool) - per_token + 2 * tokens * pool.num_heads * pool.head_dim
-    return classify + per_token * tokens + per_query * pool.latent_len
+def _block_cost(i: int, block: nn.Module, width: int, merger: TokenMerger | None) -> BlockCost:
+    if merger is None:
+        return BlockCost(*_per_token_and_pair(block, width), 0, 0, 0)
+    token, pair = _per_token_and_pair(lambda x: blocks.attend(block, x, blocks.read(block, x)), width)
+    feed = count(lambda x: blocks.feed(block, x), 1, width)
+    metric = count(lambda x: merger.compared_by(i, block, x), 1, width)
+    compared = merger.compared_by(i, block, torch.empty(1, 1, width, device="meta")).shape[-1]
+    return BlockCost(token, pair, feed, metric, compared)
 
 
-def stem_flops(base: nn.Module, image_size: tuple[int, int]) -> int:
-    """Multiply-adds of the patch embedding for one image, counted by torch on tensors without data."""
-    images = torch.empty(1, base.in_chans, *image_size, device="meta")
-    with FlopCounterMode(display=False) as counter:  # no no_grad: the counter trips over expanded parameters there
-        deepcopy(blocks.stem(base)).to("meta").eval()(images)
-    return counter.get_total_flops() // 2
+def _per_token_and_pair(function: Callable[[Tensor], Tensor], width: int) -> tuple[int, int]:
+    """(a, b) where function(x (B, N, C)) costs a N + b N^2."""
+    one, two = count(function, 1, width), count(function, 2, width)
+    pair = (two - 2 * one) // 2
+    return one - pair, pair
 
 
-def _linear(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+def count(function: Callable[[Tensor], object], *shape: int) -> int:
+    """Multiply-adds of function(x (B, *shape)) for one more in the batch: what is made once a batch is not counted."""
+
+    def flops(batch: int) -> int:  # no no_grad: the counter trips over expanded parameters there
+        with FlopCounterMode(display=False) as counter:
+            function(torch.empty(batch, *shape, device="meta"))
+        return counter.get_total_flops()
+
+    return (flops(2) - flops(1)) // 2
 
 
-def _classifiers(base: nn.Module) -> tuple[nn.Module, ...]:
-    classifier = base.get_classifier()
-    return classifier if isinstance(classifier, tuple) else (classifier,)
+def on_meta(model: M) -> M:
+    """A copy of the model in evaluation mode, in float32 and without data or hooks.
+
+    Quantised linear maps become plain ones, which cost as much.
+    """
+    memo = {}  # what deepcopy takes in the place of an object
+    for module in model.modules():
+        if _is_quantized(module):
+            memo[id(module)] = nn.Linear(module.in_features, module.out_features, device="meta")
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            memo[id(hooks)] = type(hooks)()
+    for tensor in chain(model.parameters(), model.buffers()):
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+    return deepcopy(model, memo).eval()
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether the module is a linear map whose weights are no ordinary parameters."""
+    linear = hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children())
+    return linear and not any(weight.is_floating_point() for weight in module.parameters())

@@ -14,12 +14,6 @@ def mean_keys(block: nn.Module, y: Tensor) -> Tensor:
     return block.attn.k_norm(nn.functional.linear(y, weight, bias).unflatten(-1, (heads, -1))).mean(dim=2)
 
 
-def keys_width(block: nn.Module) -> int:
-    """How many channels `mean_keys` computes for each token: a head's, or all of them where the keys are normed."""
-    weight, _, heads = _key_projection(block.attn)
-    return weight.shape[0] if not isinstance(block.attn.k_norm, nn.Identity) else weight.shape[0] // heads
-
-
 def mean_projection(block: nn.Module, width: int) -> tuple[Tensor | None, Tensor | None]:
     """Weight (E, C) and bias (E,) that make the keys, averaged over as many groups of heads as give E = width channels.
 

@@ -1,17 +1,18 @@
 """TokenViT: a timm Vision Transformer with parts that change its tokens, driven from outside."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from timm_tokens import blocks, features, pooling
-from timm_tokens.driver import Trace, encode
+from timm_tokens.driver import Trace, encode, patch_edit
 from timm_tokens.features import MergedTokens, Tokens
-from timm_tokens.flops import model_flops
-from timm_tokens.ops import mix_tokens
+from timm_tokens.flops import Costs, on_meta
+from timm_tokens.ops import mix_tokens, schedule
 from timm_tokens.ops.matching import Matching
+from timm_tokens.ops.schedule import token_counts
 from timm_tokens.parts import AuxTokens, DenseLogits, TokenLabelHead, TokenMerger
 from timm_tokens.parts.merger import unmerge_all
 from timm_tokens.protocol import TimmProtocol
@@ -88,7 +89,9 @@ class TokenViT(TimmProtocol, nn.Module):
             ValueError: If the arguments don't fit each other, the model's parts or the images.
         """
         self._check_call(dense, box, tokens)
-        edit = None if box is None and mask is None else self._edit(images, box, mask)
+        edit = None
+        if box is not None or mask is not None:
+            edit = patch_edit(self._grid(images), box, mask, self.mask_token)
         if tokens == "merged":
             return features.forward_merged(self.base, images, edit, merger=self.merger)
         if tokens:
@@ -187,26 +190,6 @@ class TokenViT(TimmProtocol, nn.Module):
         """The patch tokens of normed tokens (B, P + N, C), as a classifier of tokens wants them."""
         return pooling.head_norm(self.base, x[:, self.num_prefix_tokens :])
 
-    def _edit(
-        self, images: Tensor, box: Tensor | Sequence[int] | None, mask: Tensor | None
-    ) -> Callable[[Tensor], Tensor]:
-        """What happens to the patches (B, N, C) before their position embedding: masking, then mixing."""
-        grid = self._grid(images)
-        expected = (images.shape[0], grid[0] * grid[1])
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != expected):
-            raise ValueError(
-                f"mask must be bool (B, N) = {expected} for a grid of {grid[0]} x {grid[1]} patches, "
-                f"got {mask.dtype} {tuple(mask.shape)}"
-            )
-
-        def edit(x: Tensor) -> Tensor:
-            if mask is not None:
-                token = x.new_zeros(()) if self.mask_token is None else self.mask_token.to(x.dtype)
-                x = torch.where(mask.unsqueeze(2), token, x)
-            return x if box is None else mix_tokens(x, box, grid)
-
-        return edit
-
     def _grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of the images' patches."""
         return blocks.grid_size(self.base, images.shape[-2:])
@@ -227,8 +210,30 @@ class TokenViT(TimmProtocol, nn.Module):
         Args:
             r: Tokens to merge in each block, as in `timm_tokens.ops.schedule`; None: as the merger is set.
             image_size: (height, width); None: the size the model was made for.
+
+        Raises:
+            ValueError: If r is given to a model that merges no tokens.
         """
-        return model_flops(self, r, image_size)
+        return self.costs(image_size).flops(self._schedule(r))
+
+    def costs(self, image_size: tuple[int, int] | None = None) -> Costs:
+        """What the model's pieces cost for one image, to count the FLOPs of many schedules; arguments as in `flops`."""
+        twin = on_meta(self)
+        return Costs(twin.base, twin.merger, twin.head, image_size or self.image_size)
+
+    def token_counts(self, r: Any = None, image_size: tuple[int, int] | None = None) -> list[int]:
+        """Tokens, prefix included, before the first block and after each; arguments as in `flops`."""
+        rows, columns = blocks.grid_size(self.base, image_size or self.image_size)
+        return token_counts(self._schedule(r), self.num_prefix_tokens + rows * columns, self.num_prefix_tokens)
+
+    def _schedule(self, r: Any = None) -> tuple[int, ...]:
+        depth = len(self.base.blocks)
+        if r is None:
+            return (0,) * depth if self.merger is None else self.merger.schedule
+        counts = schedule(r, depth)
+        if self.merger is None and any(counts):
+            raise ValueError(f"this model merges no tokens, got r={r}; apply_dtem_merging(model) gives it a merger")
+        return counts
 
     def freeze_base(self, frozen: bool = True) -> "TokenViT":
         """Train the parts alone: the base gets no gradients and stays in evaluation mode (DTEM's modular training)."""

@@ -1,5 +1,6 @@
 """The verbs that give a model a part: each takes a timm ViT or a TokenViT and returns a new TokenViT."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from inspect import signature
 from os import PathLike
@@ -8,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from timm_tokens import blocks
-from timm_tokens.flops import model_flops
 from timm_tokens.merger_file import read_merger
 from timm_tokens.parts import AuxTokens, TokenLabelHead, TokenMerger
 from timm_tokens.vit import TokenViT
@@ -216,12 +216,19 @@ def smallest_r(model: TokenViT, flops_ratio: float) -> int:
     """
     if not 0 < flops_ratio <= 1:
         raise ValueError(f"flops_ratio must lie in (0, 1], got {flops_ratio}")
-    full, last = model_flops(model, 0), None
-    for r in range(10**6):
-        ratio = model_flops(model, r) / full
-        if ratio <= flops_ratio:
-            return r
-        if ratio == last:
-            break
-        last = ratio
-    raise ValueError(f"flops_ratio={flops_ratio} can't be reached: merging all it can leaves {last:.3f} of the FLOPs")
+    costs, depth = model.costs(), len(model.base.blocks)
+    full, most = costs.flops((0,) * depth), (costs.num_tokens - costs.prefix) // 2
+
+    def share(r: int) -> float:
+        return costs.flops((r,) * depth) / full
+
+    if flops_ratio == 1:
+        return 0
+    # from 1 on, more merging costs less; the first merge costs the comparison of tokens
+    r = 1 + bisect_left(range(1, most + 1), True, key=lambda r: share(r) <= flops_ratio)
+    if r > most:
+        least = share(most)
+        raise ValueError(
+            f"flops_ratio={flops_ratio} can't be reached: merging all it can leaves {least:.3f} of the FLOPs"
+        )
+    return r

@@ -21,7 +21,6 @@ from timm_tokens.cli._checks import check_device, check_folder
 from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._timing import DTYPES, Machine, Setting, build, describe, make_step, peak_memory, timed
 from timm_tokens.files import replacing
-from timm_tokens.flops import model_tokens
 from timm_tokens.vit import TokenViT
 
 
@@ -128,7 +127,7 @@ def _row(setting: Setting, model: nn.Module, seconds: list[float], peak: float |
     flops, full = net.flops(), net.flops(0)
     speed_up = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
     ideal = full / flops if setting.step == "forward" else None  # a relaxed step removes no tokens
-    tokens = model_tokens(net)[-1]
+    tokens = net.token_counts()[-1]
     median = statistics.median(seconds)
     share = None if ideal is None else speed_up / ideal
     return Row(*setting, tokens, flops / 1e9, median * 1e3, setting.batch / median, speed_up, ideal, share, peak)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from timm_tokens.ops.matching import mergeable
+
 
 def schedule(r: int | Sequence[int] | tuple[int, float], depth: int) -> tuple[int, ...]:
     """Tokens to merge in each block.
@@ -26,6 +28,14 @@ def schedule(r: int | Sequence[int] | tuple[int, float], depth: int) -> tuple[in
             raise ValueError(f"r has {len(counts)} numbers for {depth} blocks; give at most one a block, got r={r}")
         return counts + (0,) * (depth - len(counts))
     return (_count(r),) * depth
+
+
+def token_counts(schedule: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> list[int]:
+    """Tokens (prefix included) before the first block and after each block that merges schedule[block] of them."""
+    counts = [num_tokens]
+    for r in schedule:
+        counts.append(counts[-1] - mergeable(r, counts[-1], num_prefix_tokens))
+    return counts
 
 
 def _inflected(r: int, inflection: float, depth: int) -> tuple[int, ...]:

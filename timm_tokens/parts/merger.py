@@ -112,10 +112,6 @@ class TokenMerger(nn.Module):
         """How many tokens block `index` merges away of so many."""
         return mergeable(self.schedule[index], effective, num_prefix_tokens)
 
-    def flops_per_token(self, block: nn.Module) -> int:
-        """Multiply-adds to make what one token is compared by."""
-        return block.attn.proj.out_features * (self.embed_dim if self.embed is not None else keys.keys_width(block))
-
     def truncate(self, depth: int) -> None:
         """Keep the first `depth` blocks only."""
         self.schedule, self.depth = self.schedule[:depth], depth
@@ -134,10 +130,10 @@ class TokenMerger(nn.Module):
             num_prefix_tokens: Leading tokens that don't merge.
         """
         if not self.relaxed:
-            return bipartite_match(self._metric(index, block, y), r, num_prefix_tokens)
+            return bipartite_match(self.compared_by(index, block, y), r, num_prefix_tokens)
         y = y.detach()  # the embedding learns from the task but never changes what the trunk learns
         options = dict(tau1=self.tau1, tau2=self.tau2, candidates=self.candidates)
-        metric = self._metric(index, block, y)
+        metric = self.compared_by(index, block, y)
         return relaxed_match(metric, r, effective, num_prefix_tokens=num_prefix_tokens, **options)
 
     def forward(
@@ -169,7 +165,8 @@ class TokenMerger(nn.Module):
         """Whether tokens hand over parts of themselves instead of being merged outright."""
         return self.training and self.embed is not None
 
-    def _metric(self, index: int, block: nn.Module, y: Tensor) -> Tensor:
+    def compared_by(self, index: int, block: nn.Module, y: Tensor) -> Tensor:
+        """What the tokens of block `index` are compared by: (B, N, E), given y (B, N, C) that its attention reads."""
         return keys.mean_keys(block, y) if self.embed is None else self.embed[index](y)
 
 
