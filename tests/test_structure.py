@@ -34,8 +34,9 @@ ALLOWED = {  # what may import what, inside the package
     "models": {"models", "vit", "wrap", "parts", "protocol", "loading"},
     "seeding": set(),
     "files": set(),
+    "digests": set(),
     "tasks": {"tasks", "vit", "wrap", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
-    "training": {"training", "tasks", "distributed", "seeding", "files"},
+    "training": {"training", "tasks", "distributed", "seeding", "files", "digests"},
 }
 FILES = [
     f for f in PACKAGE.rglob("*.py") if f.relative_to(PACKAGE).parts[0] not in ("cli", "__init__.py", "__main__.py")

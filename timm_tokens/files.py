@@ -1,24 +1,94 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, however the process that writes them ends."""
 
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, what killed processes leave is not cleaned up
+    fcntl = None
+
+_PARTIAL = re.compile(r"\..+\.\d+\.partial(\.[^.]*)?")  # hidden, of a process, and with the suffix of the file to be
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` once it is on the disk, and vanishes on failure.
 
     with replacing(path) as partial:
         image.save(partial)
+
+    Args:
+        path: The file to be; its folder is made if need be.
+        keep: Where the file that is there now goes; None: it is lost.
+
+    Raises:
+        OSError: The disk is full, say; names `path`, which stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix decides how pictures are written
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")  # PIL goes by the suffix
+    with naming(path), _locked(partial):
+        try:
+            yield partial
+            with partial.open("rb+") as written:  # the file of the lock, or one that was put in its place
+                os.fsync(written.fileno())
+            if keep is not None and path.is_file():
+                path.replace(keep)
+            partial.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the partial files that killed processes left in a folder; those that are being written are locked."""
+    for partial in folder.iterdir() if fcntl and folder.is_dir() else ():
+        if _PARTIAL.fullmatch(partial.name):
+            with suppress(OSError), partial.open("rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(file, partial):
+                    partial.unlink()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in errors that don't: writing to a full disk says only that it is full."""
     try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Make the file and hold its lock meanwhile; do without where there are no locks."""
+    while fcntl:
+        with partial.open("wb") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, partial):  # or else it was taken for a dead process's before it was locked
+                yield
+                return
+    yield
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the new name on the disk, too."""
+    if os.name == "posix":  # elsewhere a folder can't be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

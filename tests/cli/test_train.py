@@ -157,7 +157,7 @@ def test_classes_are_matched_to_the_labels():
         ({"batch_size": 13}, "a batch takes 13 images"),
         ({"objective": "sleep"}, "no objective 'sleep': choose from"),
         ({"lr_rate": 1}, "token-label has no option 'lr_rate': it has .*lr"),
-        ({"lr": 1e30, "epochs": 9, "re_prob": 0.0}, "Lower --lr"),
+        ({"lr": 1e30, "epochs": 9, "re_prob": 0.0}, "Lower the learning rate"),
     ],
 )
 def test_refuses_in_words(images, tmp_path, monkeypatch, changes, message):

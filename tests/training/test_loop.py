@@ -164,6 +164,7 @@ class Stream(IterableDataset):
     [
         (dict(batch_size=21), ValueError, r"a batch takes 21 images \(21 x 1 parts x 1 processes\), and there are 20"),
         (dict(warmup_epochs=3), ValueError, "warm-up of 15 steps is not shorter than the run of 15: lower"),
+        (dict(sched="none"), ValueError, "a warm-up takes a schedule: with sched none, warmup_epochs must be 0, got 1"),
         (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
         (dict(lr=-1.0), ValueError, "lr must be above 0, got -1.0"),
         (dict(weight_decay=0.0, weight_decay_end=0.1), ValueError, "weight_decay_end needs weight_decay above 0"),

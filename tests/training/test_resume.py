@@ -1,9 +1,11 @@
 """A run that is killed at any step and resumed has the same losses, weights and tables as one that was not."""
 
 import pytest
+import timm
 import torch
-from runs import Killed, run
+from runs import Follow, Killed, run
 
+from timm_tokens.tasks import MIRATask, MTETask, TokenLabelTask
 from timm_tokens.training.history import read
 
 
@@ -53,10 +55,61 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
 
 def test_will_not_mix_two_runs(tmp_path):
     run(tmp_path, steps=2, warmup_epochs=0)
-    with pytest.raises(FileExistsError, match=r"there is a run in .* already, at step 2: --resume to go on"):
+    with pytest.raises(FileExistsError, match=r"there is a run in .* already, at step 2: resume it"):
         run(tmp_path, steps=2, warmup_epochs=0)
     with pytest.raises(ValueError, match=r"other settings \(lr 0.05 -> 0.1, steps 2 -> 4\): use those, or another"):
         run(tmp_path, steps=4, warmup_epochs=0, lr=0.1, resume=True)
-    (tmp_path / "last.pth").write_bytes(b"half a che")
-    with pytest.raises(ValueError, match=r"last.pth can't be read as a checkpoint"):
-        run(tmp_path, steps=2, warmup_epochs=0, resume=True)
+
+
+# --- another length ---
+
+CONSTANT = dict(sched="none", warmup_epochs=None)
+
+
+class Constant(Follow):
+    """Its teacher's momentum does not depend on the length of the run."""
+
+    def start_step(self, step, total_steps, steps_per_epoch):
+        super().start_step(step, steps_per_epoch, steps_per_epoch)
+
+    def bound_to_length(self):
+        return []
+
+
+def test_a_run_of_constant_schedules_may_become_longer(tmp_path):
+    whole, _ = run(tmp_path / "whole", Constant(), epochs=3, evaluate=evaluate, **CONSTANT)
+    run(tmp_path / "longer", Constant(), epochs=1, evaluate=evaluate, **CONSTANT)
+    longer, _ = run(tmp_path / "longer", Constant(), epochs=3, evaluate=evaluate, resume=True, **CONSTANT)
+    assert outcome(tmp_path / "longer") == outcome(tmp_path / "whole")
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(longer.model.state_dict()[name], value)
+    with pytest.raises(ValueError, match="has done 15 steps: it can't end after 10"):
+        run(tmp_path / "longer", Constant(), epochs=2, resume=True, **CONSTANT)
+
+
+def test_what_is_scheduled_over_the_run_forbids_another_length(tmp_path):
+    changes = dict(epochs=2, weight_decay_end=0.1)
+    run(tmp_path, Follow(), **changes)
+    reasons = (
+        r"the cosine schedule .*rate ends with it, and the schedule of the weight decay ends with it, and what Follow"
+    )
+    with pytest.raises(
+        ValueError, match=rf"can't get another length \(epochs 2 -> 4\): {reasons} schedules may depend"
+    ):
+        run(tmp_path, Follow(), resume=True, **changes | dict(epochs=4))
+
+
+def test_tasks_say_what_they_schedule_over_the_run():
+    conv = timm.create_model("test_resnet", num_classes=0)
+    shape = dict(num_prototypes=4, hidden=4, width=4)
+    assert MIRATask(conv, **shape).bound_to_length() == [
+        "the beta goes from 0.75 at its start to 0.666667 at its end",
+        "the teacher's momentum goes from 0.99 at its start to 1 at its end",
+    ]
+    assert MIRATask(conv, beta=(0.7, 0.7), momentum=(0.9, 0.9), **shape).bound_to_length() == []
+    vit = timm.create_model("test_vit", num_classes=0)
+    assert MTETask(vit, **shape).bound_to_length() == [
+        "the teacher's momentum goes from 0.996 at its start to 1 at its end"
+    ]
+    assert MTETask(vit, momentum=(0.9, 0.9), **shape).bound_to_length() == []
+    assert TokenLabelTask(timm.create_model("test_vit")).bound_to_length() == []

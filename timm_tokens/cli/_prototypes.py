@@ -38,16 +38,16 @@ def load_run(folder: Path) -> Trained:
     """
     try:
         kept = json.loads((folder / "options.json").read_text())
-        state = checkpoints.load(folder)
+        found = checkpoints.load(folder)
     except (FileNotFoundError, ValueError) as error:
         raise CommandError(f"no run of timm-tokens train in {folder}: {error}") from error
-    if state is None:
+    if found is None:
         raise CommandError(f"the run in {folder} has no checkpoint yet")
-    last, task = folder / checkpoints.LAST, None
+    last, task = found.path, None
     options = Namespace(**kept | {"pretrained": False, "checkpoint": None})
     if kept["objective"] == "mte":
         task = make_task(options)
-        task.load_task_state(state["task_state"])
+        task.load_task_state(found.state["task_state"])
     else:
         options.checkpoint = last
     about = {"model": options.model, "checkpoint": file_identity(last), "merge_r": "0"}

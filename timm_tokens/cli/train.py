@@ -21,8 +21,8 @@ from timm_tokens.cli._errors import CommandError
 from timm_tokens.cli._processes import joined
 from timm_tokens.cli.objectives import OBJECTIVES
 from timm_tokens.files import replacing
-from timm_tokens.training import Result, Settings, train
-from timm_tokens.training.checkpoints import LAST, check_same
+from timm_tokens.training import Result, Settings, checkpoints, train
+from timm_tokens.training.continuing import check_same
 from timm_tokens.training.curves import draw_curves
 from timm_tokens.training.settings import FREE, add_settings
 
@@ -110,7 +110,7 @@ def _note(objective: str, options: Namespace) -> None:
     """
     path = options.out / "options.json"
     noted = json.loads(json.dumps({"objective": objective} | vars(options), default=str))  # as it will be read
-    running = (options.out / LAST).is_file()  # options alone may be those of an attempt that failed
+    running = checkpoints.exists(options.out)  # options alone may be those of an attempt that failed
     if running and options.resume and path.is_file():
         found = json.loads(path.read_text())
         for free in (*FREE, "plot", "data_dir"):

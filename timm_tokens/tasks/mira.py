@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_tokens.losses import MIRALoss
 from timm_tokens.tasks.clustering import Projector, Prototypes
-from timm_tokens.tasks.schedules import cosine
+from timm_tokens.tasks.schedules import cosine, over_the_run
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy, update_teacher, use_batch_statistics
 
@@ -105,6 +105,9 @@ class MIRATask(TokenTask):
     def product(self) -> nn.Module:
         """The student's backbone."""
         return self.student.encoder.backbone
+
+    def bound_to_length(self) -> list[str]:
+        return over_the_run("beta", self.betas) + over_the_run("teacher's momentum", self.momenta)
 
     def start_step(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         super().start_step(step, total_steps, steps_per_epoch)

@@ -14,7 +14,7 @@ from timm_tokens.distributed import batch_mean, rank, world_size
 from timm_tokens.losses import IBOTPatchLoss, MTELoss, MTETerms
 from timm_tokens.tasks.encoder import token_counts
 from timm_tokens.tasks.objectives import OBJECTIVES, make_loss, make_student, token_backbone, token_names
-from timm_tokens.tasks.schedules import cosine, linear
+from timm_tokens.tasks.schedules import cosine, linear, over_the_run
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy, update_teacher, use_batch_statistics
 from timm_tokens.tasks.views import Views
@@ -107,6 +107,9 @@ class MTETask(TokenTask):
         """The teacher's plain timm model, frozen: call requires_grad_() to train it further. Of MoBY the student's."""
         source = self.student if self.objective == "moby" else self.teacher
         return source.encoder.backbone.base
+
+    def bound_to_length(self) -> list[str]:
+        return over_the_run("teacher's momentum", self.momenta)
 
     def start_step(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         super().start_step(step, total_steps, steps_per_epoch)

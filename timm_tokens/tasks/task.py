@@ -72,6 +72,11 @@ class TokenTask(TrainingTask):
         """The plain timm model that comes out of the training: what is validated, averaged, saved and published."""
         return self.student
 
+    def bound_to_length(self) -> list[str]:
+        """What `start_step` schedules over the whole length of a run, each in words: that length can't change then."""
+        own = type(self).start_step is not TokenTask.start_step
+        return [f"what {type(self).__name__} schedules may depend on it"] if own else []
+
     def start_step(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Before step 0 <= step < total_steps: set what is scheduled. Call this one first: super().start_step(...)."""
         self.step, self._draws = step, 0

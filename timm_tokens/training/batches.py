@@ -34,7 +34,7 @@ def plan(dataset: Dataset, settings: Settings) -> Plan:
     if not steps:
         raise ValueError(
             f"a batch takes {joined} images ({settings.batch_size} x {settings.accumulate} parts x {world_size()} "
-            f"processes), and there are {len(dataset)}: lower --batch-size"
+            f"processes), and there are {len(dataset)}: lower batch_size"
         )
     return Plan(joined, steps, settings.steps or settings.epochs * steps)
 

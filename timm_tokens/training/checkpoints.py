@@ -1,61 +1,86 @@
-"""Checkpoints that are there whole or not at all, and the model that comes out.
+"""The files of a run: two checkpoints to go on from, each there whole or not at all, and the model that comes out.
 
 timm's CheckpointSaver is not used: it deletes the last checkpoint before it puts the new one there, which a kill can
 hit, and it knows epochs, not steps. The files have its keys, though, so timm loads a model from any of them.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from timm_tokens.digests import is_whole, save_checkpoint, save_tensors
 from timm_tokens.files import replacing
 
-LAST, BEST, FINAL = "last.pth", "best.safetensors", "model.safetensors"
+LAST, PREVIOUS, BEST, FINAL = "last.pth", "previous.pth", "best.safetensors", "model.safetensors"
+
+
+class Checkpoint(NamedTuple):
+    """What to go on from: where it was, and why it isn't the last one, if it isn't."""
+
+    state: dict[str, Any]
+    path: Path
+    warning: str | None
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write the checkpoint to resume from."""
-    with replacing(folder / LAST) as path:
-        torch.save(state, path)
+    """Write the checkpoint to resume from, and keep the one before it."""
+    with replacing(folder / LAST, keep=folder / PREVIOUS) as path:
+        save_checkpoint(path, state)
 
 
-def load(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint to resume from; None if there is none.
+def load(folder: Path) -> Checkpoint | None:
+    """The last checkpoint, or the one before it where the last one is corrupt; None if there is none.
 
     Raises:
-        ValueError: It can't be read.
+        ValueError: None of those that are there can be read.
     """
-    path = folder / LAST
-    if not path.is_file():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever zip files and pickles raise
-        raise ValueError(f"{path} can't be read as a checkpoint ({error}): remove it to start anew") from error
+    errors = []
+    for path in filter(Path.is_file, (folder / LAST, folder / PREVIOUS)):
+        try:
+            state = _read(path)
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            return Checkpoint(state, path, _warning(path, state, errors))
+    if errors:
+        raise ValueError(f"{'; '.join(errors)}: remove {'them' if errors[1:] else 'it'} to start anew")
+    return None
+
+
+def exists(folder: Path) -> bool:
+    """Whether a run has got as far as a checkpoint."""
+    return any((folder / name).is_file() for name in (LAST, PREVIOUS))
 
 
 def export(path: Path, model: nn.Module) -> None:
     """Write a model's weights for `timm.create_model(name, checkpoint_path=path)`."""
     with replacing(path) as partial:
-        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, partial)
-
-
-def check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to continue a run with other settings than it was started with.
-
-    Raises:
-        ValueError: Names what differs.
-    """
-    odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-    if odd:
-        what = ", ".join(f"{name} {found.get(name)} -> {wanted.get(name)}" for name in odd)
-        raise ValueError(f"the run in {folder} was started with other settings ({what}): use those, or another --out")
+        save_tensors(partial, model.state_dict())
 
 
 def all_finite(module: nn.Module) -> bool:
     """Whether no parameter has become infinite or NaN."""
     finite = [parameter.isfinite().all() for parameter in module.parameters()]
     return not finite or bool(torch.stack(finite).all())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if is_whole(path) is False:
+        raise ValueError(f"{path} is corrupt: its digest is not that of its content")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever zip files and pickles raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} can't be read as a checkpoint ({reason})") from error
+    if not isinstance(state, dict) or "task_state" not in state:
+        raise ValueError(f"{path} is not a checkpoint of a run")
+    return state
+
+
+def _warning(path: Path, state: dict[str, Any], errors: list[str]) -> str | None:
+    if path.name == LAST:
+        return None
+    reason = errors[0] if errors else f"there is no {LAST}"
+    return f"{reason}; going on from {path}, after {state['step']} steps"

@@ -4,8 +4,11 @@ The summary has the columns of timm's update_summary, which is not used: it can'
 """
 
 import csv
+from io import StringIO
 from pathlib import Path
 from statistics import fmean
+
+from timm_tokens.files import naming, replacing
 
 STEPS, SUMMARY = "steps.csv", "summary.csv"
 
@@ -27,7 +30,7 @@ class History:
     def add_steps(self, rows: list[dict[str, float]]) -> None:
         """Append rows, one a step, each with "step" first and "lr" last."""
         if self.folder and rows:
-            _write(self.folder / STEPS, rows, "a")
+            _append(self.folder / STEPS, rows)
         self.steps += rows
 
     def end_epoch(self, epoch: int, first_step: int, metrics: dict[str, float]) -> dict[str, float]:
@@ -39,16 +42,19 @@ class History:
         self.epochs.append(row | {"lr": steps[-1]["lr"]})
         self.steps = []
         if self.folder:
-            _write(self.folder / SUMMARY, self.epochs, "w")
+            _write(self.folder / SUMMARY, self.epochs)
         return self.epochs[-1]
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The rows of one of the files; none if there is no such file. An empty cell is left out."""
+    """The rows of one of the files; none if there is no such file. An empty cell is left out, and so is a last row that
+    a kill cut short."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return [{name: _number(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+        text = file.read()
+    whole = StringIO(text[: text.rfind("\n") + 1], newline="")
+    return [{name: _number(cell) for name, cell in row.items() if cell} for row in csv.DictReader(whole)]
 
 
 def _number(cell: str) -> float:
@@ -56,19 +62,30 @@ def _number(cell: str) -> float:
 
 
 def _cut(path: Path, key: str, end: int) -> list[dict[str, float]]:
-    """Drop the rows from `end` on, and return the others. A row that a kill cut short is one of those dropped."""
-    rows = [row for row in read(path) if key in row and row[key] < end]
+    """Drop the rows from `end` on, and return the others."""
+    rows = [row for row in read(path) if row[key] < end]
     if rows:
-        _write(path, rows, "w")
+        _write(path, rows)
     else:
         path.unlink(missing_ok=True)
     return rows
 
 
-def _write(path: Path, rows: list[dict[str, float]], mode: str) -> None:
-    header = mode == "w" or not path.is_file()
-    with path.open(mode, newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
+def _append(path: Path, rows: list[dict[str, float]]) -> None:
+    text = _text(rows, header=not path.is_file())
+    with naming(path), path.open("a", newline="") as file:
+        file.write(text)
+
+
+def _write(path: Path, rows: list[dict[str, float]]) -> None:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        file.write(_text(rows, header=True))
+
+
+def _text(rows: list[dict[str, float]], header: bool) -> str:
+    file = StringIO(newline="")
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

@@ -19,6 +19,7 @@ from timm_tokens.training.batches import plan, step_loader, to_device
 from timm_tokens.training.evaluation import evaluating
 from timm_tokens.training.history import History
 from timm_tokens.training.optimization import Optimization
+from timm_tokens.training.progress import Progress
 from timm_tokens.training.scalars import Scalars, first_bad
 from timm_tokens.training.settings import Settings
 
@@ -44,6 +45,7 @@ def train(
     """Train a task, on as many processes as torch.distributed has, and write what comes out to `settings.out`:
 
         last.pth            all that it takes to go on, with `resume`, exactly as if nothing had happened
+        previous.pth        the checkpoint before it, used where the last one is corrupt
         model.safetensors   the product, for timm.create_model(name, checkpoint_path=...)
         best.safetensors    the product when `evaluate` liked it best
         steps.csv           every scalar of every step; summary.csv: every epoch's means and validation
@@ -74,8 +76,9 @@ class _Run:
             self.task = convert_sync_batchnorm(self.task)
         self.optimization = Optimization(self.task.student, settings, self.plan)
         self.ema = None if settings.ema is None else ModelEmaV3(self.task.product, decay=settings.ema)
-        self.start, self.saved, self.best = 0, None, None
-        self._resume()
+        self.progress = Progress(settings, self.plan, len(dataset), self.task, self.optimization, self.ema)
+        self.progress.restore()
+        self.start = self.progress.done
         if world_size() > 1:
             self.task.prepare_distributed(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         ended = self.start // self.plan.steps_per_epoch + (self.start == self.plan.total_steps)  # the last may be short
@@ -99,12 +102,12 @@ class _Run:
             saving = end or done % self.settings.save_every == 0
             if saving or done % self.settings.log_every == 0:
                 self._flush()
-            if saving and not checkpoints.all_finite(self.task.student):
+            if saving and not checkpoints.all_finite(self.task):
                 self._stop(f"weights are infinite or NaN after step {step}")
             if end:
                 self._end_epoch(step // self.plan.steps_per_epoch, last)
             if saving:
-                self._save(done)
+                self.progress.save(done)
         path = self.settings.out / checkpoints.FINAL
         if rank() == 0:
             checkpoints.export(path, self.model)
@@ -155,45 +158,14 @@ class _Run:
             with torch.no_grad(), self._autocast(), evaluating(self.model) as model:
                 metrics = self.evaluate(model)
         row = self.history.end_epoch(epoch, epoch * self.plan.steps_per_epoch, metrics)
-        if metrics and (self.best is None or next(iter(metrics.values())) > self.best):
-            self.best = next(iter(metrics.values()))
+        if metrics and (self.progress.best is None or next(iter(metrics.values())) > self.progress.best):
+            self.progress.best = next(iter(metrics.values()))
             if rank() == 0:
                 checkpoints.export(self.settings.out / checkpoints.BEST, self.model)
         if rank() == 0:
             self.bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items() if "/" not in name))
 
-    def _save(self, done: int) -> None:
-        self.saved = done
-        if rank() == 0:
-            state = {"step": done, "best": self.best, "settings": self._curve()}
-            state |= {"state_dict": self.task.product.state_dict(), "task_state": self.task.get_task_state()}
-            if self.ema is not None:
-                state["state_dict_ema"] = self.ema.module.state_dict()
-            checkpoints.save(self.settings.out, state | self.optimization.state_dict())
-
-    def _curve(self) -> dict[str, Any]:
-        return self.settings.curve() | {"processes": world_size(), "images": len(self.dataset)}
-
-    def _resume(self) -> None:
-        folder = self.settings.out
-        folder.mkdir(parents=True, exist_ok=True)
-        state = checkpoints.load(folder)
-        if state is None:
-            return
-        if not self.settings.resume:
-            raise FileExistsError(
-                f"there is a run in {folder} already, at step {state['step']}: --resume to go on, or take another --out"
-            )
-        checkpoints.check_same(folder, state["settings"], self._curve())
-        self.task.load_task_state(state["task_state"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["state_dict_ema"])
-        self.optimization.load_state_dict(state)
-        self.start = self.saved = state["step"]
-        self.best = state["best"]
-
     def _stop(self, reason: str) -> None:
-        good = "there is no checkpoint yet"
-        if self.saved is not None:
-            good = f"the last good checkpoint is {self.settings.out / checkpoints.LAST}, after {self.saved} steps"
-        raise FloatingPointError(f"{reason}; {good}. Lower --lr, or limit the gradients with --clip-grad")
+        raise FloatingPointError(
+            f"{reason}; {self.progress.last_good()}. Lower the learning rate, or limit the gradients with clip_grad"
+        )

@@ -43,6 +43,15 @@ class Optimization:
         """The largest learning rate of any parameter."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
+    def bound_to_length(self) -> list[str]:
+        """What is scheduled over the whole length of the run, each in words."""
+        settings, bound = self.settings, []
+        if settings.sched != "none":
+            bound.append(f"the {settings.sched} schedule of the learning rate ends with it")
+        if settings.weight_decay_end not in (None, settings.weight_decay):
+            bound.append("the schedule of the weight decay ends with it")
+        return bound
+
     def start_step(self, step: int) -> None:
         """Set learning rate and weight decay for this step."""
         if self.scheduler is not None:
@@ -107,8 +116,10 @@ def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, plan: Plan)
     warmup = plan.total_steps // 20 if epochs is None else round(epochs * plan.steps_per_epoch)
     if warmup >= plan.total_steps:
         raise ValueError(
-            f"a warm-up of {warmup} steps is not shorter than the run of {plan.total_steps}: lower --warmup-epochs"
+            f"a warm-up of {warmup} steps is not shorter than the run of {plan.total_steps}: lower warmup_epochs"
         )
+    if settings.sched == "none" and settings.warmup_epochs:
+        raise ValueError(f"a warm-up takes a schedule: with sched none, warmup_epochs must be 0, got {epochs}")
     linear = {"sched": "poly", "decay_rate": 1.0}
     kind = linear if settings.sched == "linear" else {"sched": settings.sched}
     return create_scheduler_v2(

@@ -1,0 +1,111 @@
+"""How far a run is, and its way to the disk and back."""
+
+import sys
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+
+from timm_tokens.distributed import all_gather_batch, rank, world_size
+from timm_tokens.files import remove_partials
+from timm_tokens.tasks import TokenTask
+from timm_tokens.training import checkpoints
+from timm_tokens.training.batches import Plan
+from timm_tokens.training.continuing import check_same
+from timm_tokens.training.optimization import Optimization
+from timm_tokens.training.settings import Settings
+
+
+class Progress:
+    """The state of a run, which its checkpoints hold; `restore` takes it up where the last one left it.
+
+    Args:
+        settings, plan: Of the run.
+        images: How many there are to train on.
+        task, optimization: Trained, and what trains it.
+        ema: The model's average, if there is one.
+
+    Attributes:
+        done: How many steps have been taken when the run starts or goes on.
+        saved: How many the last good checkpoint has; None: there is none yet.
+        best: The best value of the first metric.
+    """
+
+    def __init__(
+        self, settings: Settings, plan: Plan, images: int, task: TokenTask, optimization: Optimization,
+        ema: ModelEmaV3 | None,
+    ):  # fmt: skip
+        self.settings, self.plan, self.images = settings, plan, images
+        self.task, self.optimization, self.ema = task, optimization, ema
+        self.done, self.saved, self.best = 0, None, None
+
+    def restore(self) -> None:
+        """Take up the last good checkpoint, if there is one.
+
+        Raises:
+            ValueError: It is of a run with other settings, or can't be read.
+            FileExistsError: There is one, and `resume` is not set.
+        """
+        folder = self.settings.out
+        found = checkpoints.load(folder)
+        self._check_shared(0 if found is None else found.state["step"])
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_partials(folder)
+        if found is None:
+            return
+        if not self.settings.resume:
+            raise FileExistsError(
+                f"there is a run in {folder} already, at step {found.state['step']}: resume it, or take another folder"
+            )
+        self._check(found.state)
+        self._take_up(found.state)
+        if found.warning and rank() == 0:
+            print(found.warning, file=sys.stderr)
+            found.path.replace(folder / checkpoints.LAST)  # the next one must not push it out for a corrupt one
+
+    def save(self, done: int) -> None:
+        """Write the checkpoint after so many steps."""
+        if rank() == 0:
+            state = {"step": done, "best": self.best, "settings": self._curve()}
+            state |= {"state_dict": self.task.product.state_dict(), "task_state": self.task.get_task_state()}
+            if self.ema is not None:
+                state["state_dict_ema"] = self.ema.module.state_dict()
+            checkpoints.save(self.settings.out, state | self.optimization.state_dict())
+        self.saved = done
+
+    def last_good(self) -> str:
+        """Where the last good checkpoint is, in words."""
+        if self.saved is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.settings.out / checkpoints.LAST}, after {self.saved} steps"
+
+    def _curve(self) -> dict[str, Any]:
+        """What decides the losses."""
+        return self.settings.curve() | {"processes": world_size(), "images": self.images}
+
+    def _check(self, state: dict[str, Any]) -> None:
+        folder, bound = self.settings.out, self.optimization.bound_to_length() + self.task.bound_to_length()
+        check_same(folder, state["settings"], self._curve(), bound)
+        if self.plan.total_steps < state["step"]:
+            raise ValueError(
+                f"the run in {folder} has done {state['step']} steps: it can't end after {self.plan.total_steps}"
+            )
+
+    def _check_shared(self, done: int) -> None:
+        """Refuse to go on where the processes see different folders."""
+        if world_size() == 1:
+            return
+        seen = all_gather_batch(torch.tensor([done], device=self.settings.device)).tolist()
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"the processes find checkpoints after {seen} steps in {self.settings.out}: all must share one folder"
+            )
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        self.task.load_task_state(state["task_state"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["state_dict_ema"])
+        self.optimization.load_state_dict(state)
+        self.done = self.saved = state["step"]
+        self.best = state["best"]
