@@ -25,6 +25,7 @@ ALLOWED = {  # what may import what, inside the package
     "protocol": {"blocks", "loading", "saving"},
     "driver": {"parts", "ops", "blocks"},
     "features": {"driver", "parts", "blocks"},
+    "drawing": {"drawing", "files"},
     "vit": {"driver", "features", "parts", "ops", "blocks", "pooling", "flops", "protocol"},
     "dense": {"vit", "blocks"},
     "identity": set(),

@@ -1,0 +1,84 @@
+"""Which patches of an image became one token."""
+
+from collections.abc import Mapping
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from timm_tokens.drawing.style import figure, show
+
+
+def draw_groups(images: Tensor, groups: Mapping[str, Tensor], first: str = "image") -> Figure:
+    """A row for each image: as it is, then its groups of patches, filled with their mean colour and outlined.
+
+    A token is split when its patches do not touch; the same number is then written on each of its pieces.
+
+    Args:
+        images: (B, 1 or 3, h, w), values in [0, 1].
+        groups: By title, (B, rows, columns) int64: which token each patch ended in.
+        first: Title of the column of images.
+    """
+    columns = 1 + len(groups)
+    picture = figure(2.3 * columns, 2.6 * len(images) + 0.2)
+    grid = picture.subplots(len(images), columns, squeeze=False)
+    for axes, image in zip(grid[:, 0], images, strict=True):
+        show(axes, image, first)
+    for column, (title, of_all) in enumerate(groups.items(), 1):
+        for axes, image, group in zip(grid[:, column], images, of_all.cpu(), strict=True):
+            show(axes, fill(image.cpu(), group), title)
+            axes.add_collection(LineCollection(outlines(group), colors="white", linewidths=0.9))
+            split = mark_pieces(axes, group)
+            axes.set_xlabel(f"{len(group.unique())} tokens" + (f", {split} split" if split else ""), fontsize=9)
+    picture.supxlabel("patches with the same number belong to one split token", fontsize=8, color="grey")
+    return picture
+
+
+def fill(image: Tensor, group: Tensor) -> Tensor:
+    """Give each pixel of an image (C, h, w) the mean colour of its group of patches (rows, columns)."""
+    (rows, columns), (height, width) = group.shape, image.shape[1:]
+    y, x = torch.arange(height) * rows // height, torch.arange(width) * columns // width
+    owner = group.unique(return_inverse=True)[1][y][:, x]  # (h, w)
+    sums = image.new_zeros(len(image), int(owner.max()) + 1).index_add_(1, owner.flatten(), image.flatten(1))
+    return (sums / owner.flatten().bincount().clamp_min(1))[:, owner]
+
+
+def outlines(group: Tensor) -> list[list[tuple[float, float]]]:
+    """Edges between patches (rows, columns) of different groups: segments (x, y) in coordinates from 0 to 1."""
+    rows, columns = group.shape
+    beside = (group[:, 1:] != group[:, :-1]).nonzero().tolist()
+    below = (group[1:] != group[:-1]).nonzero().tolist()
+    edges = [((x + 1, y), (x + 1, y + 1)) for y, x in beside] + [((x, y + 1), (x + 1, y + 1)) for y, x in below]
+    return [[(x / columns, y / rows) for x, y in edge] for edge in edges]
+
+
+def pieces(group: Tensor) -> Tensor:
+    """Number the connected pieces of groups (rows, columns): patches of a group that touch have the same number."""
+    piece = torch.arange(group.numel()).view_as(group)
+    while True:  # each patch takes the smallest number among its neighbours of the same group
+        before = piece.clone()
+        for axis in (0, 1):
+            a, b = piece.narrow(axis, 0, piece.shape[axis] - 1), piece.narrow(axis, 1, piece.shape[axis] - 1)
+            same = group.diff(dim=axis) == 0
+            smaller = torch.minimum(a, b)
+            a.copy_(torch.where(same, smaller, a))
+            b.copy_(torch.where(same, torch.minimum(b, a), b))
+        if torch.equal(piece, before):
+            return piece
+
+
+def mark_pieces(axes: Axes, group: Tensor) -> int:
+    """Write a token's number on each of its pieces, where it has several; returns how many tokens have."""
+    (rows, columns), piece, split = group.shape, pieces(group), 0
+    for token in group.unique():
+        parts = piece[group == token].unique()
+        if len(parts) == 1:
+            continue
+        split += 1
+        for part in parts:
+            y, x = (piece == part).nonzero()[0].add(0.5).tolist()
+            style = {"ha": "center", "va": "center", "color": "white", "fontsize": 5}
+            axes.text(x / columns, y / rows, str(split), **style)
+    return split
