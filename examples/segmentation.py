@@ -1,0 +1,313 @@
+"""How far can tokens be merged before segmentation suffers?
+
+    python examples/segmentation.py                     # digits scattered over a canvas: nothing to download
+    python examples/segmentation.py --data-dir DIR --model vit_tiny_patch16_224 --checkpoint FILE
+
+A ViT gets two decoders: a linear classifier of each patch, and Segmenter's mask transformer (arXiv 2105.05633), whose
+queries, one per class, attend to the patches. They are trained once, on the features of the plain ViT. Then everything
+is frozen, and mIoU is measured on val/ for each r: merged by the attention's keys, and by embeddings that were trained
+through the frozen decoder with the task's own loss. The mask transformer also reads the merged tokens themselves, with
+the logarithm of their sizes as a bias, which makes it cheaper too.
+
+DIR has images/train, masks/train, images/val and masks/val: a mask is a PNG of the image's name whose pixels are class
+numbers, 255 where nothing is known. Digits take about three minutes on two cores. --hold-out reports on the last fifth
+of train/ instead of val/: use it to choose settings.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from _data import InputError
+from _scenes import VOID, Scenes, digits_apart, scatter_digits, scene_folders
+from timm.models import VisionTransformer, load_state_dict
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import timm_tokens
+from timm_tokens import TokenViT
+
+
+class MaskDecoder(nn.Module):
+    """Segmenter's mask transformer: one query per class attends to the patches; masks are their products.
+
+    Args:
+        in_dim: C, of the patches. num_classes: K. dim: of the decoder. depth: its blocks.
+    """
+
+    def __init__(self, in_dim: int, num_classes: int, dim: int = 96, depth: int = 2, num_heads: int = 3):
+        super().__init__()
+        self.project = nn.Linear(in_dim, dim)
+        self.queries = nn.Parameter(0.02 * torch.randn(1, num_classes, dim))
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.norm, self.mask_norm = nn.LayerNorm(dim), nn.LayerNorm(num_classes)
+        self.patch, self.mask = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+
+    def forward(self, patches: Tensor, size: Tensor | None = None) -> Tensor:
+        """Logits (B, M, K) of tokens (B, M, C) that stand for `size` (B, M) patches each, one if None."""
+        x = torch.cat([self.project(patches), self.queries.expand(len(patches), -1, -1)], dim=1)  # (B, M + K, dim)
+        bias = None
+        if size is not None:
+            bias = F.pad(size.log(), (0, self.queries.shape[1]))[:, None, None]  # (B, 1, 1, M + K)
+        for block in self.blocks:
+            x = block(x, attn_mask=bias)
+        patches, queries = self.norm(x).split([patches.shape[1], self.queries.shape[1]], dim=1)
+        masks = F.normalize(self.patch(patches), dim=-1) @ F.normalize(self.mask(queries), dim=-1).mT
+        return self.mask_norm(masks)
+
+
+class Segmenter(nn.Module):
+    """A ViT with both decoders."""
+
+    def __init__(self, vit: nn.Module, num_classes: int):
+        super().__init__()
+        self.vit, self.num_classes = vit, num_classes
+        self.decoders = nn.ModuleDict({
+            "linear": nn.Linear(vit.embed_dim, num_classes),
+            "mask": MaskDecoder(vit.embed_dim, num_classes),
+        })  # fmt: skip
+
+
+class Row(NamedTuple):
+    """What one r gives: mIoU in percent by decoder and by what tokens are compared by, and the time per image."""
+
+    r: int
+    tokens: int
+    gflops: float
+    metric: str
+    linear: float
+    mask: float
+    mask_on_merged: float
+    ms: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        run(args)
+    except InputError as error:
+        print(f"segmentation: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="folder with images/ and masks/ (default: scattered digits)")
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="any timm ViT, with --data-dir")
+    parser.add_argument("--checkpoint", type=Path, help="weights of the ViT (default: timm's pretrained ones)")
+    parser.add_argument("--hold-out", action="store_true", help="report on the last fifth of train/ instead of val/")
+    parser.add_argument("--r", type=int, nargs="+", help="tokens to merge in each block (default: by the patches)")
+    parser.add_argument("--steps", type=int, help="steps of training the decoders (default: 600; digits: 500)")
+    parser.add_argument("--merge-steps", type=int, default=150, help="steps of training the embeddings (default: 150)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per step (default: 8)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 0.001)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("output/segmentation"), help="folder for the results")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    torch.manual_seed(args.seed)
+    train, val, model = folder_job(args) if args.data_dir else digits_job(args)
+    model.requires_grad_(False).eval()
+    n = model.vit.patch_embed.num_patches
+    rs = args.r or [round(share * n / len(model.vit.blocks)) for share in (0.25, 0.5, 0.75, 0.95)]
+    keys = timm_tokens.apply_dtem_merging(model.vit, r=0, metric="keys").eval()
+    learned = timm_tokens.apply_dtem_merging(model.vit, r=rs[len(rs) // 2])
+    train_merging(learned, model, train, args)
+    rows = []
+    for r in [0, *rs]:
+        for metric, vit in (("keys", keys), ("learned", learned.eval())):
+            vit.merger.r = r
+            rows.append(report(model, vit, val, r, metric))
+            print(table(rows[-1:], head=len(rows) == 1), flush=True)
+    save(rows, args.out)
+    return rows
+
+
+def digits_job(args: argparse.Namespace) -> tuple[Scenes, Scenes, Segmenter]:
+    """A small ViT, trained together with its decoders."""
+    generator = torch.Generator().manual_seed(args.seed)
+    (digits, labels), (val_digits, val_labels) = digits_apart()
+    if args.hold_out:
+        held = len(digits) // 5
+        val_digits, val_labels, digits, labels = digits[:held], labels[:held], digits[held:], labels[held:]
+    train = scatter_digits(digits, labels, 3000, 64, generator)
+    val = scatter_digits(val_digits, val_labels, 200, 64, generator)
+    vit = VisionTransformer(
+        img_size=64, patch_size=4, in_chans=1, embed_dim=96, depth=6, num_heads=3, num_classes=0, global_pool="avg",
+        class_token=False, fc_norm=False,
+    )  # fmt: skip
+    model = Segmenter(vit, num_classes=11)
+    steps = args.steps or 500
+
+    def loss(images: Tensor, masks: Tensor) -> Tensor:
+        return decoder_loss(model, patches(vit, images), masks)
+
+    fit(model.parameters(), loss, batches(train, args.batch_size, steps), steps, "the ViT and its decoders", args.lr)
+    return train, val, model
+
+
+def folder_job(args: argparse.Namespace) -> tuple[Scenes, Scenes, Segmenter]:
+    """The user's ViT, frozen, with decoders trained on its features."""
+    train, val = scene_folders(args.data_dir, args.hold_out)
+    size = tuple(train.images.shape[-2:])
+    try:
+        vit = timm.create_model(args.model, pretrained=args.checkpoint is None, num_classes=0, img_size=size)
+        if args.checkpoint:
+            weights = load_state_dict(str(args.checkpoint))
+            weights = timm.models.vision_transformer.checkpoint_filter_fn(weights, vit)
+            vit.load_state_dict({name: w for name, w in weights.items() if not name.startswith("head.")})
+    except Exception as error:  # timm, torch and the hub each raise their own
+        raise InputError(f"can't use --model {args.model} at {size}: {' '.join(str(error).split())[:300]}") from None
+    num_classes = int(train.masks[train.masks != VOID].max()) + 1
+    model = Segmenter(vit.requires_grad_(False).eval(), num_classes)
+    # The frozen features of each image and of its mirror image are computed once.
+    both = Scenes(*(torch.cat([x, x.flip(-1)]) for x in train))
+    with torch.inference_mode():
+        parts = tqdm(both.images.split(8), "features")
+        features = torch.cat([patches(vit, normalised(part)) for part in parts]).clone()
+    steps = args.steps or 600
+    rows = index_batches(len(features), args.batch_size, steps)
+
+    def loss(rows: Tensor) -> Tensor:
+        return decoder_loss(model, features[rows], both.masks[rows].long())
+
+    fit(model.decoders.parameters(), loss, ((row,) for row in rows), steps, "the decoders", args.lr)
+    return train, val, model
+
+
+def train_merging(learned: TokenViT, model: Segmenter, train: Scenes, args: argparse.Namespace) -> None:
+    """Train the embeddings through the frozen ViT and decoders, by the task's own loss."""
+    learned.freeze_base().train()
+
+    def loss(images: Tensor, masks: Tensor) -> Tensor:
+        return decoder_loss(model, learned(images, tokens=True).patches, masks)
+
+    data = batches(train, args.batch_size, args.merge_steps)
+    fit(learned.merger.parameters(), loss, data, args.merge_steps, f"the merging, r = {learned.merger.r}", args.lr)
+
+
+def fit(parameters, loss: Callable[..., Tensor], data: Iterator, steps: int, what: str, lr: float) -> None:
+    """AdamW with a one-cycle schedule."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.1)
+    bar = tqdm(data, f"training {what}", steps)
+    for batch in bar:
+        value = loss(*batch)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+
+
+def index_batches(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
+    order = torch.cat([torch.randperm(count) for _ in range(-(-steps * batch_size // count))])
+    return iter(order[: steps * batch_size].split(batch_size))
+
+
+def batches(scenes: Scenes, batch_size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows in index_batches(len(scenes.images), batch_size, steps):
+        yield normalised(scenes.images[rows]), scenes.masks[rows].long()
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 -> [-1, 1]."""
+    return images.float().div(127.5).sub(1)
+
+
+def patches(vit: nn.Module, images: Tensor) -> Tensor:
+    """Features (B, N, C) of the plain ViT's patches."""
+    return vit.forward_features(images)[:, vit.num_prefix_tokens :]
+
+
+def decoder_loss(model: Segmenter, features: Tensor, masks: Tensor) -> Tensor:
+    """The mean cross-entropy of both decoders on features (B, N, C) of the full grid, for masks (B, H, W)."""
+    logits = [full_size(model.vit, decoder(features), masks.shape[1:]) for decoder in model.decoders.values()]
+    return sum(F.cross_entropy(x, masks, ignore_index=VOID) for x in logits) / len(logits)
+
+
+def full_size(vit: nn.Module, logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits of patches (B, N, K) as logits of pixels (B, K, height, width)."""
+    grid = vit.patch_embed.grid_size
+    return F.interpolate(logits.mT.unflatten(2, grid), size, mode="bilinear")
+
+
+@torch.inference_mode()
+def report(model: Segmenter, vit: TokenViT, val: Scenes, r: int, metric: str) -> Row:
+    k, seconds = model.num_classes, []
+    confusion = {name: torch.zeros(k, k, dtype=torch.long) for name in ("linear", "mask", "mask_on_merged")}
+    for images, masks in zip(val.images.split(1), val.masks.split(1), strict=True):
+        images = normalised(images)
+        start = time.perf_counter()
+        merged = vit(images, tokens="merged")
+        logits = {"linear": model.decoders["linear"](merged.patches)}
+        logits["mask_on_merged"] = model.decoders["mask"](merged.patches, merged.size)
+        seconds.append(time.perf_counter() - start)
+        logits = {name: to_grid(x, merged.groups) for name, x in logits.items()}
+        logits["mask"] = model.decoders["mask"](to_grid(merged.patches, merged.groups))
+        for name, x in logits.items():
+            found = full_size(model.vit, x, masks.shape[1:]).argmax(1)
+            known = masks != VOID
+            confusion[name] += (masks[known].long() * k + found[known]).bincount(minlength=k * k).view(k, k)
+    scores = {name: 100 * mean_iou(c) for name, c in confusion.items()}
+    ms = 1000 * sorted(seconds)[len(seconds) // 2]
+    return Row(r, merged.patches.shape[1] + vit.num_prefix_tokens, vit.flops() / 1e9, metric, **scores, ms=ms)
+
+
+def to_grid(x: Tensor, groups: Tensor) -> Tensor:
+    """Rows of tokens (B, M, K) for the patches of `groups` (B, H, W): (B, N, K)."""
+    return x.gather(1, groups.flatten(1)[..., None].expand(-1, -1, x.shape[2]))
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """The mean, over the classes that occur, of intersection over union; rows of the matrix are the truth."""
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    occurs = confusion.sum(1) > 0
+    return (confusion.diagonal()[occurs] / union[occurs]).mean().item()
+
+
+def table(rows: list[Row], head: bool = True) -> str:
+    lines = []
+    if head:
+        lines += [
+            "| r | tokens | GFLOPs | compared by | linear | mask decoder | on merged tokens | ms |",
+            "|--:" * 8 + "|",
+        ]
+    for row in rows:
+        scores = f"{row.linear:.1f} | {row.mask:.1f} | {row.mask_on_merged:.1f} | {row.ms:.1f}"
+        lines.append(f"| {row.r} | {row.tokens} | {row.gflops:.3f} | {row.metric} | {scores} |")
+    return "\n".join(lines)
+
+
+def save(rows: list[Row], out: Path) -> None:
+    """Write table.csv and miou.png."""
+    from timm_tokens.drawing import draw_accuracy, save
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([Row._fields, *rows])
+    lines = {
+        f"{name}, {metric}": [(row.gflops, getattr(row, field)) for row in rows if row.metric == metric]
+        for metric in ("keys", "learned")
+        for name, field in (("linear", "linear"), ("mask decoder", "mask"))
+    }
+    figure = draw_accuracy(lines, [f"r = {row.r}" for row in rows if row.metric == "keys"], "mIoU (%)")
+    save(figure, out / "miou.png")
+    print(f"\nmIoU in percent; ms per image for the ViT and both decoders on merged tokens. Results are in {out}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
