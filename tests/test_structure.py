@@ -36,7 +36,8 @@ ALLOWED = {  # what may import what, inside the package
     "seeding": set(),
     "files": set(),
     "digests": set(),
-    "tasks": {"tasks", "vit", "wrap", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
+    "outputs": set(),
+    "tasks": {"tasks", "vit", "wrap", "outputs", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
     "training": {"training", "tasks", "distributed", "seeding", "files", "digests"},
 }
 FILES = [

@@ -2,6 +2,7 @@
 
 from timm_tokens.losses.center import Center
 from timm_tokens.losses.dino import DINOLoss
+from timm_tokens.losses.distill import DistillLoss
 from timm_tokens.losses.dtm import DTMLoss
 from timm_tokens.losses.ibot import IBOTPatchLoss
 from timm_tokens.losses.mira import MIRALoss
@@ -13,6 +14,7 @@ __all__ = [
     "Center",
     "DINOLoss",
     "DTMLoss",
+    "DistillLoss",
     "IBOTPatchLoss",
     "MIRALoss",
     "MTELoss",

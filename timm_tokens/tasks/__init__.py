@@ -1,5 +1,6 @@
 """Training tasks: what is trained, and how its loss comes about. `timm_tokens.training` runs them."""
 
+from timm_tokens.tasks.dtem import DTEMTask
 from timm_tokens.tasks.dtm import DTMTask
 from timm_tokens.tasks.encoder import PooledTokens
 from timm_tokens.tasks.mira import MIRATask
@@ -10,6 +11,7 @@ from timm_tokens.tasks.teacher import frozen_copy, update_teacher
 from timm_tokens.tasks.token_label import TokenLabelTask
 
 __all__ = [
+    "DTEMTask",
     "DTMTask",
     "MIRATask",
     "MTETask",

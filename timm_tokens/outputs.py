@@ -1,0 +1,33 @@
+"""What a model is for: class logits where it classifies, features where it does not. Distilled, compared, reported."""
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+def classifies(model: nn.Module) -> bool:
+    """Whether the outputs of a TokenViT are class logits, rather than features or a projection of them.
+
+    The head of timm's CLIP and PE towers is the projection to a space shared with text: its outputs are no logits,
+    unless it was fine-tuned or replaced by a classifier.
+    """
+    if model.head is not None:
+        return True
+    cfg = getattr(model.base, "pretrained_cfg", None) or {}
+    projects = re.search("_clip_|_pe_core_", cfg.get("architecture") or "") and "_ft_" not in (cfg.get("tag") or "")
+    return bool(model.num_classes) and not (projects and model.num_classes == cfg.get("num_classes"))
+
+
+def outputs(model: nn.Module, images: Tensor, logits: bool) -> Outputs:
+    """Class logits (B, K) of images (B, 3, H, W); or, without `logits`, the class token (B, C) and patches (B, N, C).
+
+    Args:
+        model: A TokenViT, or DDP around one.
+    """
+    if logits:
+        return model(images)
+    tokens: Any = model(images, tokens=True, aux=False)
+    return tokens.cls, tokens.patches
