@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import ImageDataset
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from timm_tokens.data.images import Images
 from timm_tokens.data.opening import open_folder
-from timm_tokens.data.reading import Images, image_name, image_names, read_image, unreadable
+from timm_tokens.data.reading import ImageError, image_name, image_names, read_image, unreadable
 
 # timm's data sets leave the closing of files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -40,8 +41,10 @@ def test_unreadable_images_are_found_and_left_out(folder):
         assert unreadable(images, workers, disable=True) == {1: empty, 6: "image file is truncated", 9: empty}
         assert torch.equal(torch.get_rng_state(), state)  # what is drawn later is the same with and without the check
     assert unreadable(images, rows=range(2, 8), disable=True).keys() == {6}
-    kept = images.select([i for i in range(10) if i not in (1, 6, 9)])
+    kept = images.without(unreadable(images, disable=True))
     kept.transform = first_value
+    names = "a/1.png (it is empty, or of no format that Pillow knows), b/6.png (image file is truncated)"
+    assert kept.notes()[0].startswith(f"left out 3 (can't be read): {names}, b/9.png (") and images.notes() == []
     assert [kept[i] for i in range(7)] == [(0, 0), (2, 0), (3, 0), (4, 0), (5, 1), (7, 1), (8, 1)]
     assert kept.targets == [0, 0, 0, 0, 1, 1, 1] and kept.classes == ["a", "b"]
     assert image_names(kept) == ["a/0", "a/2", "a/3", "a/4", "b/5", "b/7", "b/8"]
@@ -56,6 +59,18 @@ def test_an_unreadable_image_is_named_and_not_replaced(folder):
     (folder / "a" / "0.png").unlink()
     with pytest.raises(OSError, match=r"image 'a/0\.png' can't be read: No such file or directory"):
         images[0]
+
+
+def test_no_image_can_be_read(folder):
+    images = open_folder(folder).select([1, 9])
+    with pytest.raises(ValueError, match=r"no images; left out 2 \(can't be read\): a/1\.png \(it is empty"):
+        images.without(unreadable(images, disable=True))
+
+
+def test_workers_say_it_as_well(folder):
+    with pytest.raises(ImageError) as caught:
+        list(DataLoader(open_folder(folder).select([2, 6]), 2, num_workers=1, collate_fn=list))
+    assert str(caught.value) == "image 'b/6.png' can't be read: image file is truncated"
 
 
 def test_data_sets_without_files(folder):

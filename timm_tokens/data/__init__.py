@@ -1,7 +1,7 @@
 """Data: images, label stores, augmentation of images together with their labels, multi-crop and block masks."""
 
 from timm_tokens.data.decoding import decode_image
-from timm_tokens.data.folders import left_out_lines
+from timm_tokens.data.images import Images
 from timm_tokens.data.label_dataset import LabeledTarget, TokenLabelDataset
 from timm_tokens.data.label_format import LabelMap, image_id
 from timm_tokens.data.label_store import TokenLabelStore
@@ -11,10 +11,11 @@ from timm_tokens.data.masking import block_masks, random_ratio_masks
 from timm_tokens.data.model_input import input_config, input_transform
 from timm_tokens.data.multi_crop import Crop, MultiCrop, dino_crops, swav_crops
 from timm_tokens.data.opening import open_folder
-from timm_tokens.data.reading import Images, image_names, read_image, unreadable
+from timm_tokens.data.reading import ImageError, image_names, read_image, unreadable
 
 __all__ = [
     "Crop",
+    "ImageError",
     "Images",
     "LabelMap",
     "LabeledTarget",
@@ -32,7 +33,6 @@ __all__ = [
     "image_names",
     "input_config",
     "input_transform",
-    "left_out_lines",
     "open_folder",
     "pack_labels",
     "random_ratio_masks",

@@ -10,14 +10,15 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from timm_tokens.data.decoding import image_suffixes
 from timm_tokens.data.folders import NO_SUFFIX, FolderReader
-from timm_tokens.data.reading import Images
+from timm_tokens.data.images import Images
 
 
 def open_folder(root: str | Path, class_map: dict[str, int] | None = None) -> Images:
     """Images in class folders, or in a tar of class folders, without a transform.
 
         images = open_folder("images/train")
-        for line in left_out_lines(images.left_out): print(line)
+        images = images.without(unreadable(images))
+        print(*images.notes(), sep="\n")
         images.transform = timm.data.create_transform(224)
 
     Args:

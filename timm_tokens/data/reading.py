@@ -1,6 +1,6 @@
-"""Images of a data set by name, read one at a time; an unreadable one is an error that names it."""
+"""Images of a data set by number and by name, read one at a time; an unreadable one is an error that names it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -13,61 +13,12 @@ from timm_tokens.data.decoding import decode_image, reason, to_rgb
 from timm_tokens.data.label_format import image_id
 
 
-class Images(Dataset):
-    """Images of an indexed data set with their classes, (transformed image, class), all read by `read_image`.
+class ImageError(OSError):
+    """An image that can't be read; the message names it."""
 
-    Unlike timm's `ImageDataset`, which gives the next image in the place of one that it can't read, this raises an
-    error. `unreadable` finds such images, and `select` leaves them out.
-
-    Args:
-        dataset: Such as timm's `ImageDataset`, or torchvision's data sets; its own transform is not used.
-        transform: Of PIL images in RGB; None: the images themselves.
-        rows: Numbers, in the data set, of the images that are used; None: all.
-
-    Raises:
-        TypeError: The data set is a stream.
-        OSError: On reading, an image can't be read; names it.
-    """
-
-    def __init__(self, dataset: Dataset, transform: Callable | None = None, rows: Sequence[int] | None = None):
-        check_indexed(dataset)
-        self.dataset, self.transform = dataset, transform
-        self.rows: Sequence[int] = range(len(dataset)) if rows is None else rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = read_image(self, index)
-        return (image if self.transform is None else self.transform(image)), label
-
-    def select(self, rows: Sequence[int]) -> "Images":
-        """The images with these numbers alone."""
-        return Images(self.dataset, self.transform, [self.rows[row] for row in rows])
-
-    @property
-    def left_out(self) -> dict[str, list[str]]:
-        """Names of the files that a folder of images has beside these, by the reason why they were left out."""
-        return getattr(getattr(self.dataset, "reader", None), "left_out", {})
-
-    @property
-    def classes(self) -> list[str] | None:
-        """The names of the classes, by their numbers; None where the data set has none."""
-        source = getattr(self.dataset, "reader", self.dataset)
-        for name in ("class_to_idx", "class_name_to_idx"):
-            numbers = getattr(source, name, None)
-            if numbers:
-                return sorted(numbers, key=numbers.get)
-        return list(getattr(source, "classes", ())) or None
-
-    @property
-    def targets(self) -> list[int] | None:
-        """The class of each image, without reading any; None where the data set does not say."""
-        source = getattr(self.dataset, "reader", self.dataset)
-        targets = getattr(source, "targets", None)
-        if targets is None and hasattr(source, "samples"):
-            targets = [target for _, target in source.samples]
-        return None if targets is None else [int(targets[row]) for row in self.rows]
+    def __init__(self, message: str):
+        # A DataLoader makes a worker's error anew, of the traceback's text: the message is its end.
+        super().__init__(message.rsplit("ImageError: ", 1)[-1].strip())
 
 
 def check_indexed(dataset: Dataset) -> None:
@@ -113,12 +64,12 @@ def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
     """An image in RGB (see `decode_image`) and its class, -1 without one; the data set's transform is not used.
 
     Raises:
-        OSError: The image can't be read; names it.
+        ImageError: The image can't be read; names it.
     """
     try:
         return _read(dataset, index)
     except OSError as error:
-        raise OSError(f"image {file_name(dataset, index)!r} can't be read: {error}") from error
+        raise ImageError(f"image {file_name(dataset, index)!r} can't be read: {error}") from error
 
 
 def unreadable(images: Dataset, workers: int = 0, rows: Sequence[int] | None = None, **bar: Any) -> dict[int, str]:
@@ -160,7 +111,8 @@ class _Attempts(Dataset):
 
 def _inner(dataset: Dataset, index: int) -> tuple[Dataset, int]:
     """The data set that has the files, and the image's number in it."""
-    return (dataset.dataset, dataset.rows[index]) if isinstance(dataset, Images) else (dataset, index)
+    rows = getattr(dataset, "rows", None)
+    return (dataset, index) if rows is None else (dataset.dataset, rows[index])
 
 
 def _read(dataset: Dataset, index: int, draft: int | None = None) -> tuple[Image.Image, int]:
