@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _data import InputError
+from _data import open_images
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
+
+from timm_tokens.data import read_image
 
 
 class Part(NamedTuple):
@@ -58,7 +59,7 @@ def folders(root: Path, size: int) -> Images:
     """The images in root/train/<class>/ and root/val/<class>/, cut to squares and resized once.
 
     Raises:
-        InputError: If a folder is missing or empty, or an image can't be read.
+        InputError: If a folder is missing, or has no images.
     """
     return Images(*(_read_folder(root / name, size) for name in ("train", "val")))
 
@@ -71,25 +72,18 @@ def hold_out(part: Part) -> Images:
 
 
 def _read_folder(path: Path, size: int) -> Part:
-    try:
-        samples = ImageFolder(path).samples
-    except FileNotFoundError as error:
-        raise InputError(f"--data-dir: {str(error).splitlines()[0]}") from None
+    images = open_images(path)
 
-    def read(sample: tuple[str, int]) -> Tensor:
-        try:
-            with Image.open(sample[0]) as image:
-                image.draft("RGB", (size, size))
-                side = min(image.size)
-                box = [(length - side) / 2 for length in image.size]
-                box += [start + side for start in box]
-                return pil_to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"can't read the image {sample[0]}: {str(error).splitlines()[0]}") from None
+    def read(row: int) -> Tensor:
+        image, _ = read_image(images, row, draft=size)
+        side = min(image.size)
+        box = [(length - side) / 2 for length in image.size]
+        box += [start + side for start in box]
+        return pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box))
 
     with ThreadPoolExecutor() as pool:
-        images = list(tqdm(pool.map(read, samples), f"reading {path}", len(samples)))
-    return Part(torch.stack(images), torch.tensor([label for _, label in samples]))
+        pixels = list(tqdm(pool.map(read, range(len(images))), f"reading {path}", len(images)))
+    return Part(torch.stack(pixels), torch.tensor(images.targets))
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -1,17 +1,16 @@
 """Where the examples' images come from: scikit-learn's digits, or any folder of images."""
 
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
-from torchvision.datasets import ImageFolder
-from tqdm import tqdm
+
+from timm_tokens.data import Images, input_config, input_transform, open_folder, unreadable
 
 
 class InputError(Exception):
@@ -61,52 +60,39 @@ def image_folder(root: Path, model: nn.Module) -> Data:
     """The images in root/train/<class>/ and root/val/<class>/, transformed as the model expects.
 
     Raises:
-        InputError: If a folder is missing, a class has no images, the two differ in classes, or an image can't be read.
+        InputError: If a folder is missing or has no images, or the two differ in classes.
     """
-    config = resolve_model_data_config(model)
-    augment = create_transform(**config, is_training=True, scale=(0.35, 1.0), color_jitter=None)
-    train = _open_folder(root / "train", augment)
-    val = _open_folder(root / "val", create_transform(**config))
+    train, val, config = open_images(root / "train"), open_images(root / "val"), input_config(model)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise InputError(f"{root}: train/ and val/ must have the same classes, but only one of them has {odd}")
-    check_images([path for folder in (train, val) for path, _ in folder.samples])
+    train.transform = input_transform(config, is_training=True, scale=(0.35, 1.0), color_jitter=None)
+    val.transform = input_transform(config)
     return Data(train, val)
 
 
-def _open_folder(path: Path, transform: nn.Module) -> ImageFolder:
+def open_images(path: Path) -> Images:
+    """The images in path/<class>/; those that can't be read, and other files, are left out and named.
+
+    Raises:
+        InputError: If there is no such folder, or no image in it.
+    """
     if not path.is_dir():
         raise InputError(f"no folder {path}: --data-dir must have train/<class>/ and val/<class>/ with images")
     try:
-        return ImageFolder(path, transform)
-    except FileNotFoundError as error:  # no class at all, or a class without images
-        raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
+        images = open_folder(path)
+        images = images.without(unreadable(images))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+    for line in images.notes():
+        print(f"{path}: {line}", file=sys.stderr)
+    return images
 
 
 def samples(data: Data, count: int) -> Tensor:
     """So many images of val/, from all over it, as one batch."""
     count = min(count, len(data.val))
     return torch.stack([data.val[i * len(data.val) // count][0] for i in range(count)])
-
-
-def check_images(paths: list[str]) -> None:
-    """Decode every image once, so that a broken one is met now and not after the training."""
-    with ThreadPoolExecutor() as pool:
-        faults = list(tqdm(pool.map(_fault, paths), "checking images", len(paths)))
-    broken = [f"{path} ({fault})" for path, fault in zip(paths, faults, strict=True) if fault]
-    if broken:
-        others = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise InputError(f"can't read the image {broken[0]}{others}: replace or remove what is broken")
-
-
-def _fault(path: str) -> str | None:
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (1, 1))  # JPEGs at an eighth of their size: still reads every byte, far faster
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # all that PIL raises on broken files
-        return str(error).splitlines()[0].replace(f" {path!r}", "")
-    return None
 
 
 def imagenet_indices(model: nn.Module, classes: list[str]) -> list[int] | None:

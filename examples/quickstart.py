@@ -114,7 +114,8 @@ def folder_job(args: argparse.Namespace) -> tuple[nn.Module, Data]:
     data = image_folder(args.data_dir, vit)
     indices = imagenet_indices(vit, data.train.classes)
     if indices is not None:
-        data.train.target_transform = data.val.target_transform = indices.__getitem__
+        for images in data:
+            images.dataset.target_transform = indices.__getitem__
         print(f"The folders are ImageNet classes: accuracy is among all {vit.num_classes} of them.")
     elif vit.num_classes != len(data.train.classes):
         fit_head(vit, data, args)

@@ -48,7 +48,7 @@ def test_a_folder(example, tmp_path):
 
 def test_a_missing_folder_is_one_line(example, tmp_path, capsys):
     assert example["main"](["--data-dir", str(tmp_path / "nowhere")]) == 2
-    assert capsys.readouterr().err.startswith("mte: --data-dir")
+    assert capsys.readouterr().err.startswith("mte: no folder")
 
 
 def test_crops_of_a_batch(example):

@@ -84,17 +84,27 @@ def break_checkpoint(root: Path) -> None:
 
 SPOILT = {
     "no folder": (lambda root: (root / "images" / "val").rename(root / "gone"), "no folder .*images/val"),
-    "empty class": (lambda root: (root / "images/train/shoe").mkdir(), "train: .*shoe"),
     "classes differ": (lambda root: (root / "images/val/hat").rename(root / "images/val/cap"), "cap.*hat"),
-    "no image": (lambda root: (root / "images/val/hat/3.jpg").write_text("words"), "can't read .*hat/3.jpg"),
-    "cut image": (lambda root: cut(root / "images/train/coat/0.jpg"), "can't read .*coat/0.jpg .*truncated"),
+    "no image": (lambda root: [cut(path, 9) for path in root.glob("images/val/*/*")], "no images; .*hat/3.jpg"),
     "checkpoint": (break_checkpoint, "can't use .*vit.safetensors as test_vit: .*Missing key"),
     "out is a file": (lambda root: (root / "out").write_text(""), "out is a file: give a folder"),
 }
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-500])
+def cut(path: Path, left: int) -> None:
+    path.write_bytes(path.read_bytes()[:left])
+
+
+def test_what_is_left_out_is_named(quickstart, folder, tmp_path, capsys):
+    arguments = folder("coat", "hat")
+    cut(tmp_path / "images/train/coat/0.jpg", -500)
+    (tmp_path / "images/val/hat/notes.txt").write_text("words")
+    (tmp_path / "images/train/shoe").mkdir()
+    assert quickstart(arguments) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"train: left out 1 \(can't be read\): coat/0.jpg \(image file is truncated", said)
+    assert "train: left out 1 (empty folders): shoe" in said
+    assert "val: left out 1 (no images by their suffix): hat/notes.txt" in said
 
 
 @pytest.mark.parametrize("case", SPOILT)

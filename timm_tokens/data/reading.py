@@ -60,14 +60,17 @@ def file_name(dataset: Dataset, index: int) -> str:
     return (isinstance(source, ImageDataset) and source.filename(row)) or f"{row:08d}"
 
 
-def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
-    """An image in RGB (see `decode_image`) and its class, -1 without one; the data set's transform is not used.
+def read_image(dataset: Dataset, index: int, *, draft: int | None = None) -> tuple[Image.Image, int]:
+    """An image in RGB and its class, -1 without one; the data set's transform is not used.
+
+    Args:
+        draft: Side, in pixels, that is enough; see `decode_image`.
 
     Raises:
         ImageError: The image can't be read; names it.
     """
     try:
-        return _read(dataset, index)
+        return _read(dataset, index, draft)
     except OSError as error:
         raise ImageError(f"image {file_name(dataset, index)!r} can't be read: {error}") from error
 
