@@ -38,7 +38,7 @@ ALLOWED = {  # what may import what, inside the package
     "digests": set(),
     "outputs": set(),
     "tasks": {"tasks", "vit", "wrap", "outputs", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
-    "training": {"training", "tasks", "distributed", "seeding", "files", "digests"},
+    "training": {"training", "tasks", "data", "distributed", "seeding", "files", "digests"},
 }
 FILES = [
     f for f in PACKAGE.rglob("*.py") if f.relative_to(PACKAGE).parts[0] not in ("cli", "__init__.py", "__main__.py")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
 from timm_tokens.data.folders import left_out_lines, listed
@@ -95,3 +96,9 @@ class Images(Dataset):
         if targets is None and hasattr(source, "samples"):
             targets = [target for _, target in source.samples]
         return None if targets is None else [int(targets[row]) for row in self.rows]
+
+
+def as_images(dataset: Dataset) -> Dataset:
+    """timm's `ImageDataset` as `Images`, so that an unreadable image is an error; other data sets as they are."""
+    plain = type(dataset) is ImageDataset and not (dataset.load_bytes or dataset.additional_features)
+    return Images(dataset, dataset.transform) if plain else dataset

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from timm_tokens import seeding
+from timm_tokens.data.images import as_images
 from timm_tokens.distributed import rank, world_size
 from timm_tokens.training.settings import Settings
 
@@ -77,7 +78,7 @@ class SeededDataset(Dataset):
     """Items by (epoch, index), whose random augmentation depends on (seed, epoch, index) alone."""
 
     def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
+        self.dataset, self.seed = as_images(dataset), seed
 
     def __len__(self) -> int:
         return len(self.dataset)

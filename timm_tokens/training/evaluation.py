@@ -8,6 +8,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from timm_tokens.data.images import as_images
 from timm_tokens.distributed import all_reduce_sum, rank, world_size
 
 
@@ -25,7 +26,7 @@ class Accuracy:
 
     def __init__(self, dataset: Dataset, batch_size: int = 64, workers: int = 0, topk: tuple[int, ...] = (1, 5)):
         self.topk = topk
-        part = Subset(dataset, range(rank(), len(dataset), world_size()))
+        part = Subset(as_images(dataset), range(rank(), len(dataset), world_size()))
         self.loader = DataLoader(part, batch_size, num_workers=workers)
 
     @torch.no_grad()
