@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from timm_tokens.cli.fewshot import run, table
+from timm_tokens.cli import call
+from timm_tokens.cli.fewshot.report import table
 from timm_tokens.fewshot import compare
 
 
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     names = ["nearest_centroid", "bd_cspn"]
     if args.data_dir:  # this is what the command `timm-tokens fewshot` does
-        run(**vars(args), classifiers=names, plot=False)
+        call("fewshot", **vars(args), classifiers=names, workers=0, plot=False)
         return
     features, labels = digits()
     results = []

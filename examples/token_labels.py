@@ -26,7 +26,7 @@ from sklearn.model_selection import train_test_split
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.utils import ParseKwargs
 
-from timm_tokens.cli import CommandError, annotate, train
+from timm_tokens.cli import CommandError, call
 from timm_tokens.data import TokenLabelStore
 
 ARMS = {"classes alone": None, "token labels": {}}  # None: without labels; else the settings beside them
@@ -84,9 +84,9 @@ def run(args: argparse.Namespace) -> None:
         digits_job(args, shared)
     labels = args.out / "labels"
     loading = {"batch_size": args.batch_size, "workers": args.workers, "device": args.device}
-    annotate.run(
-        data=args.data_dir / "train", out=labels, model=args.annotator, checkpoint=args.checkpoint, **loading,
-        num_classes=args.num_classes, folder_classes=args.folder_classes,
+    call(
+        "annotate", dataset=str(args.data_dir / "train"), out=labels, model=args.annotator, **loading,
+        checkpoint=args.checkpoint, num_classes=args.num_classes, folder_classes=args.folder_classes,
     )  # fmt: skip
     shared |= {"data_dir": args.data_dir, "model": args.model, "img_size": args.img_size, "val_split": args.val_split}
     classes = TokenLabelStore(labels).num_classes  # both tell as many classes apart
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         for arm, options in arms.items():
             out = args.out / f"{arm.replace(',', '').replace(' ', '-')}-{seed}"
             chosen = {"seed": seed, "out": out} | ({} if options is None else {"labels": labels} | options)
-            result = train.run(objective="token-label", **shared, **chosen)
+            result = call("train token-label", **shared, **chosen)
             curves[arm].append({row["epoch"] + 1: row["eval_top1"] for row in result.epochs if "eval_top1" in row})
     report(curves, args.out)
 
@@ -106,8 +106,8 @@ def digits_job(args: argparse.Namespace, shared: dict[str, Any]) -> None:
     """The digits as folders of images, and an annotator that is trained on them."""
     shared |= {"hflip": 0.0}  # a mirrored digit is none
     args.data_dir, args.img_size, args.model, args.annotator = write_digits(args.out / "digits"), None, *DIGIT_MODELS
-    result = train.run(
-        **shared, objective="token-label", data_dir=args.data_dir, model=args.annotator,
+    result = call(
+        "train token-label", **shared, data_dir=args.data_dir, model=args.annotator,
         out=args.out / "annotator",
     )  # fmt: skip
     args.checkpoint, args.num_classes = result.path, 10

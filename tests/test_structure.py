@@ -37,8 +37,9 @@ ALLOWED = {  # what may import what, inside the package
     "files": set(),
     "digests": set(),
     "outputs": set(),
+    "options": set(),
     "tasks": {"tasks", "vit", "wrap", "outputs", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
-    "training": {"training", "tasks", "data", "distributed", "seeding", "files", "digests"},
+    "training": {"training", "tasks", "data", "distributed", "seeding", "files", "digests", "options"},
 }
 FILES = [
     f for f in PACKAGE.rglob("*.py") if f.relative_to(PACKAGE).parts[0] not in ("cli", "__init__.py", "__main__.py")

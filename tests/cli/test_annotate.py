@@ -1,6 +1,5 @@
 """The annotate command: its maps, its summary, kills, damaged images, several processes, and what it refuses."""
 
-import argparse
 import json
 import os
 import signal
@@ -12,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from timm_tokens.cli import _images, annotate
-from timm_tokens.cli._data import class_names, class_targets, model_classes, open_dataset
-from timm_tokens.cli._errors import CommandError
+from timm_tokens.cli import CommandError, call
+from timm_tokens.cli.common import loading
+from timm_tokens.cli.common.datasets import class_names, class_targets, model_classes, open_dataset
 from timm_tokens.data import TokenLabelStore, TokenLabelWriter
 from timm_tokens.dense import dense_scores
 
@@ -46,8 +45,8 @@ def weights(tmp_path):
 
 @pytest.fixture
 def arguments(images, weights, tmp_path):
-    given = {"data": images, "out": tmp_path / "labels", "model": "test_resnet", "checkpoint": weights}
-    return given | {"num_classes": 3, "image_size": [64, 96], "top_k": 2, "batch_size": 4, "workers": 0}
+    given = {"dataset": images, "out": tmp_path / "labels", "model": "test_resnet", "checkpoint": weights}
+    return given | {"num_classes": 3, "img_size": [64, 96], "top_k": 2, "batch_size": 4, "workers": 0}
 
 
 def expected_scores(weights, file):
@@ -64,7 +63,7 @@ def expected_scores(weights, file):
 
 
 def test_maps_are_the_best_classes_of_every_cell_of_the_whole_image(arguments, images, weights, capsys):
-    summary = annotate.run(**arguments)
+    summary = call("annotate", **arguments)
     store = TokenLabelStore(arguments["out"])
     assert len(store) == 15 and store.num_classes == 3
     right, sure = 0, 0.0
@@ -90,8 +89,8 @@ def test_only_the_classes_of_the_folders(arguments, images, tmp_path):
         (images / name).rename(images / synset)
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
     arguments |= {"num_classes": None, "folder_classes": True}
-    summary = annotate.run(**arguments)
-    every = annotate.run(**arguments | {"out": tmp_path / "every", "folder_classes": False, "top_k": 1000})
+    summary = call("annotate", **arguments)
+    every = call("annotate", **arguments | {"out": tmp_path / "every", "folder_classes": False, "top_k": 1000})
     assert summary[:3] == every[:3] == (15, 15, 15)
     store, whole, right = TokenLabelStore(arguments["out"]), TokenLabelStore(tmp_path / "every"), 0
     assert store.num_classes == 3
@@ -104,24 +103,24 @@ def test_only_the_classes_of_the_folders(arguments, images, tmp_path):
         right += synsets[int(votes.argmax())] == name.split("/")[0]
     assert summary.agreement == pytest.approx(right / 15)
     with pytest.raises(CommandError, match="holds maps with classes 3, this run would make them with 1000"):
-        annotate.run(**arguments | {"folder_classes": False})
+        call("annotate", **arguments | {"folder_classes": False})
     with pytest.raises(CommandError, match=r"--top-k must lie in \[1, 3\], the classes, got 5"):
-        annotate.run(**arguments | {"out": tmp_path / "new", "top_k": 5})
+        call("annotate", **arguments | {"out": tmp_path / "new", "top_k": 5})
     (images / "n03888257").rename(images / "cat")
     with pytest.raises(CommandError, match=r"--folder-classes needs folders with WordNet names.*'cat'"):
-        annotate.run(**arguments | {"out": tmp_path / "new"})
+        call("annotate", **arguments | {"out": tmp_path / "new"})
 
 
 def test_a_second_run_has_nothing_to_do(arguments, monkeypatch):
-    first = annotate.run(**arguments)
-    monkeypatch.setattr(_images, "read_image", None)  # not called
-    assert annotate.run(**arguments) == first._replace(annotated=0)
+    first = call("annotate", **arguments)
+    monkeypatch.setattr(loading, "read_image", None)  # not called
+    assert call("annotate", **arguments) == first._replace(annotated=0)
 
 
 def test_new_images_are_added(arguments, images):
-    annotate.run(**arguments)
+    call("annotate", **arguments)
     Image.new("RGB", (50, 50)).save(images / "bee" / "new.jpg")
-    assert annotate.run(**arguments)[:3] == (16, 1, 16)
+    assert call("annotate", **arguments)[:3] == (16, 1, 16)
 
 
 def in_processes(count, work):
@@ -154,7 +153,7 @@ def annotate_until_killed(arguments, count):
         add(writer, *label)
 
     TokenLabelWriter.add = add_or_die
-    annotate.run(**arguments)
+    call("annotate", **arguments)
 
 
 @needs_fork
@@ -162,9 +161,9 @@ def test_a_killed_run_resumes_and_loses_nothing(arguments, tmp_path):
     arguments |= {"shard_size": 3, "device": "cpu"}
     assert in_processes(1, lambda rank: annotate_until_killed(arguments, 7)) == [-signal.SIGKILL]
     assert list(arguments["out"].glob("*.journal"))
-    summary = annotate.run(**arguments)
+    summary = call("annotate", **arguments)
     assert summary[:3] == (15, 8, 15)
-    assert annotate.run(**arguments | {"out": tmp_path / "at once"}).agreement == summary.agreement
+    assert call("annotate", **arguments | {"out": tmp_path / "at once"}).agreement == summary.agreement
     resumed, whole = TokenLabelStore(arguments["out"]), TokenLabelStore(tmp_path / "at once")
     for name in whole:
         torch.testing.assert_close(resumed[name].values, whole[name].values, atol=2e-3, rtol=2e-3)
@@ -178,7 +177,7 @@ def test_processes_take_disjoint_shares_of_one_store(arguments, images, tmp_path
 
     def work(rank):
         with pytest.raises(CommandError, match=r"1 of 15 images can't be read.*'cat/4.png'"):
-            annotate.run(**arguments)
+            call("annotate", **arguments)
         (tmp_path / f"{rank} is done").touch()
 
     assert in_processes(2, work) == [0, 0]
@@ -191,7 +190,7 @@ def test_processes_take_disjoint_shares_of_one_store(arguments, images, tmp_path
     assert rows["labels-00000-00000.safetensors"] == 2  # what the killed run had
     assert sum(count for file, count in rows.items() if file.startswith("labels-00001")) >= 6
     (images / "cat" / "4.png").unlink()
-    assert annotate.run(**arguments)[:3] == (14, 0, 14)
+    assert call("annotate", **arguments)[:3] == (14, 0, 14)
 
 
 def test_a_damaged_image_is_named_and_costs_no_other(arguments, images):
@@ -202,11 +201,11 @@ def test_a_damaged_image_is_named_and_costs_no_other(arguments, images):
     with pytest.raises(
         CommandError, match=r"2 of 15 images can't be read: repair or remove .*'bee/2.png'.*; .*'cat/4.png'"
     ):
-        annotate.run(**arguments)
+        call("annotate", **arguments)
     assert len(TokenLabelStore(arguments["out"])) == 13
     broken.write_bytes(whole)
     (images / "cat" / "4.png").unlink()
-    assert annotate.run(**arguments)[:3] == (14, 1, 14)
+    assert call("annotate", **arguments)[:3] == (14, 1, 14)
 
 
 def test_two_runs_in_one_folder_are_refused(arguments):
@@ -214,24 +213,24 @@ def test_two_runs_in_one_folder_are_refused(arguments):
         TokenLabelWriter(arguments["out"], 3),
         pytest.raises(CommandError, match="another writer is at work on part 0 of"),
     ):
-        annotate.run(**arguments)
+        call("annotate", **arguments)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            {"model": "pit_ti_224", "image_size": None, "checkpoint": None},
+            {"model": "pit_ti_224", "img_size": None, "checkpoint": None},
             "^PoolingVisionTransformer reads a class token",
         ),
         ({"model": "test_resnett"}, "timm has no model 'test_resnett'; close are"),
         ({"checkpoint": "missing.pth"}, "no checkpoint file missing.pth"),
         ({"num_classes": 4}, "weights.pth doesn't fit the model: size mismatch for fc.weight"),
-        ({"data": "images/nowhere"}, "no folder images/nowhere: give a folder"),
-        ({"data": "torch/cifar10"}, "no images of torch/cifar10, split 'train': "),
-        ({"data": "nowhere"}, "no folder nowhere: give a folder with one folder of images a class"),
+        ({"dataset": "images/nowhere"}, "no folder images/nowhere: give a folder"),
+        ({"dataset": "torch/cifar10"}, "no images of torch/cifar10, split 'train': "),
+        ({"dataset": "nowhere"}, "no folder nowhere: give a folder with one folder of images a class"),
         (
-            {"data": "torch/nothing", "data_dir": "."},
+            {"dataset": "torch/nothing", "data_dir": "."},
             r"no images of torch/nothing in \., split 'train': Unknown",
         ),
         ({"top_k": 4}, r"--top-k must lie in \[1, 3\], the classes, got 4"),
@@ -242,29 +241,29 @@ def test_refuses_in_words_and_writes_nothing(change, message, arguments, monkeyp
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **k | {"pretrained": False}))
     with pytest.raises(CommandError, match=message):
-        annotate.run(**arguments | change)
+        call("annotate", **arguments | change)
     assert not arguments["out"].exists()
 
 
 def test_maps_of_two_annotators_are_not_mixed(arguments, images):
-    annotate.run(**arguments)
+    call("annotate", **arguments)
     with pytest.raises(CommandError, match=r"holds maps with top 2, this run would make them with 1: write to another"):
-        annotate.run(**arguments | {"top_k": 1})
+        call("annotate", **arguments | {"top_k": 1})
     Image.new("RGB", (50, 50)).save(images / "bee" / "0.jpg")
     with pytest.raises(CommandError, match=r"bee/0.(jpg|png) and bee/0.(jpg|png) are both named 'bee/0'"):
-        annotate.run(**arguments)
+        call("annotate", **arguments)
 
 
 def test_labels_that_were_packed_are_not_mixed_with_new_ones(arguments):
     with TokenLabelWriter(arguments["out"], 3) as writer:
         writer.add("ant/0", torch.ones(2, 2, 3), torch.zeros(2, 2, 3).int())
     with pytest.raises(CommandError, match="holds maps that were not made by this command: write to another folder"):
-        annotate.run(**arguments)
+        call("annotate", **arguments)
 
 
 def test_autocast_gives_nearly_the_same(arguments, tmp_path):
-    annotate.run(**arguments)
-    annotate.run(**arguments | {"out": tmp_path / "half", "dtype": "bfloat16"})
+    call("annotate", **arguments)
+    call("annotate", **arguments | {"out": tmp_path / "half", "dtype": "bfloat16"})
     for name, label in TokenLabelStore(arguments["out"]).items():
         half = TokenLabelStore(tmp_path / "half")[name].values
         assert not torch.equal(half, label.values)
@@ -273,12 +272,12 @@ def test_autocast_gives_nearly_the_same(arguments, tmp_path):
 
 def test_a_vit_takes_other_sizes(arguments, tmp_path):
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.pth")
-    annotate.run(**arguments | {"model": "test_vit", "checkpoint": tmp_path / "vit.pth"})
+    call("annotate", **arguments | {"model": "test_vit", "checkpoint": tmp_path / "vit.pth"})
     assert TokenLabelStore(arguments["out"])["ant/0"].values.shape == (2, 4, 6)
 
 
 def test_torchvisions_data_sets_are_named_by_number(arguments, images):
-    summary = annotate.run(**arguments | {"data": "torch/image_folder", "data_dir": images})
+    summary = call("annotate", **arguments | {"dataset": "torch/image_folder", "data_dir": images})
     assert summary[:3] == (15, 15, 15) and summary.agreement is not None
     assert "00000014" in TokenLabelStore(arguments["out"])
 
@@ -293,12 +292,3 @@ def test_folders_named_as_imagenets_classes_are_those(tmp_path):
     assert model_classes(class_names(dataset), model).tolist() == [0, 217]
     assert model_classes(["cat", "dog"], model) is None and model_classes(None, model) is None
     assert model_classes(["cat", "dog"], timm.create_model("test_resnet", num_classes=2)).tolist() == [0, 1]
-
-
-def test_arguments_of_the_command_are_those_of_run(arguments):
-    parser = argparse.ArgumentParser()
-    annotate.add_arguments(parser)
-    parsed = vars(parser.parse_args(["images", "labels", "--model", "test_vit"]))
-    defaults = annotate.run.__kwdefaults__
-    assert {name: value for name, value in parsed.items() if name in defaults} == defaults
-    assert set(parsed) - set(defaults) == {"data", "out", "model"}

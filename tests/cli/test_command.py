@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import timm_tokens
-from timm_tokens.cli import COMMANDS, _timing, bench, draw, main
-from timm_tokens.cli._picture import borders, paint_groups
+from timm_tokens.cli import COMMANDS, call, main
+from timm_tokens.cli.bench import timing
+from timm_tokens.cli.draw.picture import borders, paint_groups
 
 # PIL keeps a handle of a corrupt file open until it is collected
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -90,23 +91,23 @@ def test_bench_writes_what_it_prints(tmp_path, capsys):
 
 
 def test_bench_of_training_steps_trains_what_it_says():
-    rows = bench.run(model="test_vit", r=[4], batch_size=[2], rounds=1, train=True, memory=False, image_size=96)
+    rows = call("bench", model="test_vit", r=[4], batch_size=[2], rounds=1, train=True, memory=False, img_size=96)
     assert [(row.step, row.r, row.ideal) for row in rows] == [
         ("full", None, None),
         ("modular", 4, None),
         ("end-to-end", 4, None),
     ]
-    machine = _timing.Machine("test_vit", 96, "learned", False, "float32", "cpu", None)
-    model = _timing.build(machine, _timing.Setting("modular", 2, 4))
+    machine = timing.MachineOptions(model="test_vit", img_size=96, device="cpu")
+    model = timing.build(machine, timing.Setting("modular", 2, 4))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    _timing.make_step(machine, _timing.Setting("modular", 2, 4), model)()
+    timing.make_step(machine, timing.Setting("modular", 2, 4), model)()
     moved = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"merger"}
 
 
 def test_bench_measures_memory_in_a_process_of_its_own():
-    machine = _timing.Machine("test_vit", None, "keys", False, "float32", "cpu", None)
-    grown = _timing.peak_memory(machine, _timing.Setting("forward", 64, None))
+    machine = timing.MachineOptions(model="test_vit", metric="keys", device="cpu")
+    grown = timing.peak_memory(machine, timing.Setting("forward", 64, None))
     assert grown is None or 10 < grown < 2000  # 64 images alone are 19 MiB
 
 
@@ -115,11 +116,11 @@ def test_bench_measures_memory_in_a_process_of_its_own():
     [
         ("bench no_such_vit", "timm has no model 'no_such_vit'"),
         ("bench test_resnet --rounds 1", "can't be driven from outside"),
-        ("bench test_vit --r -1", "--r is too small: -1"),
-        ("bench test_vit --threads 0", "--threads is too small: 0"),
-        ("bench test_vit --image-size 100", "--image-size 100 must be a multiple of the model's patches of 16"),
+        ("bench test_vit --r -1", "--r must be at least 0, got -1"),
+        ("bench test_vit --threads 0", "--threads must be at least 1, got 0"),
+        ("bench test_vit --image-size 100", "--img-size must be a multiple of the model's patches of 16 px, got 100"),
         ("bench test_vit --device nowhere", "can't use --device nowhere: "),
-        ("bench test_vit --batch-size 0", "--batch-size is too small: 0"),
+        ("bench test_vit --batch-size 0", "--batch-size must be at least 1, got 0"),
     ],
 )
 def test_bench_refuses(argv, words, capsys):
@@ -139,7 +140,7 @@ def test_draw_paints_the_groups(tmp_path, photo):
     assert main([str(arg) for arg in argv]) == 0
     width, height = Image.open(out).size
     assert width > 2.5 * height
-    panels = draw.run(image=photo, out=out, model="test_vit", checkpoint=weights, r=6, blocks=[1, 6])
+    panels = call("draw", image=photo, out=out, model="test_vit", checkpoint=weights, r=6, blocks=[1, 6])
     assert [(p.block, p.tokens) for p in panels] == [(1, 94), (6, 64)]
 
 
@@ -165,7 +166,7 @@ def test_painting_fills_each_group_with_its_mean_and_outlines_it():
         ({"--model": "no_such_vit"}, "timm has no model"),
         ({"--model": "test_resnet"}, "can't be driven"),
         ({"--r": "60"}, "--r 60 is too large"),
-        ({"--r": "-1"}, "must not be negative, got -1"),
+        ({"--r": "-1"}, "--r must be at least 0, got -1"),
         ({"--blocks": "7"}, "numbers from 1 to 6, the model's depth, got 7"),
         ({"--checkpoint": "missing.pth"}, "no checkpoint file"),
         ({"--checkpoint": "corrupt.png"}, "can't be read as a checkpoint"),

@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from timm_tokens import add_aux_tokens, apply_dtem_merging
-from timm_tokens.cli import draw_attention, main
-from timm_tokens.cli._attention import looks
+from timm_tokens.cli import call, main
+from timm_tokens.cli.draw import attention
+from timm_tokens.cli.draw.looks import looks
 
 # timm's data sets leave the closing of their files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -74,10 +75,10 @@ def test_the_picture_of_a_run(folder):
     line += "--prototypes 16 --head-hidden 8 --num-cls 2 --num-pooled 1 --local-crops 0 --device cpu"
     assert main(line.split()) == 0
     shutil.rmtree("images")
-    seen = draw_attention.run(image="photo.png", out="out.png", run_dir="run")
+    seen = call("draw attention", image="photo.png", out="out.png", run_dir="run")
     assert seen.aux_cls.shape == (1, 2, 4, 4) and seen.pooled.shape == (1, 1, 4, 4)
     state = torch.load("run/last.pth", weights_only=True)["task_state"]
-    net = draw_attention._of_run(Path("run"))
+    net = attention._of_run(Path("run"))
     torch.testing.assert_close(net.aux.tokens, state["teacher.encoder.backbone.aux.tokens"])
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_tokens.cli import draw_labels, main
-from timm_tokens.cli._picture import outline, paint_classes, sheet
+from timm_tokens.cli import call, main
+from timm_tokens.cli.draw import labels as draw_labels
+from timm_tokens.cli.draw.picture import outline, paint_classes, sheet
 from timm_tokens.data import TokenLabelWriter, unpack_labels
 from timm_tokens.ops import crop_token_labels
 
@@ -31,8 +32,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def draw(**options):
-    return draw_labels.run(
-        **{"image": "images/tench/1.png", "out": "labels.png", "labels": "labels", "size": 4} | options
+    return call(
+        "draw labels", **{"image": "images/tench/1.png", "out": "labels.png", "labels": "labels", "size": 4} | options
     )
 
 
@@ -53,7 +54,7 @@ def test_the_targets_are_those_of_training(folder):
 
 
 def test_a_drawn_crop_is_decided_by_the_seed(folder):
-    options = dict(auto_augment="rand-m9-mstd0.5-inc1")
+    options = dict(aa="rand-m9-mstd0.5-inc1")
     maps = [draw(seed=seed, **options).map for seed in (1, 1, 2)]
     assert torch.equal(maps[0], maps[1]) and not torch.equal(maps[0], maps[2])
 

@@ -1,6 +1,5 @@
 """The few-shot command: features by a model and their cache, results, and what it refuses."""
 
-import argparse
 import csv
 from pathlib import Path
 
@@ -11,14 +10,21 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import timm_tokens
-from timm_tokens.cli import _features, fewshot
-from timm_tokens.cli._data import open_dataset
-from timm_tokens.cli._errors import CommandError
+from timm_tokens.cli import CommandError, call
+from timm_tokens.cli.common import checks
+from timm_tokens.cli.common import features as _features
+from timm_tokens.cli.common.datasets import open_dataset
+from timm_tokens.cli.options import LoadingOptions
 
 # timm's ImageDataset leaves the closing of its files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
-QUICK = {"ways": 2, "shots": [1], "queries": 2, "episodes": 3, "plot": False}
+LOADING = LoadingOptions(batch_size=5, workers=0)
+QUICK = {"workers": 0, "device": "cpu", "ways": 2, "shots": [1], "queries": 2, "episodes": 3, "plot": False}
+
+
+def named(model, **options):
+    return _features.named(_features.FeatureOptions(model=model, **options))
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def feature_file(tmp_path):
 
 def test_ready_made_features_give_table_csv_and_plot(feature_file, tmp_path, capsys):
     out = tmp_path / "out"
-    results = fewshot.run(features=feature_file, ways=3, shots=[1, 3], queries=4, episodes=4, out=out)
+    results = call("fewshot", features=feature_file, ways=3, shots=[1, 3], queries=4, episodes=4, out=out)
     assert [(r.shots, r.classifier) for r in results] == [
         (shot, name) for shot in (1, 3) for name in ("nearest_centroid", "cosine_centroid", "bd_cspn")
     ]
@@ -58,9 +64,9 @@ def test_ready_made_features_give_table_csv_and_plot(feature_file, tmp_path, cap
 
 def test_seed_decides_and_shots_are_independent(feature_file, tmp_path):
     arguments = QUICK | {"features": feature_file, "out": tmp_path / "out", "queries": 6, "ways": 3}
-    first, both = fewshot.run(**arguments), fewshot.run(**arguments | {"shots": [2, 1]})
+    first, both = call("fewshot", **arguments), call("fewshot", **arguments | {"shots": [2, 1]})
     assert first == both[3:]
-    assert first != fewshot.run(**arguments | {"seed": 1})
+    assert first != call("fewshot", **arguments | {"seed": 1})
 
 
 def test_features_of_a_model_are_computed_once(images, tmp_path, monkeypatch):
@@ -68,14 +74,19 @@ def test_features_of_a_model_are_computed_once(images, tmp_path, monkeypatch):
     calls = []
     extract = _features._extract
     monkeypatch.setattr(_features, "_extract", lambda *a: calls.append(a) or extract(*a))
-    first = fewshot.run(**arguments)
-    assert fewshot.run(**arguments) == first
+    first = call("fewshot", **arguments)
+    assert call("fewshot", **arguments) == first
     assert len(calls) == 1
     Image.new("RGB", (40, 41)).save(images / "red" / "new.png")
-    fewshot.run(**arguments)
+    call("fewshot", **arguments)
     assert len(calls) == 2
     files = sorted((tmp_path / "out").glob("*"))
-    assert [f.suffix for f in files] == [".csv", ".safetensors", ".safetensors"]  # nothing partial is left behind
+    assert [f.suffix for f in files] == [
+        ".csv",
+        ".json",
+        ".safetensors",
+        ".safetensors",
+    ]  # nothing partial is left behind
 
 
 def test_features_are_those_of_the_model(images, tmp_path):
@@ -83,8 +94,8 @@ def test_features_are_those_of_the_model(images, tmp_path):
     net = timm.create_model("test_vit", num_classes=7).eval()
     save_file(net.state_dict(), tmp_path / "weights.safetensors")
     dataset = open_dataset(images, split="")
-    source = _features.named("test_vit", tmp_path / "weights.safetensors")
-    got = _features.cached_features(tmp_path, dataset, source, batch_size=5)
+    source = named("test_vit", checkpoint=tmp_path / "weights.safetensors")
+    got = _features.cached_features(tmp_path, dataset, source, LOADING)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
     with torch.no_grad(), Image.open(images / "green" / "2.png") as image:
         expected = net.forward_head(net.forward_features(transform(image)[None]), pre_logits=True)[0]
@@ -100,7 +111,7 @@ def test_interrupted_extraction_leaves_no_file(images, tmp_path, monkeypatch):
 
     monkeypatch.setattr(_features, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _features.cached_features(tmp_path / "cache", open_dataset(images), _features.named("test_vit"))
+        _features.cached_features(tmp_path / "cache", open_dataset(images), named("test_vit"), LOADING)
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -110,8 +121,8 @@ def test_features_of_a_model_that_merges(images, tmp_path, name):
     torch.manual_seed(1)
     net = timm.create_model(name, num_classes=7).eval()
     save_file(net.state_dict(), weights)
-    sources = (_features.named(name, weights, merge_r=r) for r in (0, 30))
-    plain, merged = (_features.cached_features(tmp_path, open_dataset(images), source) for source in sources)
+    sources = (named(name, checkpoint=weights, r=r) for r in (0, 30))
+    plain, merged = (_features.cached_features(tmp_path, open_dataset(images), source, LOADING) for source in sources)
     assert merged.metadata["merge_r"] == "30"
     net.reset_classifier(0)
     by_keys = timm_tokens.apply_dtem_merging(net, r=30, metric="keys").eval()
@@ -130,9 +141,9 @@ def test_features_of_registered_models_with_parts(images, tmp_path):
     for name, net in {"auxiliary": auxiliary, "merging": merging}.items():
         timm.models.save_for_hf(net, tmp_path / name, model_args=net.model_args)
 
-    def features(name, merge_r=0):
-        source = _features.named(f"local-dir:{tmp_path / name}", pretrained=True, merge_r=merge_r)
-        return _features.cached_features(tmp_path, open_dataset(images), source).features[4 + 2]
+    def features(name, r=0):
+        source = named(f"local-dir:{tmp_path / name}", pretrained=True, r=r)
+        return _features.cached_features(tmp_path, open_dataset(images), source, LOADING).features[4 + 2]
 
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(plain))
     with Image.open(images / "green" / "2.png") as image:
@@ -140,7 +151,7 @@ def test_features_of_registered_models_with_parts(images, tmp_path):
     torch.testing.assert_close(features("auxiliary"), class_feature(plain, x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(features("merging"), class_feature(merging, x), atol=1e-5, rtol=1e-5)
     merging.merger.r = 30
-    torch.testing.assert_close(features("merging", merge_r=30), class_feature(merging, x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features("merging", r=30), class_feature(merging, x), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -150,20 +161,7 @@ def class_feature(net, x):
 
 def test_a_model_that_can_not_merge_is_refused(images, tmp_path):
     with pytest.raises(CommandError, match="ResNet can't be driven from outside; supported are"):
-        fewshot.run(**QUICK | {"model": "test_resnet", "merge_r": 8, "data_dir": images, "out": tmp_path})
-
-
-def test_arguments_of_the_command_are_those_of_run(feature_file, tmp_path):
-    parser = argparse.ArgumentParser()
-    fewshot.add_arguments(parser)
-    line = f"--features {feature_file} --ways 2 --shots 1 --queries 2 --episodes 3 --no-plot --out {tmp_path / 'out'}"
-    arguments = vars(parser.parse_args(line.split()))
-    assert len(fewshot.run(**arguments)) == 3
-    assert set(arguments) == set(fewshot.run.__kwdefaults__)
-    defaults = vars(parser.parse_args([]))
-    assert {k: tuple(v) if isinstance(v, list) else v for k, v in defaults.items()} == {
-        k: Path(v) if k == "out" else v for k, v in fewshot.run.__kwdefaults__.items()
-    }
+        call("fewshot", **QUICK | {"model": "test_resnet", "r": 8, "data_dir": images, "out": tmp_path})
 
 
 @pytest.mark.parametrize(
@@ -174,7 +172,7 @@ def test_arguments_of_the_command_are_those_of_run(feature_file, tmp_path):
         ({"features": "nowhere.safetensors"}, "no feature file nowhere.safetensors"),
         ({"model": "test_vit", "data_dir": "nowhere"}, "no folder nowhere"),
         ({"model": "test_vit", "data_dir": "."}, r"no images of \., split '': Found 0 images"),
-        ({"classifiers": ["svm"]}, "unknown classifiers svm: choose from nearest_centroid"),
+        ({"classifiers": ["svm"]}, "--classifiers must be one of nearest_centroid, .* got 'svm'"),
         ({"model": "test_vit", "data_dir": ".", "out": __file__}, "--out .*test_fewshot.py is a file: give a folder"),
         ({"model": "test_vit", "data_dir": ".", "device": "nowhere"}, "can't use --device nowhere: "),
     ],
@@ -182,24 +180,24 @@ def test_arguments_of_the_command_are_those_of_run(feature_file, tmp_path):
 def test_refuses_in_words(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CommandError, match=message):
-        fewshot.run(**QUICK | arguments)
+        call("fewshot", **QUICK | arguments)
 
 
 def test_refuses_models_and_checkpoints_that_do_not_fit(images, tmp_path):
     arguments = QUICK | {"data_dir": images, "out": tmp_path}
     with pytest.raises(CommandError, match=r"timm has no model 'no_such_vit'"):
-        fewshot.run(**arguments, model="no_such_vit")
-    with pytest.raises(CommandError, match=r"no checkpoint nowhere.pth"):
-        fewshot.run(**arguments, model="test_vit", checkpoint="nowhere.pth")
+        call("fewshot", **arguments, model="no_such_vit")
+    with pytest.raises(CommandError, match=r"no checkpoint file nowhere.pth"):
+        call("fewshot", **arguments, model="test_vit", checkpoint="nowhere.pth")
     save_file({"cls_token": torch.zeros(1, 1, 64)}, tmp_path / "part.safetensors")
     with pytest.raises(CommandError, match=r"part.safetensors lacks \d+ weights of test_vit, such as"):
-        fewshot.run(**arguments, model="test_vit", checkpoint=tmp_path / "part.safetensors")
+        call("fewshot", **arguments, model="test_vit", checkpoint=tmp_path / "part.safetensors")
 
 
 def test_a_damaged_image_is_named_and_not_replaced_by_the_next(images, tmp_path):
     (images / "red" / "1.png").write_text("no picture")
     with pytest.raises(CommandError, match=r"1 of 12 images can't be read, repair or remove them: image 'red/1.png'"):
-        fewshot.run(**QUICK, data_dir=images, out=tmp_path / "out", model="test_vit")
+        call("fewshot", **QUICK, data_dir=images, out=tmp_path / "out", model="test_vit")
     assert not (tmp_path / "out").exists()
 
 
@@ -208,15 +206,15 @@ def test_refuses_feature_files_that_do_not_fit(feature_file, tmp_path):
     with pytest.raises(
         CommandError, match=r"must hold features \(N, D\) and labels \(N,\); it holds {'features': \(4, 2\)}"
     ):
-        fewshot.run(**QUICK, features=tmp_path / "unlabelled.safetensors")
+        call("fewshot", **QUICK, features=tmp_path / "unlabelled.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors at all")
     with pytest.raises(CommandError, match=r"text.safetensors is not a safetensors file"):
-        fewshot.run(**QUICK, features=tmp_path / "text.safetensors")
+        call("fewshot", **QUICK, features=tmp_path / "text.safetensors")
     with pytest.raises(CommandError, match="0 of 5 classes have the 41 images"):
-        fewshot.run(**QUICK | {"queries": 40}, features=feature_file, out=tmp_path)
+        call("fewshot", **QUICK | {"queries": 40}, features=feature_file, out=tmp_path)
 
 
 def test_refuses_to_plot_without_matplotlib(feature_file, monkeypatch):
-    monkeypatch.setattr(fewshot, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(CommandError, match=r"pip install 'timm-tokens\[viz\]', or pass --no-plot"):
-        fewshot.run(**QUICK | {"plot": True}, features=feature_file)
+        call("fewshot", **QUICK | {"plot": True}, features=feature_file)

@@ -1,6 +1,5 @@
 """The probe command: its numbers are those of the functions on the model's features; its report; what it refuses."""
 
-import argparse
 import csv
 
 import pytest
@@ -10,12 +9,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import normalized_mutual_info_score
 
-from timm_tokens.cli import _features, draw_attention, main, probe
-from timm_tokens.cli._errors import CommandError
+from timm_tokens.cli import CommandError, call, main
+from timm_tokens.cli.common import checks, runs
+from timm_tokens.cli.common import features as _features
 from timm_tokens.probing import knn_accuracy, linear_probe
 
 # timm's data sets leave the closing of their files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+QUICK = {"workers": 0, "device": "cpu"}
 
 
 @pytest.fixture
@@ -36,11 +38,18 @@ def arguments(images, tmp_path):
     torch.manual_seed(5)
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
     given = {"model": "test_vit", "checkpoint": tmp_path / "weights.safetensors", "data_dir": images}
-    return given | {"out": tmp_path / "out", "neighbours": [3, 10, 100], "lrs": [0.01, 0.1], "epochs": 10}
+    return given | {
+        "workers": 0,
+        "device": "cpu",
+        "out": tmp_path / "out",
+        "neighbours": [3, 10, 100],
+        "lrs": [0.01, 0.1],
+        "epochs": 10,
+    }
 
 
 def test_the_numbers_are_those_of_the_functions_on_the_models_features(arguments, images, tmp_path, capsys):
-    report = probe.run(**arguments)
+    report = call("probe", **arguments)
     net = timm.create_model("test_vit", num_classes=0).eval()
     net.load_state_dict(load_file(tmp_path / "weights.safetensors"), strict=False)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
@@ -60,7 +69,7 @@ def test_the_numbers_are_those_of_the_functions_on_the_models_features(arguments
 
 
 def test_the_report_holds_them_all(arguments):
-    report = probe.run(**arguments)
+    report = call("probe", **arguments)
     out = arguments["out"]
     with (out / "probe.csv").open() as file:
         rows = [(row["measure"], float(row["setting"]), float(row["value"])) for row in csv.DictReader(file)]
@@ -74,15 +83,15 @@ def test_the_report_holds_them_all(arguments):
 
 
 def test_features_are_computed_once(arguments, monkeypatch):
-    first = probe.run(**arguments, plot=False)
+    first = call("probe", **arguments, plot=False)
     monkeypatch.setattr(_features, "_extract", None)  # not called
-    assert probe.run(**arguments, plot=False) == first
+    assert call("probe", **arguments, plot=False) == first
     assert len(list(arguments["out"].glob("*.safetensors"))) == 2 and not (arguments["out"] / "probe.png").exists()
 
 
 @pytest.mark.parametrize("size", [None, 96])
 def test_the_image_size_can_be_chosen(arguments, images, size):
-    probe.run(**arguments, img_size=size, plot=False)
+    call("probe", **arguments, img_size=size, plot=False)
     kept = [_features.load_features(file) for file in arguments["out"].glob("*.safetensors")]
     val = next(part for part in kept if len(part.labels) == 12)
     net = timm.create_model("test_vit", num_classes=0).eval()
@@ -113,11 +122,18 @@ def trained(tmp_path_factory):
 
 
 def test_prototypes_of_a_run_as_tokens_are_added(trained, tmp_path):
-    arguments = {"data_dir": trained / "images", "out": tmp_path, "neighbours": [1], "epochs": 2, "batch_size": 4}
-    report = probe.run(run_dir=trained / "run", **arguments | {"lrs": [0.1, 1.0]})
+    arguments = {
+        "data_dir": trained / "images",
+        "out": tmp_path,
+        "neighbours": [1],
+        "epochs": 2,
+        "batch_size": 4,
+        "workers": 0,
+    }
+    report = call("probe", run_dir=trained / "run", **arguments | {"lrs": [0.1, 1.0]})
     assert report.tokens == ("cls", "aux0", "pooled0") and len(report.nmi) == 3
     # Again by hand: the teacher's centred logits, at the last temperature.
-    task = probe.load_run(trained / "run").task
+    task = runs.load_run(trained / "run").task
     transform = _features.eval_transform(task.product, 64)
     files = sorted((trained / "images" / "val").rglob("*.png"))
     pixels = torch.stack([transform(Image.open(file)) for file in files])
@@ -162,7 +178,8 @@ def test_the_model_of_any_run(trained, arguments, tmp_path, objective, model, op
     if objective == "dtm":
         line += f" {arguments['checkpoint']}"
     assert main(line.split()) == 0
-    probe.run(run_dir=tmp_path / "run", data_dir=trained / "images", out=tmp_path, neighbours=[1], epochs=1, plot=False)
+    shared = {"data_dir": trained / "images", "out": tmp_path, "neighbours": [1], "epochs": 1} | QUICK
+    call("probe", run_dir=tmp_path / "run", plot=False, **shared)
     size = 32 if objective == "dtm" else 64
     net = timm.create_model(model, num_classes=0, **made).eval()
     if hasattr(net, "set_input_size"):
@@ -177,19 +194,13 @@ def test_the_model_of_any_run(trained, arguments, tmp_path, objective, model, op
     val = next(x for x in saved if "val" in x.metadata["data"])
     torch.testing.assert_close(val.features, expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(CommandError, match="has no ViT with auxiliary tokens"):
-        draw_attention.run(image=files[0], out=tmp_path / "seen.png", run_dir=tmp_path / "run")
+        call("draw attention", image=files[0], out=tmp_path / "seen.png", run_dir=tmp_path / "run")
 
 
 def test_a_run_without_checkpoint_is_refused(arguments, tmp_path):
-    (tmp_path / "options.json").write_text('{"objective": "dtm"}')
+    (tmp_path / "options.json").write_text('{"command": "train dtm"}')
     with pytest.raises(CommandError, match="has no checkpoint yet"):
-        probe.run(**arguments | {"model": None, "checkpoint": None, "run_dir": tmp_path})
-
-
-def test_arguments_of_the_command_are_those_of_run():
-    parser = argparse.ArgumentParser()
-    probe.add_arguments(parser)
-    assert vars(parser.parse_args([])) == {**probe.run.__kwdefaults__, "out": parser.get_default("out")}
+        call("probe", **arguments | {"model": None, "checkpoint": None, "run_dir": tmp_path})
 
 
 @pytest.mark.parametrize(
@@ -202,23 +213,23 @@ def test_arguments_of_the_command_are_those_of_run():
         ({"data_dir": "nowhere"}, "no folder nowhere/train"),
         ({"val_split": "train"}, "splits train and train are the same images"),
         ({"model": "no_such_vit"}, "timm has no model 'no_such_vit'"),
-        ({"checkpoint": "nowhere.pth"}, "no checkpoint nowhere.pth"),
+        ({"checkpoint": "nowhere.pth"}, "no checkpoint file nowhere.pth"),
         ({"neighbours": [100]}, r"k must lie in \[1, 24\]"),
-        ({"lrs": [0.0]}, "lrs, epochs and batch_size must be positive"),
+        ({"lrs": [0.0]}, "--lrs must be above 0, got 0"),
     ],
 )
 def test_refuses_in_words(change, message, arguments):
     with pytest.raises(CommandError, match=message):
-        probe.run(**arguments | change)
+        call("probe", **arguments | change)
 
 
 def test_splits_of_other_classes_are_refused(arguments, images):
     (images / "val" / "red").rename(images / "val" / "orange")
     with pytest.raises(CommandError, match="splits train and val have other classes than each other"):
-        probe.run(**arguments)
+        call("probe", **arguments)
 
 
 def test_refuses_to_plot_without_matplotlib(arguments, monkeypatch):
-    monkeypatch.setattr(probe, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(CommandError, match=r"pip install 'timm-tokens\[viz\]', or pass --no-plot"):
-        probe.run(**arguments)
+        call("probe", **arguments)

@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import timm_tokens
-from timm_tokens.cli import main, train
-from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli.objectives import OBJECTIVES
-from timm_tokens.cli.objectives.token_label import class_numbers
+from timm_tokens.cli import CommandError, call, main
+from timm_tokens.cli.commands import COMMANDS
+from timm_tokens.cli.common import checks
+from timm_tokens.cli.train.token_label import class_numbers
 from timm_tokens.data import TokenLabelWriter, unpack_labels
 from timm_tokens.data.label_format import write_label_file
 
@@ -60,9 +60,7 @@ def rows(path):
 
 def test_with_token_labels(images, labels, tmp_path, capsys):
     out = tmp_path / "out"
-    result = train.run(
-        objective="token-label", data_dir=str(images), labels=str(labels), out=str(out), plot=True, **QUICK
-    )
+    result = call("train token-label", data_dir=str(images), labels=str(labels), out=str(out), plot=True, **QUICK)
     assert [row["epoch"] for row in rows(out / "summary.csv")] == ["0", "1"]
     assert 0 <= float(rows(out / "summary.csv")[1]["eval_top1"]) <= 100
     assert len(rows(out / "steps.csv")) == 6
@@ -77,14 +75,14 @@ def test_with_token_labels(images, labels, tmp_path, capsys):
     with torch.no_grad():
         hub = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
         torch.testing.assert_close(hub(x), result.model(x))
-    assert json.loads((out / "options.json").read_text())["objective"] == "token-label"
+    assert json.loads((out / "options.json").read_text())["command"] == "train token-label"
     assert f"The model is in {out / 'model.safetensors'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["test_vit", "test_resnet"])
 def test_without_labels_it_is_an_ordinary_classifier(images, tmp_path, model):
     arguments = QUICK | {"model": model, "lr": 3e-3, "scale": (0.9, 1.0), "epochs": 8, "re_prob": 0.0}
-    result = train.run(objective="token-label", data_dir=images, out=tmp_path, **arguments)
+    result = call("train token-label", data_dir=images, out=tmp_path, **arguments)
     assert not isinstance(result.model, timm_tokens.TokenViT)
     losses = [row["train_loss"] for row in result.epochs]
     assert losses[-1] < losses[0] - 0.1
@@ -114,8 +112,8 @@ def test_starts_from_a_checkpoint(images, tmp_path):
     other = timm.create_model("test_vit", num_classes=5)  # 160 pixels, so another position embedding, too
     save_file(other.state_dict(), tmp_path / "weights.safetensors")
     quick = QUICK | {"steps": 1, "lr": 1e-12}
-    result = train.run(
-        objective="token-label",
+    result = call(
+        "train token-label",
         data_dir=images,
         out=tmp_path / "out",
         checkpoint=tmp_path / "weights.safetensors",
@@ -125,8 +123,8 @@ def test_starts_from_a_checkpoint(images, tmp_path):
     assert result.model.num_classes == 3
     same = timm.create_model("test_vit", num_classes=3, img_size=32)
     save_file(same.state_dict(), tmp_path / "same.safetensors")
-    result = train.run(
-        objective="token-label",
+    result = call(
+        "train token-label",
         data_dir=images,
         out=tmp_path / "same",
         checkpoint=tmp_path / "same.safetensors",
@@ -155,48 +153,48 @@ def test_classes_are_matched_to_the_labels():
         ({"labels": "nowhere"}, "no label store in nowhere"),
         ({"checkpoint": "nowhere.pth"}, "no checkpoint file nowhere.pth"),
         ({"batch_size": 13}, "a batch takes 13 images"),
-        ({"objective": "sleep"}, "no objective 'sleep': choose from"),
-        ({"lr_rate": 1}, "token-label has no option 'lr_rate': it has .*lr"),
+        ({"command": "train sleep"}, "there is no command 'train sleep': choose from"),
+        ({"lr_rate": 1}, "there is no option 'lr_rate': there are .*lr"),
         ({"lr": 1e30, "epochs": 9, "re_prob": 0.0}, "Lower the learning rate"),
     ],
 )
 def test_refuses_in_words(images, tmp_path, monkeypatch, changes, message):
-    arguments = {"objective": "token-label", "data_dir": images, "out": tmp_path / "out"} | QUICK | changes
+    arguments = {"command": "train token-label", "data_dir": images, "out": tmp_path / "out"} | QUICK | changes
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CommandError, match=message):
-        train.run(**arguments)
+        call(**arguments)
 
 
 def test_refuses_labels_that_do_not_fit(images, tmp_path):
-    arguments = {"objective": "token-label", "data_dir": images, "out": tmp_path / "out"} | QUICK
+    arguments = {"command": "train token-label", "data_dir": images, "out": tmp_path / "out"} | QUICK
     part = annotate(tmp_path / "part", leave_out={("green", 1), ("red", 0)})
     with pytest.raises(CommandError, match=r"2 of 12 images have no label in .*part, such as green/train1"):
-        train.run(**arguments, labels=part)
+        call(**arguments, labels=part)
     many = annotate(tmp_path / "many", classes=50)
     with pytest.raises(CommandError, match=r"over 50 classes, the images are in 3 folders, and 'blue' is no WordNet"):
-        train.run(**arguments, labels=many)
+        call(**arguments, labels=many)
     three = annotate(tmp_path / "three")
     with pytest.raises(CommandError, match="three are over 3 classes, not 4"):
-        train.run(**arguments, labels=three, num_classes=4)
+        call(**arguments, labels=three, num_classes=4)
     for name, label in unpack_labels(three, tmp_path / "files").items():  # of which class 3 is none of the folders
         write_label_file(tmp_path / "files" / f"{name}.pt", label._replace(indices=label.indices + 1))
     with pytest.raises(CommandError, match=r"/train\d': classes must be in \[0, 3\), got"):
-        train.run(**arguments | {"out": tmp_path / "new"}, labels=tmp_path / "files")
+        call(**arguments | {"out": tmp_path / "new"}, labels=tmp_path / "files")
     with pytest.raises(CommandError, match="ResNet can't be driven from outside"):
-        train.run(**arguments | {"model": "test_resnet"}, labels=three)
+        call(**arguments | {"model": "test_resnet"}, labels=three)
 
 
 def test_refuses_to_plot_without_matplotlib(monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
-    with pytest.raises(CommandError, match=r"--plot takes matplotlib: pip install 'timm-tokens\[viz\]'"):
-        train.run(objective="token-label", plot=True, out=tmp_path)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(CommandError, match=r"the plot takes matplotlib: pip install 'timm-tokens\[viz\]'"):
+        call("train token-label", data_dir=tmp_path, model="test_vit", plot=True, out=tmp_path)
 
 
 def test_help_names_the_objectives(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in OBJECTIVES)
+    assert all(name in printed for name in COMMANDS if name.startswith("train "))
     with pytest.raises(SystemExit):
         main(["train", "token-label", "--help"])
     assert "--weight-decay-end" in capsys.readouterr().out

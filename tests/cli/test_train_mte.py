@@ -77,7 +77,7 @@ def test_a_registered_model_brings_its_tokens(images):
         ("--model test_efficientnet --num-cls 2", "test_efficientnet can't have auxiliary class tokens, only pooled"),
         ("--model test_efficientnet --objective ibot", "iBOT masks patches, which takes a ViT"),
         ("--model test_vit --objective moby --local-crops 2", "takes two crops, both global, got 4 crops"),
-        ("--model test_vit --prototypes 0", "num_prototypes must be at least 1, got 0"),
+        ("--model test_vit --prototypes 0", "--prototypes must be at least 1, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(images, options, message, capsys):

@@ -1,7 +1,6 @@
 """The command that pre-trains: from folders of images to a plain model that timm loads, and what it refuses."""
 
 import csv
-from argparse import Namespace
 
 import pytest
 import timm
@@ -9,16 +8,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_tokens.cli import train
-from timm_tokens.cli._errors import CommandError
-from timm_tokens.cli._sources import make_model
+from timm_tokens.cli import CommandError, call
+from timm_tokens.cli.common.models import make_model
+from timm_tokens.cli.options import ModelOptions
 from timm_tokens.tasks import DTMTask
 
 # timm's ImageDataset leaves the closing of its files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 QUICK = {"img_size": 32, "epochs": 2, "batch_size": 4, "workers": 0, "device": "cpu"}
-CLUSTERS = {"prototypes": 10, "hidden": 16, "width": 8, "local_crops": 1}
+CLUSTERS = {"prototypes": 10, "head_hidden": 16, "head_dim": 8, "local_crops": 1}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def pretrain(objective, images, out, **options):
     if objective == "dtm":
         options = {"teacher": "test_vit"} | options
         options["teacher_checkpoint"] = images / f"{options['teacher']}.safetensors"
-    return train.run(objective=objective, data_dir=images, out=out, **{**QUICK, **options})
+    return call(f"train {objective}", data_dir=images, out=out, **{**QUICK, **options})
 
 
 @pytest.mark.parametrize(
@@ -70,15 +69,14 @@ def test_a_plain_model_comes_out(images, tmp_path, objective, model, options):
 def test_what_came_out_can_be_fine_tuned(tmp_path, model, classes):
     weights = timm.create_model(model, num_classes=0).state_dict()
     save_file(weights, tmp_path / "model.safetensors")
-    options = {"checkpoint": tmp_path / "model.safetensors", "pretrained": False, "img_size": None, "drop_path": None}
-    options |= {"model": model, "model_kwargs": {}, "grad_checkpointing": False}
-    loaded = make_model(Namespace(**options), num_classes=classes)
+    options = ModelOptions(model=model, checkpoint=tmp_path / "model.safetensors")
+    loaded = make_model(options, num_classes=classes)
     assert loaded.num_classes == classes
     state = loaded.state_dict()
     assert all(torch.equal(state[name], value) for name, value in weights.items())
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CommandError, match=f"has no weight of {model}"):
-        make_model(Namespace(**options), num_classes=classes)
+        make_model(options, num_classes=classes)
 
 
 def test_mira_logs_its_information(images, tmp_path):
@@ -114,13 +112,13 @@ def test_a_student_that_takes_any_size_gets_the_size_asked_for(images, tmp_path,
         ("dtm", {"teacher": None}, "--teacher is missing"),
         ("dtm", {"teacher": "test_vitt"}, "no checkpoint file .*test_vitt"),
         ("dtm", {"teacher": "test_resnet"}, "does not cut images into patches"),
-        ("dtm", {"mask_ratio": 1.5}, r"mask_ratio must be in \(0, 1\], got 1.5"),
+        ("dtm", {"mask_ratio": 1.5}, "--mask-ratio must be above 0 and at most 1, got 1.5"),
         ("dtm", {"min_tokens": 5}, "between 0 and the 4 tokens that may merge, got 5"),
-        ("dtm", {"draws": 0}, "draws must be at least 1, got 0"),
+        ("dtm", {"draws": 0}, "--draws must be at least 1, got 0"),
         ("dtm", {"model": "test_resnet"}, "ResNet.* can't be driven"),
-        ("mira", {"beta": (0.7, 1.0)}, r"beta must stay in \[0, 1\), got \(0.7, 1.0\)"),
-        ("mira", {"tau_teacher": 0.0}, "tau must be a positive number"),
-        ("mira", {"tau_teacher": -1.0, "targets": "sinkhorn"}, "tau must be a positive number"),
+        ("mira", {"beta": (0.7, 1.0)}, "--beta must be at least 0 and below 1, got 1.0"),
+        ("mira", {"tau_teacher": 0.0}, "--tau-teacher must be above 0, got 0"),
+        ("mira", {"tau_teacher": -1.0, "targets": "sinkhorn"}, "--tau-teacher must be above 0, got -1"),
         ("mira", {"local_size": 20}, "--local-size must be a multiple of the model's patches of 16 px, got 20"),
         ("mira", {"global_scale": (0.5, 0.2)}, r"scale must be a range of shares in \(0, 1\]"),
     ],

@@ -202,7 +202,7 @@ def test_a_full_disk_keeps_the_journal_whole(tmp_path):
 
 
 def test_two_writers_are_refused(tmp_path):
-    refused = pytest.raises(RuntimeError, match=r"another writer is at work on part 0 of .*give each its own part")
+    refused = pytest.raises(BlockingIOError, match=r"another writer is at work on part 0 of .*give each its own part")
     with TokenLabelWriter(tmp_path, 100), refused:
         TokenLabelWriter(tmp_path, 100)
     TokenLabelWriter(tmp_path, 100).close()

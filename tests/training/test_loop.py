@@ -168,7 +168,7 @@ class Stream(IterableDataset):
         (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
         (dict(lr=-1.0), ValueError, "lr must be above 0, got -1.0"),
         (dict(weight_decay=0.0, weight_decay_end=0.1), ValueError, "weight_decay_end needs weight_decay above 0"),
-        (dict(ema=1.0), ValueError, r"ema must be in \[0, 1\), got 1.0"),
+        (dict(ema=1.0), ValueError, "ema must be at least 0 and below 1, got 1.0"),
         (dict(amp="float16"), ValueError, "amp float16 needs a GPU"),
         (dict(opt="adamm"), ValueError, "adamm"),
         (dict(dataset=Stream()), TypeError, "Stream is a stream: training takes data sets with a length"),

@@ -10,7 +10,7 @@ from runs import Follow, Killed, Points, run
 from safetensors.torch import load_file
 from torch import nn
 
-from timm_tokens.cli import train
+from timm_tokens.cli import call
 from timm_tokens.training import Accuracy
 from timm_tokens.training.history import read
 
@@ -18,7 +18,7 @@ OPTIONS = dict(epochs=2, clip_grad=0.5, weight_decay_end=0.4, ema=0.7)
 
 
 # Plain SGD: Adam would make large steps of gradients that are zero but for rounding.
-COMMAND = dict(objective="token-label", model="test_vit", img_size=32, steps=3, workers=0, device="cpu")
+COMMAND = dict(command="train token-label", model="test_vit", img_size=32, steps=3, workers=0, device="cpu")
 COMMAND |= dict(opt="momentum", lr=0.1)
 
 
@@ -34,7 +34,7 @@ def work(rank, folder):
     parts = OPTIONS | dict(batch_size=1, accumulate=2)
     result, task = run(folder / "two", Follow(dropout=0, noise=0), evaluate=accuracy, **parts)
     torch.save((result.model.state_dict(), task.get_task_state()), folder / f"{rank}.pt")
-    train.run(**COMMAND, data_dir=folder / "images", out=folder / "command", batch_size=2)
+    call(**COMMAND, data_dir=folder / "images", out=folder / "command", batch_size=2)
     run(folder / "whole", Follow(), **OPTIONS)
     try:
         run(folder / "killed", Follow(), kill=3, **OPTIONS)
@@ -69,7 +69,7 @@ def test_joined_batch(folder, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's ImageDataset leaves that to the collector
 def test_command(folder, tmp_path):
-    train.run(**COMMAND, data_dir=folder / "images", out=tmp_path, batch_size=4)
+    call(**COMMAND, data_dir=folder / "images", out=tmp_path, batch_size=4)
     for table in ("steps.csv", "summary.csv"):
         for found, expected in zip(read(folder / "command" / table), read(tmp_path / table), strict=True):
             assert found == pytest.approx(expected, rel=1e-4)

@@ -5,21 +5,24 @@ timm-tokens run validate.py --model deit_small_dtem --data-dir imagenet
 
 import runpy
 import sys
-from argparse import REMAINDER, ArgumentParser
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_tokens.cli._errors import CommandError
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.options import Options as BaseOptions
+from timm_tokens.options import option
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of the sub-command: the keyword arguments of `run`."""
-    parser.add_argument("script", type=Path, help="a Python file")
-    parser.add_argument("arguments", nargs=REMAINDER, help="the script's own")
+@dataclass(frozen=True, kw_only=True)
+class Options(BaseOptions):
+    """What to run."""
+
+    script: Path = option(help="a Python file; all that follows is its own", positional=True)
+    arguments: tuple[str, ...] = option((), "the script's own arguments", rest=True)
 
 
-def run(*, script: str | Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """Run the script as `python SCRIPT ARGUMENTS` would; what it raises, its exit included, passes through.
 
     Returns:
@@ -28,14 +31,14 @@ def run(*, script: str | Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         CommandError: If there is no such file.
     """
-    script = Path(script)
+    script = options.script
     if not script.is_file():
         raise CommandError(
             f"no script {script}: give the path of a Python file, such as validate.py "
             "in a clone of https://github.com/huggingface/pytorch-image-models"
         )
     argv, path = sys.argv, sys.path
-    sys.argv, sys.path = [str(script), *arguments], [str(script.resolve().parent), *path]
+    sys.argv, sys.path = [str(script), *options.arguments], [str(script.resolve().parent), *path]
     try:
         return runpy.run_path(str(script), run_name="__main__")
     finally:

@@ -34,7 +34,7 @@ class TokenLabelWriter:
 
     Raises:
         ValueError: the folder holds labels for another number of classes.
-        RuntimeError: another writer is at work on this part of the folder.
+        BlockingIOError: another writer is at work on this part of the folder.
     """
 
     def __init__(self, folder: str | Path, num_classes: int, *, shard_size: int = 4096, part: int = 0):
@@ -48,7 +48,7 @@ class TokenLabelWriter:
         try:
             self._lock.acquire()
         except Timeout:
-            raise RuntimeError(
+            raise BlockingIOError(
                 f"another writer is at work on part {part} of {self.folder}: wait for it, or give each its own part"
             ) from None
         try:

@@ -1,75 +1,88 @@
 """What a run is set to: the arguments of `train`, and of the command `timm-tokens train`."""
 
-from argparse import ArgumentParser
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from timm_tokens.options import Options, option
 
-def _option(default: Any, help: str, **argparse: Any) -> Any:
-    """A field, with what the command's parser needs to know of it."""
-    kind = {} if default is None or isinstance(default, bool) else {"type": type(default)}
-    return field(default=default, metadata=kind | argparse | {"help": help})
-
-
-_FLAG = {"action": "store_true"}
+_OPTIMIZER, _FILES = "Optimizer", "Checkpoints and logs"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The settings of a run. Each is an option of the command, too: its --help says what they are.
+class Settings(Options):
+    """Training.
+
+    The settings of a run; each is an option of the command, too.
 
     Raises:
         ValueError: A value is out of range.
     """
 
-    out: Path = field(default=MISSING, metadata={"type": Path, "help": "folder for checkpoints, model and tables"})
-    epochs: int = _option(100, "passes over the training images")
-    steps: int = _option(None, "optimizer steps, instead of epochs", type=int)
-    batch_size: int = _option(64, "images a step, on each process and for each part of an accumulated batch")
-    accumulate: int = _option(1, "parts whose gradients make one step: the batch is so many times as large")
-    opt: str = _option("adamw", "any of timm's optimizers")
-    opt_betas: tuple[float, ...] = _option(None, "of Adam and its kin", type=float, nargs="+", metavar="BETA")
-    momentum: float = _option(0.9, "of SGD")
-    lr: float = _option(1e-3, "learning rate, as it is: it is not scaled by the batch size")
-    sched: str = _option("cosine", "of the learning rate", choices=("cosine", "linear", "tanh", "none"))
-    warmup_epochs: float = _option(None, "of linear warm-up; default: a twentieth of the run", type=float)
-    warmup_lr: float = _option(1e-6, "learning rate at the start of the warm-up")
-    min_lr: float = _option(1e-6, "learning rate at the end")
-    weight_decay: float = _option(0.05, "none on biases, norms and what the model exempts")
-    weight_decay_end: float = _option(None, "goes there from --weight-decay along a cosine", type=float)
-    layer_decay: float = _option(None, "factor of the learning rate from each layer to the one before", type=float)
-    clip_grad: float = _option(None, "largest gradient", type=float)
-    clip_mode: str = _option(
-        "norm", "by the norm of all, of each parameter, by value, or adaptively",
-        choices=("norm", "parameter", "value", "agc"),
-    )  # fmt: skip
-    amp: str = _option(
-        None, "mixed precision; float16 (with loss scaling) needs a GPU", choices=("float16", "bfloat16")
+    out: Path = option(help="folder for checkpoints, tables and the model")
+    epochs: int = option(100, "passes over the training images", at_least=1)
+    steps: int | None = option(
+        None, "optimizer steps to take, instead of --epochs (default: as --epochs says)", at_least=1
     )
-    ema: float = _option(None, "keep an average of the model with this decay; it is what is validated and published",
-                         type=float, metavar="DECAY")  # fmt: skip
-    seed: int = _option(0, "decides everything random")
-    workers: int = _option(4, "processes that load images")
-    device: str = _option("cpu", "such as cuda (default: that if there is one, else cpu)")
-    resume: bool = _option(False, "go on from the last checkpoint in --out; start anew if there is none", **_FLAG)
-    save_every: int = _option(1000, "steps between checkpoints, besides that of every epoch")
-    eval_every: int = _option(1, "epochs between validations")
-    log_every: int = _option(10, "steps after which the losses are looked at, and written to steps.csv")
+    batch_size: int = option(64, "images in each batch, per process and per accumulated part", at_least=1)
+    accumulate: int = option(1, "batches whose gradients are accumulated for one optimizer step", at_least=1)
+    amp: str | None = option(
+        None, "data type of mixed precision; float16 scales the loss and needs a GPU (default: no mixed precision)",
+        choices=("float16", "bfloat16"),
+    )  # fmt: skip
+    ema: float | None = option(
+        None, "decay of an exponential moving average of the model, which is then what is validated and published "
+        "(default: no average)", at_least=0, below=1, metavar="DECAY",
+    )  # fmt: skip
+    seed: int = option(0, "seed of everything random", at_least=0, below=2**63)
+    workers: int = option(4, "processes that load images", at_least=0)
+    device: str = option("cpu", "device to compute on, such as cuda")
+    resume: bool = option(False, "continue from the last checkpoint in --out, or start anew if there is none")
+
+    opt: str = option("adamw", "name of one of timm's optimizers", group=_OPTIMIZER)
+    lr: float = option(1e-3, "learning rate, which is not scaled by the batch size", above=0, group=_OPTIMIZER)
+    sched: str = option(
+        "cosine", "schedule of the learning rate", choices=("cosine", "linear", "tanh", "none"), group=_OPTIMIZER
+    )
+    min_lr: float = option(1e-6, "learning rate at the end of the schedule", at_least=0, group=_OPTIMIZER)
+    warmup_epochs: float | None = option(
+        None, "epochs of linear warm-up (default: a twentieth of the run)", at_least=0, group=_OPTIMIZER
+    )
+    warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up", at_least=0, rare=True)
+    weight_decay: float = option(
+        0.05, "weight decay; biases, norms and what the model exempts have none", at_least=0, group=_OPTIMIZER
+    )
+    weight_decay_end: float | None = option(
+        None, "final weight decay of the cosine schedule that starts at --weight-decay (default: it stays constant)",
+        at_least=0, group=_OPTIMIZER,
+    )  # fmt: skip
+    clip_grad: float | None = option(
+        None, "largest gradient, as --clip-mode measures it (default: gradients are not clipped)",
+        above=0, infinite=True, group=_OPTIMIZER,
+    )  # fmt: skip
+    clip_mode: str = option(
+        "norm", "clip by the norm of all gradients, by the norm of each parameter's, by value, or adaptively",
+        choices=("norm", "parameter", "value", "agc"), group=_OPTIMIZER,
+    )  # fmt: skip
+    opt_betas: tuple[float, ...] | None = option(
+        None, "betas of Adam and its variants (default: the optimizer's own)",
+        at_least=0, below=1, metavar="BETA", rare=True,
+    )  # fmt: skip
+    momentum: float = option(0.9, "momentum of SGD and its variants", at_least=0, below=1, rare=True)
+    layer_decay: float | None = option(
+        None, "factor of the learning rate from each layer to the one before it (default: all layers have the same)",
+        above=0, at_most=1, rare=True,
+    )  # fmt: skip
+    save_every: int = option(1000, "optimizer steps between checkpoints, beside the one after every epoch", at_least=1,
+                             group=_FILES)  # fmt: skip
+    eval_every: int = option(1, "epochs between validations", at_least=1, group=_FILES)
+    log_every: int = option(10, "optimizer steps between writing the losses to steps.csv", at_least=1, group=_FILES)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "out", Path(self.out))  # the dataclass is frozen
-        for name in ("epochs", "steps", "batch_size", "accumulate", "save_every", "eval_every", "log_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "clip_grad"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        super().__post_init__()
         if self.weight_decay_end is not None and not self.weight_decay > 0:
             raise ValueError(f"weight_decay_end needs weight_decay above 0 to start from, got {self.weight_decay}")
-        if self.amp == "float16" and self.device.startswith("cpu"):
+        if self.amp == "float16" and (self.device or "").startswith("cpu"):
             raise ValueError("amp float16 needs a GPU: use bfloat16 on the CPU")
 
     def curve(self) -> dict[str, Any]:
@@ -79,10 +92,3 @@ class Settings:
 
 # What may change between a run and its continuation.
 FREE = {"out", "resume", "workers", "device", "save_every", "eval_every", "log_every"}
-
-
-def add_settings(parser: ArgumentParser) -> None:
-    """Declare the settings as options of a command."""
-    for setting in fields(Settings):
-        default = None if setting.default is MISSING else setting.default
-        parser.add_argument("--" + setting.name.replace("_", "-"), default=default, **setting.metadata)

@@ -1,0 +1,132 @@
+"""The machine annotator of `timm-tokens annotate`: a timm classifier, what it sees of an image, and its label maps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from timm_tokens.cli.common import checkpoints, models
+from timm_tokens.cli.common.datasets import model_classes
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.options import ModelOptions
+from timm_tokens.data import LabelMap
+from timm_tokens.dense import dense_scores
+from timm_tokens.options import option
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Annotator(NamedTuple):
+    """A model, its transform of PIL images, and how its maps are made.
+
+    Attributes:
+        config: the transform's, as plain data: label maps of another one are others.
+        grid: (H, W) of the maps.
+        kept: numbers of the model's classes that maps are made of, in the maps' order; None: all of them.
+    """
+
+    model: nn.Module
+    transform: Callable[[Image.Image], Tensor]
+    config: dict
+    grid: tuple[int, int]
+    top: int
+    dtype: torch.dtype
+    kept: tuple[int, ...] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes if self.kept is None else len(self.kept)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> LabelMap:
+        """Label maps of transformed images (B, 3, h, w), on the CPU: the best classes (B, top, H, W) of every cell."""
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+            scores = dense_scores(self.model, images)
+        if self.kept is not None:
+            scores = scores[..., list(self.kept)]
+        values, indices = scores.float().topk(self.top, dim=-1)  # (B, H, W, K) -> (B, H, W, top)
+        return LabelMap(*(x.permute(0, 3, 1, 2).cpu() for x in (values.half(), indices.int())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatorOptions(ModelOptions):
+    """Model."""
+
+    model: str = option(help="name of a classifier in timm, or of a model of this package")
+    checkpoint: Path | None = option(
+        None, "file with the model's weights, .safetensors or .pth (default: timm's pretrained)", metavar="FILE"
+    )
+    num_classes: int | None = option(
+        None, "number of classes of the checkpoint's classifier (default: the model's own)", at_least=1
+    )
+    img_size: tuple[int, ...] | None = option(
+        None, "side of the images in pixels, or height and width (default: the model's own)",
+        at_least=1, aliases=("--image-size",),
+    )  # fmt: skip
+    folder_classes: bool = option(
+        False, "label with the classes that the folders are named after alone (n01440764), in the folders' order"
+    )
+    top_k: int = option(5, "number of best classes to keep for each cell")
+    dtype: str = option(
+        "float32", "data type of autocast, which float32 turns off", choices=tuple(DTYPES), group="Machine"
+    )
+
+
+def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | None = None) -> Annotator:
+    """Make the model, and try it on one image, so that what it can't do is known before anything is written.
+
+    With `folders`, maps are made of the classes that these are named after, and not of all the model's.
+
+    Raises:
+        CommandError: The model can't be made, does not take this size or has too few classes.
+        TypeError: It has no spatial map.
+    """
+    model = _make(options)
+    config = _config(model, options.img_size)
+    height, width = config["input_size"][1:]
+    try:
+        if hasattr(model, "set_input_size") and (height, width) != resolve_model_data_config(model)["input_size"][1:]:
+            model.set_input_size(img_size=(height, width))
+        model = model.to(device).eval()
+        with torch.inference_mode():
+            shape = dense_scores(model, torch.zeros(1, 3, height, width, device=device)).shape
+    except (RuntimeError, AssertionError, ValueError) as error:
+        name = options.model
+        raise CommandError(f"{name} can't annotate images of {height} x {width} pixels: {error}") from error
+    kept = None if folders is None else _named(folders, model)
+    grid, dtype = (shape[1], shape[2]), DTYPES[options.dtype]
+    annotator = Annotator(model, create_transform(**config), config, grid, options.top_k, dtype, kept)
+    if not 1 <= options.top_k <= annotator.num_classes:
+        raise CommandError(f"--top-k must lie in [1, {annotator.num_classes}], the classes, got {options.top_k}")
+    return annotator
+
+
+def _make(options: AnnotatorOptions) -> nn.Module:
+    classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
+    model = models.create(options.model, pretrained=options.checkpoint is None, **classes | options.model_kwargs)
+    if options.checkpoint is not None:
+        checkpoints.load_all(model, options.checkpoint)
+    return model
+
+
+def _named(folders: list[str], model: nn.Module) -> tuple[int, ...]:
+    classes = model_classes(folders, model)
+    if classes is None:
+        raise CommandError(
+            f"--folder-classes needs folders with WordNet names of the model's classes, such as n01440764, or as many "
+            f"folders as it has classes, {model.num_classes}; they are {len(folders)}, such as {folders[:3]}"
+        )
+    return tuple(classes.tolist())
+
+
+def _config(model: nn.Module, img_size: Sequence[int] | None) -> dict:
+    """How images become the model's input: the whole image, squashed, because the map is the whole image's."""
+    config = resolve_model_data_config(model, use_test_size=True)
+    if img_size is not None:
+        config["input_size"] = (3, img_size[0], img_size[-1])
+    return config | {"crop_mode": "squash", "crop_pct": 1.0}

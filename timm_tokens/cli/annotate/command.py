@@ -1,0 +1,77 @@
+"""Label every cell of every image with a classifier's best classes, once, for token labeling.
+
+    timm-tokens annotate imagenet/train labels --model dm_nfnet_f6.dm_in1k --batch-size 64 --dtype bfloat16
+    timm-tokens annotate images labels --model vit_tiny_patch16_224 --checkpoint weights.safetensors
+    torchrun --nproc-per-node 8 -m timm_tokens annotate imagenet/train labels --model dm_nfnet_f6.dm_in1k
+
+The model may be any of timm's with a spatial map: conv nets, ViTs, Swin. It sees the whole image, squashed to its input
+size. OUT becomes a label store that `TokenLabelDataset` reads. A run that was stopped continues where it was.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from timm_tokens.cli.annotate.annotator import AnnotatorOptions, make_annotator
+from timm_tokens.cli.annotate.job import Job, fill, prepare
+from timm_tokens.cli.annotate.summary import Summary, describe, summarise
+from timm_tokens.cli.common import checks
+from timm_tokens.cli.common.datasets import class_names, open_dataset
+from timm_tokens.cli.common.processes import joined
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.options import LoadingOptions
+from timm_tokens.data import TokenLabelWriter, image_names
+from timm_tokens.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(AnnotatorOptions, LoadingOptions):
+    """Images and labels."""
+
+    dataset: str = option(
+        "", "folder with one folder of images for each class, or name of a data set that timm knows (torch/cifar10)",
+        positional=True,
+    )  # fmt: skip
+    out: Path = option(help="folder for the label store; one that a stopped run left is continued", positional=True)
+    data_dir: Path | None = option(
+        None, "folder where a data set with a name is kept, or with the images (default: none)", metavar="FOLDER"
+    )
+    split: str = option("train", "split of the data set; of a folder, the folder in it if there is one")
+    shard_size: int = option(4096, "label maps in each file of the store", at_least=1, rare=True)
+
+
+def run(options: Options) -> Summary:
+    """Annotate the images that have no map yet, and print a summary.
+
+    Called by several processes of one group, each takes its share, and all return the same.
+
+    Raises:
+        CommandError: Something is missing or does not fit, or images can't be read; then all others are annotated.
+        RuntimeError, TypeError, ValueError: The model or the label store can't be used.
+    """
+    checks.folder(options.out)
+    if not (options.dataset or options.data_dir):
+        raise CommandError("DATASET is missing: a folder with one folder of images for each class")
+    with joined(options.device) as process:
+        dataset = open_dataset(options.dataset or options.data_dir, options.data_dir, options.split)
+        folders = (class_names(dataset) or []) if options.folder_classes else None
+        annotator = make_annotator(options, process.device, folders)
+        job = Job(options.out, dataset, image_names(dataset), annotator, process)
+        prepare(job, options)
+        size = options.shard_size
+        with TokenLabelWriter(job.out, annotator.num_classes, shard_size=size, part=process.rank) as writer:
+            annotated, errors = fill(job, writer, options)
+        errors = process.gather(errors)  # which waits for all to have written
+        summary = summarise(job, annotated)
+    if process.rank == 0:
+        print(describe(summary, annotator))
+    _complain(errors, summary.images)
+    return summary
+
+
+def _complain(errors: list[str], images: int) -> None:
+    """About images that can't be read, ten at the most."""
+    if errors:
+        raise CommandError(
+            f"{len(errors)} of {images} images can't be read: repair or remove them and run this again "
+            f"(the others are annotated): {'; '.join(errors[:10])}{'; ...' if len(errors) > 10 else ''}"
+        )

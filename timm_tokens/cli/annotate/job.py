@@ -1,0 +1,81 @@
+"""What a process has to annotate: the images without a map, and the folder for their maps."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from timm_tokens.cli.annotate.annotator import Annotator, AnnotatorOptions
+from timm_tokens.cli.common.loading import batches
+from timm_tokens.cli.common.processes import Process
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.options import LoadingOptions
+from timm_tokens.data import TokenLabelWriter, flush_journals
+from timm_tokens.data.label_store import INDEX
+from timm_tokens.files import replacing
+
+
+class Job(NamedTuple):
+    """A data set and its images' names, the folder for their maps, who makes them, and which process this is."""
+
+    out: Path
+    dataset: Dataset
+    names: list[str]
+    annotator: Annotator
+    process: Process
+
+
+def prepare(job: Job, options: AnnotatorOptions) -> None:
+    """Make the folder ready for all processes: nothing of another annotator, all that is done in shards."""
+    if job.process.rank == 0:
+        _keep(job.out, _settings(job.annotator, options))
+        flush_journals(job.out, job.annotator.num_classes)
+    job.process.wait()
+
+
+def _settings(annotator: Annotator, options: AnnotatorOptions) -> dict:
+    """What decides the maps: a folder holds those of one setting."""
+    config = {name: annotator.config[name] for name in ("input_size", "interpolation", "mean", "std")}
+    weights = str(options.checkpoint.resolve()) if options.checkpoint else "timm's"
+    settings = {"model": options.model, "weights": weights, "top": annotator.top, "classes": annotator.num_classes}
+    if annotator.kept is not None:
+        settings["kept"] = annotator.kept
+    return json.loads(json.dumps(settings | config))  # tuples become lists, as they are when read
+
+
+def _keep(folder: Path, settings: dict) -> None:
+    """Write down how the folder's maps are made; refuse to mix them with others."""
+    path = folder / "annotator.json"
+    if not path.is_file():
+        if (folder / INDEX).is_file():
+            raise CommandError(f"{folder} holds maps that were not made by this command: write to another folder")
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(settings, indent=1))
+        return
+    kept = json.loads(path.read_text())
+    other = [name for name, value in settings.items() if kept.get(name) != value]
+    if other:
+        raise CommandError(
+            f"{folder} holds maps with {other[0]} {kept.get(other[0])!r}, this run would make them with "
+            f"{settings[other[0]]!r}: write to another folder"
+        )
+
+
+def fill(job: Job, writer: TokenLabelWriter, loading: LoadingOptions) -> tuple[int, list[str]]:
+    """Annotate this process's images that have no map: how many, and a line for each that can't be read."""
+    pending = [i for i, name in enumerate(job.names) if name not in writer]
+    job.process.wait()  # until all know what is pending: the first shard that one writes is not part of it
+    todo = pending[job.process.rank :: job.process.world]
+    device, errors = job.process.device, []
+    pin = device.startswith("cuda")
+    with tqdm(total=len(todo), unit="image", disable=job.process.rank > 0) as bar:
+        for batch in batches(job.dataset, job.annotator.transform, loading, todo, pin_memory=pin):
+            errors += batch.errors
+            if batch.images is not None:
+                maps = job.annotator(batch.images.to(device, non_blocking=True))
+                for number, values, indices in zip(batch.numbers, *maps, strict=True):
+                    writer.add(job.names[number], values, indices)
+            bar.update(len(batch))
+    return len(todo) - len(errors), errors

@@ -1,0 +1,95 @@
+"""Measure what merging tokens saves: a model at several r against the model itself, in turns, in one run.
+
+    timm-tokens bench deit_small_patch16_224 --r 8 12 16 --batch-size 16 1
+    timm-tokens bench deit_small_patch16_224 --r 16 --batch-size 16 --train --out results
+
+Every round times each setting once, the base first; a speed-up is the median of the rounds' ratios, so that a machine
+that is slower for a while is slower for both. The ideal is the ratio of the FLOPs; the share is the speed-up over it.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from timm_tokens.cli.bench.report import Row, table, write
+from timm_tokens.cli.bench.timing import MachineOptions, Setting, build, describe, make_step, peak_memory, timed
+from timm_tokens.cli.common import checks
+from timm_tokens.cli.parser import write_config
+from timm_tokens.options import option
+from timm_tokens.vit import TokenViT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MachineOptions):
+    """What to measure."""
+
+    r: tuple[int, ...] = option((0, 8, 12, 16), "numbers of tokens to merge in each block", at_least=0)
+    batch_size: tuple[int, ...] = option((16,), "numbers of images in a batch", at_least=1)
+    train: bool = option(False, "time training steps: of the base, of the embeddings alone, and end to end")
+    rounds: int = option(10, "rounds that count, after two that do not", at_least=1)
+    memory: bool = option(True, "do not measure the peak memory")
+    out: Path | None = option(None, "folder for bench.csv and bench.png (default: the table is only printed)")
+
+
+def run(options: Options) -> list[Row]:
+    """Measure, print the table, and write it with a plot under `out`.
+
+    Returns:
+        The table's rows, for each batch size the base's first.
+
+    Raises:
+        CommandError: The model can't be made, or the device is not there.
+        TypeError: The model can't be driven.
+    """
+    options = replace(options, device=checks.device(options.device))
+    if options.out is not None:
+        checks.folder(options.out)
+        checks.plot(True, "or leave --out out")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    print(describe(options))
+    rows: list[Row] = []
+    for batch in options.batch_size:
+        rows += _measure(options, list(settings(options.r, batch, options.train)))
+    print(table(rows))
+    if options.out is not None:
+        write_config(options.out, "bench", options)
+        write(rows, options.out)
+    return rows
+
+
+def settings(r: Sequence[int], batch: int, train: bool) -> Iterator[Setting]:
+    """The base first, then every r; in training each r in both ways."""
+    yield Setting("full" if train else "forward", batch, None)
+    for value in r:
+        for step in ("modular", "end-to-end") if train else ("forward",):
+            yield Setting(step, batch, value)
+
+
+def _measure(options: Options, chosen: list[Setting]) -> list[Row]:
+    models = [build(options, setting) for setting in chosen]
+    steps = [make_step(options, setting, model) for setting, model in zip(chosen, models, strict=True)]
+    seconds: list[list[float]] = [[] for _ in chosen]
+    for count in tqdm(range(-2, options.rounds), desc=f"batch {chosen[0].batch}", unit="round", leave=False):
+        for i, step in enumerate(steps):
+            elapsed = timed(step, options.device)
+            if count >= 0:
+                seconds[i].append(elapsed)
+    peaks = [peak_memory(options, setting) if options.memory else None for setting in chosen]
+    return [_row(*values, seconds[0]) for values in zip(chosen, models, seconds, peaks, strict=True)]
+
+
+def _row(setting: Setting, model: nn.Module, seconds: list[float], peak: float | None, base: list[float]) -> Row:
+    net = model if isinstance(model, TokenViT) else TokenViT(model)
+    flops, full = net.flops(), net.flops(0)
+    speed_up = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
+    ideal = full / flops if setting.step == "forward" else None  # a relaxed step removes no tokens
+    tokens = net.token_counts()[-1]
+    median = statistics.median(seconds)
+    share = None if ideal is None else speed_up / ideal
+    return Row(*setting, tokens, flops / 1e9, median * 1e3, setting.batch / median, speed_up, ideal, share, peak)

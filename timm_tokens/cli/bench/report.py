@@ -1,0 +1,58 @@
+"""What `timm-tokens bench` measured: a table to print, a file of it, and a plot."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from timm_tokens.files import replacing
+
+
+class Row(NamedTuple):
+    """One line of the table; times are medians over the rounds, memory is the peak in MiB, None if not measured."""
+
+    step: str
+    batch: int
+    r: int | None
+    tokens: int
+    gflops: float
+    milliseconds: float
+    images_per_second: float
+    speed_up: float
+    ideal: float | None
+    share: float | None
+    peak_memory: float | None
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    head = ("step", "batch", "r", "tokens", "GFLOPs", "ms", "images/s", "speed-up", "ideal", "share of ideal",
+            "peak MiB")  # fmt: skip
+    kinds = ("", "", "", "", ".2f", ".1f", ".1f", ".2f", ".2f", ".2f", ".0f")
+
+    def line(row: Row) -> str:
+        row = row._replace(r="base" if row.r is None else row.r)
+        return " | ".join("" if value is None else format(value, kind) for value, kind in zip(row, kinds, strict=True))
+
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {line(row)} |" for row in rows)])
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """Write bench.csv, and bench.png: the speed-up by r, beside what the FLOPs promise."""
+    from matplotlib.figure import Figure  # not pyplot, which would need a display and keep state
+
+    with replacing(folder / "bench.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([Row._fields, *rows])
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for step, batch in dict.fromkeys((row.step, row.batch) for row in rows if row.r is not None):
+        points = [row for row in rows if (row.step, row.batch) == (step, batch) and row.r is not None]
+        axes.plot([p.r for p in points], [p.speed_up for p in points], "o-", label=f"{step}, batch {batch}")
+    ideal = sorted({(row.r, row.ideal) for row in rows if row.r is not None and row.ideal})
+    if ideal:
+        axes.plot(*zip(*ideal, strict=True), "k--", label="ideal (FLOPs)")
+    axes.set(xlabel="r, tokens merged in each block", ylabel="speed-up over the base")
+    axes.legend()
+    with replacing(folder / "bench.png") as partial:
+        figure.savefig(partial, dpi=150)

@@ -1,0 +1,131 @@
+"""What `timm-tokens bench` times: a model in one setting, its forward pass or training step, its seconds and memory."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_tokens.cli.common import models
+from timm_tokens.cli.options import DeviceOptions, ModelOptions
+from timm_tokens.options import option
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Setting(NamedTuple):
+    """What is timed: the base (r None) or the merged model, evaluating or in a training step."""
+
+    step: str  # "forward", "full", "modular" or "end-to-end"
+    batch: int
+    r: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions(ModelOptions, DeviceOptions):
+    """Machine."""
+
+    model: str = option(help="name of a ViT in timm, or of a model of this package", positional=True)
+    metric: str = option("learned", "what tokens are compared by", choices=("learned", "keys"), group="What to measure")
+    compile: bool = option(False, "compile every model with torch.compile")
+    dtype: str = option("float32", "data type of the weights, and of autocast in training steps", choices=tuple(DTYPES))
+    threads: int | None = option(None, "threads of torch on the CPU (default: torch's own choice)", at_least=1)
+
+
+def build(machine: MachineOptions, setting: Setting) -> nn.Module:
+    """The model of a setting: the base, or merging r tokens a block, on the machine's device."""
+    model = models.plain(models.make_model(machine))
+    if machine.img_size is not None:
+        models.check_size(model, machine.img_size)
+    if setting.r is not None:
+        model = models.merged(model, setting.r, machine.metric)
+        model.freeze_base(setting.step == "modular")
+    if setting.step == "forward":
+        model = model.to(DTYPES[machine.dtype])
+    return model.to(machine.device).train(setting.step != "forward")
+
+
+def make_step(machine: MachineOptions, setting: Setting, model: nn.Module) -> Callable[[], None]:
+    """The work to time: a forward pass, or a whole optimisation step."""
+    images = torch.randn(setting.batch, *timm.data.resolve_model_data_config(model)["input_size"])
+    if machine.img_size is not None:
+        images = torch.randn(setting.batch, 3, machine.img_size, machine.img_size)
+    forward = torch.compile(model) if machine.compile else model
+    if setting.step == "forward":
+        images = images.to(machine.device, DTYPES[machine.dtype])
+        return torch.inference_mode()(lambda: forward(images))
+    images, labels = images.to(machine.device), torch.randint(model.num_classes, (setting.batch,)).to(machine.device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    return lambda: _train(machine, forward, optimizer, images, labels)
+
+
+def _train(
+    machine: MachineOptions, forward: Callable, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> None:
+    dtype = DTYPES[machine.dtype]
+    with torch.autocast(torch.device(machine.device).type, dtype=dtype, enabled=dtype is not torch.float32):
+        loss = nn.functional.cross_entropy(forward(images), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def timed(step: Callable[[], None], device: str) -> float:
+    """Seconds that a step takes, the device's work included."""
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(machine: MachineOptions, setting: Setting) -> float | None:
+    """MiB at the most. On a GPU what torch allocated; on the CPU what a process grew by, so it takes one of its own."""
+    if machine.device.startswith("cuda"):
+        step = make_step(machine, setting, build(machine, setting))
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(grown, machine, setting).result()
+
+
+def grown(machine: MachineOptions, setting: Setting) -> float | None:
+    """What this process grows by at its peak, where the kernel lets the high-water mark be reset; else None."""
+    step = make_step(replace(machine, compile=False), setting, build(machine, setting))
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = _high_water_mark()
+    step()
+    return _high_water_mark() - before
+
+
+def _high_water_mark() -> float:
+    """The most memory (MiB) that this process has held since the mark was reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+
+
+def describe(machine: MachineOptions) -> str:
+    """What was measured, and where, in one line."""
+    where = torch.cuda.get_device_name(machine.device) if machine.device.startswith("cuda") else _processor()
+    options = f"{machine.dtype}{', compiled' if machine.compile else ''}, metric {machine.metric}"
+    return (
+        f"{machine.model} on {where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"timm {timm.__version__}, {options}"
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "a CPU")

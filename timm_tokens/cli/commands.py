@@ -1,0 +1,99 @@
+"""The command `timm-tokens`: a table of sub-commands, each a module that is imported when it is asked for."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from timm_tokens.cli.errors import CommandError, explained
+from timm_tokens.cli.parser import Parser, build, flags, parse
+
+# Command `name` is the module `timm_tokens.cli.<name>`, with dots for spaces and underscores for dashes, and has
+#     Options         a dataclass of options, whose module's docstring is the description
+#     run(options)    which raises what the library raises, or CommandError
+COMMANDS = {
+    "annotate": "make label maps of a data set's images with any classifier, for token labeling",
+    "bench": "measure the speed of a model with merged tokens, against the model itself",
+    "draw": "draw the groups in which an image's patches were merged",
+    "draw attention": "draw what a model's auxiliary tokens look at",
+    "draw labels": "draw an image's label map, and the targets of a crop",
+    "fewshot": "measure the few-shot accuracy of a model's features, with and without ESFR",
+    "probe": "measure what a model's features are worth: nearest neighbours, a linear classifier, NMI of prototypes",
+    "run": "run one of timm's own scripts with this package's models registered",
+    "train dtm": "pre-train a ViT without labels, from a teacher's morphed tokens (DTM)",
+    "train mira": "pre-train any backbone without labels, by clustering with balanced pseudo-labels (MIRA)",
+    "train mte": "pre-train a backbone without labels by DINO, iBOT or MoBY, with auxiliary tokens (MTE)",
+    "train token-label": "train a classifier; with token labels, every patch has a label of its own (LV-ViT)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 2 after an error that is the user's to fix.
+
+    Args:
+        argv: The arguments after the program's name; None: those of the process.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((name for name in (" ".join(argv[:2]), *argv[:1]) if name in COMMANDS), None)
+    try:
+        if command is None:
+            _table(argv)
+        else:
+            _run(command, argv[len(command.split()) :])
+    except CommandError as error:
+        line = " ".join(str(error).split())  # messages that pass on another library's may have several
+        print(f"timm-tokens{f' {command}' if command else ''}: error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def call(command: str, **options: Any) -> Any:
+    """Run a command from Python: its options by their names, its result instead of an exit code.
+
+    Raises:
+        CommandError: What the command would print.
+    """
+    module = module_of(command)
+    settled = build(module.Options, options)
+    with explained(flags(module.Options)):
+        return module.run(settled)
+
+
+def _run(command: str, argv: list[str]) -> None:
+    module = module_of(command)
+    options = parse(command, module.Options, argv, sys.modules[module.Options.__module__].__doc__)
+    with nullcontext() if command == "run" else explained(flags(module.Options)):  # a script's errors are its own
+        module.run(options)
+
+
+def module_of(command: str) -> ModuleType:
+    """The module of a command.
+
+    Raises:
+        CommandError: There is no such command.
+    """
+    if command not in COMMANDS:
+        raise CommandError(f"there is no command {command!r}: choose from {', '.join(COMMANDS)}")
+    return import_module(f"timm_tokens.cli.{command.replace(' ', '.').replace('-', '_')}")
+
+
+def _table(argv: list[str]) -> None:
+    """The help about all commands, or those that start with a word, and what is wrong with another line."""
+    word = next((f"{argv[0]} " for name in COMMANDS if argv and name.startswith(f"{argv[0]} ")), "")
+    names = [name for name in COMMANDS if name.startswith(word)]
+    width = max(map(len, names)) + 2
+    lines = "\n".join(f"  {name:{width}}{COMMANDS[name]}" for name in names)
+    about = "Better and cheaper tokens for the Vision Transformers in timm."
+    parser = Parser(f"timm-tokens {word}".strip(), about, f"commands:\n{lines}")
+    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("command", metavar="COMMAND", help="one of those below; each has its own --help")
+    asked = word + parser.parse_known_args(argv[1:] if word else argv)[0].command
+    raise CommandError(f"there is no command {asked!r}: choose from {', '.join(names)}")
+
+
+def _version() -> str:
+    from timm_tokens import __version__  # not above: the package may be importing this module
+
+    return f"timm-tokens {__version__}"

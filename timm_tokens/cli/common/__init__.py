@@ -1,0 +1,1 @@
+"""What several commands need: data sets, models, checkpoints, features, processes."""

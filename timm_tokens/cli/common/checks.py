@@ -1,0 +1,42 @@
+"""What can be refused before any work is done: devices, names of files, plots without matplotlib."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from timm_tokens.cli.errors import CommandError
+
+
+def device(name: str | None) -> str:
+    """The device to compute on: a GPU if there is one and none is named.
+
+    Raises:
+        CommandError: There is no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch says "not compiled with" by an assertion
+        raise CommandError(f"can't use --device {name}: {(str(error).splitlines() or [''])[0]}") from error
+    return name
+
+
+def folder(path: Path) -> None:
+    """Refuse a file's name for the folder of results.
+
+    Raises:
+        CommandError: There is a file of this name.
+    """
+    if path.exists() and not path.is_dir():
+        raise CommandError(f"--out {path} is a file: give a folder")
+
+
+def plot(wanted: bool, remedy: str = "or leave --plot out") -> None:
+    """Refuse to draw without matplotlib, before an hour of work and not after it.
+
+    Raises:
+        CommandError: It is not installed.
+    """
+    if wanted and find_spec("matplotlib") is None:
+        raise CommandError(f"the plot takes matplotlib: pip install 'timm-tokens[viz]', {remedy}")

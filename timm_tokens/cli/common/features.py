@@ -1,0 +1,162 @@
+"""Features of a data set by a timm model, computed once and kept in a safetensors file."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from timm_tokens.cli.common import checkpoints, models
+from timm_tokens.cli.common.datasets import class_names, identity
+from timm_tokens.cli.common.loading import batches
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.options import LoadingOptions, MergingOptions, ModelOptions
+from timm_tokens.files import replacing
+from timm_tokens.vit import TokenViT
+
+
+class Features(NamedTuple):
+    """Features (N, D), labels (N,), and the metadata of the file that holds them."""
+
+    features: Tensor
+    labels: Tensor
+    metadata: dict[str, str]
+
+
+def load_features(path: Path) -> Features:
+    """Reads `features` (N, D) and `labels` (N,) from a safetensors file."""
+    if not path.is_file():
+        raise CommandError(f"no feature file {path}: check the path, or make one with --model and --data-dir")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise CommandError(f"{path} is not a safetensors file: {error}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    features, labels = tensors.get("features"), tensors.get("labels")
+    if features is None or labels is None or features.ndim != 2 or labels.shape != features.shape[:1]:
+        raise CommandError(f"{path} must hold features (N, D) and labels (N,); it holds {shapes}")
+    return Features(features.float(), labels.long(), metadata)
+
+
+def save_features(path: Path, features: Features) -> None:
+    """Writes a file that is there whole or not at all."""
+    tensors = {"features": features.features.contiguous(), "labels": features.labels}
+    with replacing(path) as partial:
+        save_file(tensors, partial, features.metadata)
+
+
+class Source(NamedTuple):
+    """A model whose features are wanted.
+
+    Attributes:
+        make: makes it, without a classifier; called when the features are not in the cache.
+        about: all that decides its weights, as plain text.
+        weights: where they come from, to be read.
+        img_size: side of the images; None: the model's own.
+    """
+
+    make: Callable[[], nn.Module]
+    about: dict[str, str]
+    weights: str
+    img_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions(ModelOptions, MergingOptions):
+    """Model."""
+
+
+def named(options: FeatureOptions) -> Source:
+    """A model of timm by its name.
+
+    Raises:
+        CommandError: There is no such checkpoint.
+    """
+    path = options.checkpoint
+    weights = str(path) if path else "timm's" if options.pretrained else "random"
+    about = {"model": options.model, "checkpoint": checkpoints.identity(path) if path else weights}
+    about |= {"merge_r": str(options.r)}
+    if options.model_kwargs:
+        about["model_kwargs"] = json.dumps(options.model_kwargs, sort_keys=True, default=str)
+    return Source(partial(_make, options), about, weights, options.img_size)
+
+
+def cached_features(
+    cache_dir: Path, dataset: Dataset, source: Source, loading: LoadingOptions, device: str = "cpu"
+) -> Features:
+    """Features of all the images of a data set, from the cache when it has them.
+
+    Args:
+        cache_dir: where feature files are kept; each is named after the model and all that decides its content.
+        dataset: of images, without a transform.
+        source: of the features.
+        loading: how to load the images.
+        device: where to compute.
+
+    Raises:
+        CommandError: the model can't be made, or an image can't be read.
+    """
+    metadata = source.about | {"img_size": str(source.img_size)} | identity(dataset)
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:12]
+    path = cache_dir / f"{source.about['model'].replace('/', '_').replace(':', '_')}-{digest}.safetensors"
+    if path.is_file():
+        cached = load_features(path)
+        if metadata.items() <= cached.metadata.items():
+            return cached
+    net = source.make().to(device).eval()
+    transform = eval_transform(net, source.img_size)
+    metadata["classes"] = json.dumps(class_names(dataset))
+    features = Features(*_extract(net, dataset, transform, loading, device), metadata)
+    save_features(path, features)
+    return features
+
+
+def eval_transform(net: nn.Module, img_size: int | None) -> Callable:
+    """timm's transform of PIL images for evaluation, to squares of this size; None: the model's own."""
+    return create_transform(**resolve_model_data_config(net, args={"img_size": img_size}))
+
+
+def _make(options: FeatureOptions) -> nn.Module:
+    """The model without its classifier; what merges its tokens is its own merger if it has one, else its keys."""
+    name, size = options.model, options.img_size
+    net = models.create(name, pretrained=options.pretrained, num_classes=0, **options.model_kwargs)
+    if options.checkpoint:
+        checkpoints.load_features(net, name, options.checkpoint)
+    if size is not None and hasattr(net, "set_input_size"):
+        net.set_input_size(img_size=(size, size))
+    if not options.r:
+        return net
+    own = isinstance(net, TokenViT) and net.merger is not None
+    return models.merged(net, options.r, None if own else "keys")
+
+
+@torch.inference_mode()
+def _extract(
+    net: nn.Module, dataset: Dataset, transform: Callable, loading: LoadingOptions, device: str
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and labels (N,) on the CPU."""
+    features, labels, errors = [], [], []
+    with tqdm(total=len(dataset), desc="features", unit="image") as bar:
+        for batch in batches(dataset, transform, loading):
+            errors += batch.errors
+            if batch.images is not None:
+                features.append(net(batch.images.to(device)).float().cpu())
+                labels += batch.labels
+            bar.update(len(batch))
+    if errors:
+        raise CommandError(
+            f"{len(errors)} of {len(dataset)} images can't be read, repair or remove them: {'; '.join(errors[:10])}"
+        )
+    return torch.cat(features), torch.tensor(labels)

@@ -1,0 +1,66 @@
+"""Batches of a data set's images, where a damaged image costs no other."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from timm_tokens.cli.options import LoadingOptions
+from timm_tokens.data import read_image
+
+
+class Batch(NamedTuple):
+    """Transformed images (B, 3, h, w), their numbers in the data set and classes, and why others can't be read."""
+
+    numbers: list[int]
+    images: Tensor | None
+    labels: list[int]
+    errors: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels) + len(self.errors)
+
+
+def batches(
+    dataset: Dataset, transform: Callable, options: LoadingOptions, chosen: Sequence[int] | None = None, **more: Any
+) -> Iterator[Batch]:
+    """The images in order, or those of the numbers in `chosen`; `more` is for torch's DataLoader.
+
+    A stream is read as timm reads it: a damaged image is left out, with a warning.
+    """
+    loading = {"batch_size": options.batch_size, "num_workers": options.workers} | more
+    if isinstance(dataset, IterableDataset):
+        dataset.transform, count = transform, 0
+        for images, labels in DataLoader(dataset, **loading):
+            yield Batch(list(range(count, count + len(labels))), images, labels.tolist(), [])
+            count += len(labels)
+        return
+    chosen = range(len(dataset)) if chosen is None else chosen
+    yield from DataLoader(_Images(dataset, transform, chosen), collate_fn=_collate, **loading)
+
+
+class _Images(Dataset):
+    """(number, transformed image (3, h, w), class), with a line on why it can't be read in the place of an image."""
+
+    def __init__(self, dataset: Dataset, transform: Callable, chosen: Sequence[int]):
+        self.dataset, self.transform, self.chosen = dataset, transform, chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor | str, int]:
+        number = self.chosen[row]
+        try:
+            image, label = read_image(self.dataset, number)
+            return number, self.transform(image), int(label)
+        except OSError as error:
+            return number, str(error), -1
+
+
+def _collate(items: list[tuple[int, Tensor | str, int]]) -> Batch:
+    good = [item for item in items if isinstance(item[1], Tensor)]
+    numbers, images, labels = ([list(column) for column in zip(*good, strict=True)]) if good else ([], [], [])
+    errors = [line for _, line, _ in items if isinstance(line, str)]
+    return Batch(numbers, torch.stack(images) if images else None, labels, errors)

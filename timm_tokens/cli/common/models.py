@@ -1,0 +1,100 @@
+"""Models for the commands: made by name or as options say, and merged, with one clear line for what can't be."""
+
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+from timm.layers import PatchEmbed
+from torch import nn
+
+from timm_tokens.cli.common import checkpoints
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.options import ModelOptions
+from timm_tokens.vit import TokenViT
+from timm_tokens.wrap import apply_dtem_merging
+
+
+def create(name: str | None, **kwargs: Any) -> nn.Module:
+    """timm.create_model, whose refusals become one line.
+
+    Raises:
+        CommandError: If timm doesn't know the name, or can't make it so.
+    """
+    if name is None:
+        raise CommandError("--model is missing: the name of a model in timm")
+    known = timm.is_model(name) or ":" in name  # "hf-hub:..." and "local-dir:..." are for timm to judge
+    if not known:
+        close = get_close_matches(name, timm.list_models(), n=3)
+        raise CommandError(f"timm has no model {name!r}{f'; close are {chr(44).join(close)}' if close else ''}")
+    try:
+        return timm.create_model(name, **kwargs)
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise CommandError(f"timm can't make {name!r}: {error}") from error
+
+
+def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
+    """The model that the options name.
+
+    Args:
+        kwargs: For timm.create_model: num_classes, and what the command needs; the options come first.
+
+    Raises:
+        CommandError: There is no such model or checkpoint, or they don't fit.
+    """
+    name, path = options.model, options.checkpoint
+    state = None if path is None else checkpoints.read(path)
+    if state is not None and name is not None:
+        kwargs["pretrained_cfg_overlay"] = checkpoints.as_pretrained(name, path, state)
+    kwargs |= {"pretrained": options.pretrained or path is not None} | options.model_kwargs
+    sized = {} if options.img_size is None else {"img_size": options.img_size}
+    try:
+        model = create(name, **kwargs | sized)
+    except CommandError as error:
+        if not sized or "img_size" not in str(error):
+            raise
+        model = create(name, **kwargs)  # a conv net: takes any size
+    if state is not None and not model.state_dict().keys() & state.keys():
+        raise CommandError(f"{path} has no weight of {name}: is it of another model?")
+    return model
+
+
+def make_backbone(options: ModelOptions, **kwargs: Any) -> nn.Module:
+    """The model without a classifier; a ViT so that it takes crops of all sizes.
+
+    Raises:
+        CommandError: As `make_model`.
+    """
+    try:
+        return make_model(options, num_classes=0, dynamic_img_size=True, **kwargs)
+    except CommandError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+        return make_model(options, num_classes=0, **kwargs)
+
+
+def merged(model: nn.Module, r: int, metric: str | None = None) -> TokenViT:
+    """The model with r tokens merged in each block: by its own merger if it has one for this metric.
+
+    Raises:
+        TypeError: The model can't be driven.
+    """
+    if isinstance(model, TokenViT) and model.merger is not None and metric in (None, model.merger.metric):
+        model.merger.r = r
+        return model
+    return apply_dtem_merging(plain(model), r=r, metric=metric or "learned")
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The timm ViT inside, if it is wrapped."""
+    return model.base if isinstance(model, TokenViT) else model
+
+
+def check_size(model: nn.Module, size: int, option: str = "--img-size") -> None:
+    """Refuse a side of images that a ViT can't cut into whole patches.
+
+    Raises:
+        CommandError: Names the option.
+    """
+    stem = getattr(plain(model), "patch_embed", None)
+    if isinstance(stem, PatchEmbed) and size % stem.patch_size[0] and not stem.dynamic_img_pad:
+        raise CommandError(f"{option} must be a multiple of the model's patches of {stem.patch_size[0]} px, got {size}")

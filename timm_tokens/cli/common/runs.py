@@ -1,0 +1,63 @@
+"""A run of `timm-tokens train`: what it trained, read back from its folder."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from timm_tokens.cli.commands import module_of
+from timm_tokens.cli.common import checkpoints
+from timm_tokens.cli.common.features import Source
+from timm_tokens.cli.common.models import make_backbone
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.parser import CONFIG, build
+from timm_tokens.options import Options, option
+from timm_tokens.tasks import MTETask
+from timm_tokens.training.checkpoints import load
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """Model."""
+
+    run_dir: Path | None = option(
+        None, "folder of a run of timm-tokens train, whose model to take (default: none)", flag="--run",
+        metavar="FOLDER",
+    )  # fmt: skip
+
+
+class Trained(NamedTuple):
+    """What a run trained: its model as a source of features, and of MTE the task, for its prototypes."""
+
+    source: Source
+    task: MTETask | None
+
+
+def load_run(folder: Path) -> Trained:
+    """What a run trained, from its last checkpoint.
+
+    Args:
+        folder: `--out` of `timm-tokens train`; its images may be gone.
+
+    Raises:
+        CommandError: there is no such run, or its checkpoint can't be read.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CommandError(f"no run of timm-tokens train in {folder}: there is no {path}")
+    kept = json.loads(path.read_text())
+    found, module = load(folder), module_of(kept.pop("command"))
+    if found is None:
+        raise CommandError(f"the run in {folder} has no checkpoint yet")
+    options = replace(build(module.Options, kept), pretrained=False, checkpoint=None)
+    about, weights = (
+        {"model": options.model, "checkpoint": checkpoints.identity(found.path), "merge_r": "0"},
+        str(found.path),
+    )
+    if hasattr(module, "make_task"):
+        task = module.make_task(options)
+        task.load_task_state(found.state["task_state"])
+        return Trained(Source(lambda: task.product, about, weights, options.img_size), task)
+    make = partial(make_backbone, replace(options, checkpoint=found.path))
+    return Trained(Source(make, about, weights, options.img_size), None)

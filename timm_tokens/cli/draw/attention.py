@@ -1,0 +1,98 @@
+"""Draw what a model's auxiliary tokens look at in an image, and how alike they are.
+
+    timm-tokens draw attention photo.jpg attention.png --run output/mte
+    timm-tokens draw attention photo.jpg attention.png --model vit_small_mte --checkpoint model.safetensors --block 6
+
+The panels: the image; the attention of the class token and of each auxiliary class token, averaged over heads; the
+weights by which each pooled token pools the patches, averaged where channels have their own; and the cosines between
+all of them. Each map is drawn from its least to its largest value.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from timm_tokens.cli.common import checkpoints, models
+from timm_tokens.cli.common.runs import RunOptions, load_run
+from timm_tokens.cli.draw.looks import Looks, looks
+from timm_tokens.cli.draw.photo import PictureOptions, as_seen, check_picture, read_image
+from timm_tokens.cli.draw.picture import enlarge, paint_heat, paint_matrix, rows_of_panels
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.options import ModelOptions
+from timm_tokens.files import replacing
+from timm_tokens.options import option
+from timm_tokens.vit import TokenViT
+
+SIDE = 224  # pixels of a panel's shorter side, at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(PictureOptions, RunOptions, ModelOptions):
+    """What to draw."""
+
+    model: str | None = option(None, "instead of --run: name of a model with auxiliary tokens, such as vit_small_mte")
+    checkpoint: Path | None = option(
+        None, "checkpoint of the whole model: the weights of its base are not enough (default: none)", metavar="FILE"
+    )
+    block: int | None = option(None, "number of the block whose attention to draw, from 1 (default: the last)",
+                               at_least=1)  # fmt: skip
+
+
+def run(options: Options) -> Looks:
+    """Write the picture.
+
+    Returns:
+        What it shows, for a batch of one.
+
+    Raises:
+        CommandError: Something is missing or doesn't fit; then nothing is written.
+        ValueError: The attention has no weights to draw.
+    """
+    check_picture(options.out)
+    photo, block = read_image(options.image), options.block
+    if (options.run_dir is None) == (options.model is None):
+        raise CommandError("give either --run FOLDER, of timm-tokens train mte, or --model NAME")
+    net = _by_name(options) if options.run_dir is None else _of_run(options.run_dir)
+    depth = len(net.base.blocks)
+    if block is not None and block > depth:
+        raise CommandError(f"--block takes a number from 1 to {depth}, the model's depth, got {block}")
+    if options.img_size is not None and options.run_dir:
+        net.set_input_size((options.img_size, options.img_size))
+    pixels, shown = as_seen(net, photo)
+    seen = looks(net, pixels, (block or depth) - 1)
+    with replacing(options.out) as partial:
+        _picture(enlarge(shown, SIDE), seen).save(partial)
+    return seen
+
+
+def _of_run(folder: Path) -> TokenViT:
+    task = load_run(folder).task
+    net = None if task is None else task.teacher.encoder.backbone
+    if not isinstance(net, TokenViT) or net.aux is None:
+        raise CommandError(f"the run in {folder} has no ViT with auxiliary tokens")
+    return net
+
+
+def _by_name(options: Options) -> TokenViT:
+    if options.checkpoint is None and ":" not in options.model:
+        raise CommandError("give --checkpoint: the weights of a model trained with auxiliary tokens; timm has none")
+    net = models.make_model(replace(options, checkpoint=None, pretrained=options.checkpoint is None))
+    if not isinstance(net, TokenViT) or net.aux is None:
+        raise CommandError(f"{options.model} has no auxiliary tokens: give a model that has, such as vit_small_mte")
+    if options.checkpoint is not None:
+        checkpoints.load_whole(net, options.checkpoint)
+    return net
+
+
+def _picture(shown: Tensor, seen: Looks) -> Image.Image:
+    first = [("image", shown)]
+    if seen.cls is not None:
+        first.append(("class token", paint_heat(seen.cls[0], shown)))
+    first.append(("cosines", paint_matrix(seen.cosine[0], shown.shape[1])))
+    rows = [first]
+    for name, maps in (("aux", seen.aux_cls), ("pooled", seen.pooled)):
+        if maps is not None:
+            rows.append([(f"{name} {i + 1}", paint_heat(m, shown)) for i, m in enumerate(maps[0])])
+    return rows_of_panels(rows)

@@ -1,0 +1,97 @@
+"""Draw which patches of an image a model treats as one token.
+
+    timm-tokens draw photo.jpg groups.png --model vit_small_patch16_224 --metric keys --r 16
+    timm-tokens draw photo.jpg groups.png --model vit_small_patch16_224 --checkpoint trained.safetensors
+
+The picture shows the image as the model sees it, then for each chosen block every group of patches, outlined and filled
+with its mean colour.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from timm_tokens.cli.common import checkpoints, checks, models
+from timm_tokens.cli.draw.photo import PictureOptions, as_seen, check_picture, read_image
+from timm_tokens.cli.draw.picture import SIDE, enlarge, paint_groups, sheet
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.options import DeviceOptions, ModelOptions
+from timm_tokens.files import replacing
+from timm_tokens.options import option
+from timm_tokens.vit import TokenViT
+
+
+class Panel(NamedTuple):
+    """The groups (H, W) int64 that the patches are in after a block, and how many there are."""
+
+    block: int
+    groups: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(PictureOptions, ModelOptions, DeviceOptions):
+    """What to draw."""
+
+    model: str = option(help="name of a ViT in timm, or of a model of this package")
+    checkpoint: Path | None = option(
+        None, "weights of the ViT, or of the whole merged model (default: timm's pretrained)", metavar="FILE"
+    )
+    r: int = option(8, "tokens to merge in each block", at_least=0)
+    blocks: tuple[int, ...] | None = option(
+        None, "numbers of the blocks to draw, from 1 (default: four, evenly spaced)", at_least=1
+    )
+    metric: str | None = option(
+        None, "what tokens are compared by (default: as the model is made, else learned)", choices=("learned", "keys")
+    )
+
+
+def run(options: Options) -> list[Panel]:
+    """Write the picture.
+
+    Returns:
+        What it shows, one panel a block.
+
+    Raises:
+        CommandError: Something is missing or doesn't fit; then nothing is written.
+        TypeError: The model can't be driven.
+    """
+    check_picture(options.out)
+    photo, device = read_image(options.image), checks.device(options.device)
+    weights = replace(options, checkpoint=None, pretrained=options.pretrained or options.checkpoint is None)
+    net = models.merged(models.make_model(weights), options.r, options.metric)
+    if options.checkpoint is not None:
+        checkpoints.load_merged(net, options.checkpoint)
+    blocks = _check_blocks(options.blocks, depth=len(net.base.blocks))
+    pixels, shown = as_seen(net, photo)
+    panels = [_panel(net.to(device), pixels.to(device), block) for block in blocks]
+    _check_r(options.r, patches=panels[0].groups.numel())
+    shown = enlarge(shown, SIDE)
+    titled = [(f"block {p.block}: {p.tokens} tokens", paint_groups(p.groups, shown)) for p in panels]
+    with replacing(options.out) as partial:
+        sheet([(f"image: {panels[0].groups.numel()} patches", shown), *titled]).save(partial)
+    return panels
+
+
+def _panel(net: TokenViT, pixels: Tensor, block: int) -> Panel:
+    groups = net.token_groups(pixels, block)[0].cpu()
+    return Panel(block, groups, len(groups.unique()))
+
+
+def _check_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:
+    if blocks is None:
+        return sorted({-(-depth * quarter // 4) for quarter in (1, 2, 3, 4)})
+    for block in blocks:
+        if block > depth:
+            raise CommandError(f"--blocks takes numbers from 1 to {depth}, the model's depth, got {block}")
+    return list(blocks)
+
+
+def _check_r(r: int, patches: int) -> None:
+    if r > patches // 2:
+        raise CommandError(
+            f"--r {r} is too large: a block merges at most half of the {patches} patches, {patches // 2}"
+        )

@@ -1,0 +1,55 @@
+"""What pictures are drawn of and written to: a photo, read and as a model sees it, and the names of picture files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.options import Options, option
+from timm_tokens.vit import TokenViT
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions(Options):
+    """Picture."""
+
+    image: Path = option(help="image file to read", positional=True)
+    out: Path = option(help="picture file to write, whose suffix says how: .png, .jpg or .webp", positional=True)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file in RGB.
+
+    Raises:
+        CommandError: If there is none, or it can't be read.
+    """
+    if not path.is_file():
+        raise CommandError(f"{path} is a folder, not an image" if path.is_dir() else f"no image {path}")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
+        raise CommandError(f"{path} can't be read as an image: {error}") from error
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a name that a picture can't be written by, before any work is done for it."""
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    if path.suffix.lower() not in known:
+        raise CommandError(f"can't write a picture as {path}: end its name in .png, .jpg or .webp")
+    if path.is_dir():
+        raise CommandError(f"can't write a picture as {path}: it is a folder")
+
+
+def as_seen(model: nn.Module, photo: Image.Image) -> tuple[Tensor, Tensor]:
+    """The image (1, 3, h, w) as the model takes it, and (3, h, w) in colours from 0 to 1."""
+    config = resolve_model_data_config(model)
+    if isinstance(model, TokenViT):
+        config["input_size"] = (config["input_size"][0], *model.image_size)
+    pixels = create_transform(**config)(photo)
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return pixels[None], (pixels * std + mean).clamp(0, 1)

@@ -1,0 +1,83 @@
+"""Measure how well few labelled images do on a model's features, without and with ESFR.
+
+    timm-tokens fewshot --model vit_small_patch14_dinov2 --pretrained --data-dir images
+    timm-tokens fewshot --features features.safetensors --shots 1 5 10
+
+OUT gets fewshot.csv, fewshot.png and the features, which a second run takes from there.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from timm_tokens.cli.common import checks
+from timm_tokens.cli.common.datasets import open_dataset
+from timm_tokens.cli.common.features import FeatureOptions, cached_features, load_features, named
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.fewshot.report import draw, table, write_csv
+from timm_tokens.cli.options import ImageOptions, LoadingOptions
+from timm_tokens.cli.parser import write_config
+from timm_tokens.fewshot import CLASSIFIERS, ESFR, Comparison, compare
+from timm_tokens.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(FeatureOptions, ImageOptions, LoadingOptions):
+    """What to measure."""
+
+    features: Path | None = option(
+        None, "file of ready-made features, instead of --model: safetensors with features (N, D) and labels (N,) "
+        "(default: none)", metavar="FILE",
+    )  # fmt: skip
+    ways: int = option(5, "classes in an episode", at_least=1)
+    shots: tuple[int, ...] = option((1, 5), "numbers of labelled images for each class", at_least=1)
+    queries: int = option(15, "images of each class to classify in an episode", at_least=1)
+    episodes: int = option(1000, "episodes to draw", at_least=1)
+    classifiers: tuple[str, ...] = option(
+        tuple(CLASSIFIERS), "classifiers to compare with and without ESFR", choices=tuple(CLASSIFIERS)
+    )
+    seed: int = option(0, "seed of the episodes and of ESFR", at_least=0, below=2**63)
+    out: Path = option(Path("fewshot"), "folder for the table, the plot and the features", metavar="FOLDER")
+    plot: bool = option(True, "leave out the plot, which needs matplotlib")
+
+
+def run(options: Options) -> list[Comparison]:
+    """Measure, print a table, and write `fewshot.csv` and `fewshot.png` into `out`.
+
+    Returns:
+        A `Comparison` for every number of shots and every classifier.
+
+    Raises:
+        CommandError: Something is missing or does not fit.
+        ValueError: The data set has too few classes or images.
+    """
+    checks.plot(options.plot, "or pass --no-plot")
+    if bool(options.features) == bool(options.model and options.data_dir):
+        raise CommandError("pass either --features FILE, or --model NAME with --data-dir FOLDER")
+    checks.folder(options.out)
+    device = checks.device(options.device)
+    if options.features:
+        x, labels, _ = load_features(options.features)
+    else:
+        dataset = open_dataset(options.dataset or options.data_dir, options.data_dir, split="")
+        x, labels, _ = cached_features(options.out, dataset, named(options), options, device)
+    results = [row for shots in options.shots for row in _compare(x.to(device), labels, shots, options)]
+    print(table(results))
+    write_config(options.out, "fewshot", options)
+    write_csv(options.out / "fewshot.csv", results)
+    if options.plot:
+        draw(options.out / "fewshot.png", results)
+    return results
+
+
+def _compare(x: Tensor, labels: Tensor, shots: int, options: Options) -> list[Comparison]:
+    """Every number of shots starts from the seed, so that leaving one out does not change the others."""
+    what = {"ways": options.ways, "queries": options.queries, "episodes": options.episodes}
+    return compare(
+        x, labels, shots=shots, esfr=ESFR(), generator=torch.Generator().manual_seed(options.seed),
+        progress=partial(tqdm, desc=f"{shots}-shot", unit="block"), classifiers=options.classifiers, **what,
+    )  # fmt: skip

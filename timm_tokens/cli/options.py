@@ -1,0 +1,65 @@
+"""The options that several commands share: what is the same thing has the same name in all of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timm_tokens.options import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """Model."""
+
+    model: str | None = option(None, "name of a model in timm or in this package")
+    pretrained: bool = option(False, "use timm's pretrained weights of the model")
+    checkpoint: Path | None = option(
+        None, "file with the model's weights, .safetensors or .pth (default: none)", metavar="FILE"
+    )
+    img_size: int | None = option(
+        None, "side of the square images in pixels (default: the model's own)", at_least=1, aliases=("--image-size",)
+    )
+    model_kwargs: dict[str, Any] = option(
+        {}, "further arguments of timm.create_model, such as depth=6 embed_dim=192", rare=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(Options):
+    """Machine."""
+
+    device: str | None = option(None, "device to compute on, such as cuda:1 (default: cuda if there is one, else cpu)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingOptions(DeviceOptions):
+    """Machine."""
+
+    batch_size: int = option(64, "images in each batch", at_least=1)
+    workers: int = option(4, "processes that load images", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(Options):
+    """Images."""
+
+    data_dir: Path | None = option(None, "folder with one folder of images for each class", metavar="FOLDER")
+    dataset: str = option(
+        "", "name of a data set that timm knows, such as torch/cifar10, which is then kept in --data-dir"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions(ImageOptions):
+    """Images."""
+
+    data_dir: Path | None = option(None, "folder with train/<class>/ and val/<class>/", metavar="FOLDER")
+    train_split: str = option("train", "folder in --data-dir, or split of --dataset, with the training images")
+    val_split: str = option("val", "folder in --data-dir, or split of --dataset, with the validation images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingOptions(Options):
+    """Token merging."""
+
+    r: int = option(0, "tokens that each block merges away", at_least=0, aliases=("--merge-r",))

@@ -1,0 +1,187 @@
+"""The parser of a command, made of its dataclass of options."""
+
+import ast
+import json
+import re
+from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from timm_tokens.cli.errors import CommandError, explained
+from timm_tokens.files import replacing
+from timm_tokens.options import Options, kind
+
+RARE = "Rarely used"
+CONFIG = "options.json"  # of a run, in its folder
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one line, and that takes no abbreviations: an option that is added would break them."""
+
+    def __init__(self, prog: str, description: str | None = None, epilog: str | None = None):
+        words = {"description": description, "epilog": epilog, "formatter_class": RawDescriptionHelpFormatter}
+        super().__init__(prog, allow_abbrev=False, **words)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        close = get_close_matches(unknown, self._option_string_actions) if unknown.startswith("--") else ()
+        raise CommandError(message + (f" (did you mean {close[0]}?)" if close else ""))
+
+
+def parse(command: str, of: type[Options], argv: Sequence[str], description: str | None = None) -> Options:
+    """The options that a command line gives, those of a file that `--config` names included.
+
+    Raises:
+        CommandError: An option is missing, unknown or out of range.
+    """
+    rest = next((each.name for each in fields(of) if each.metadata.get("rest")), None)
+    given = vars(make_parser(command, of, description).parse_intermixed_args(argv[:1] if rest else argv))
+    if rest:
+        given[rest] = argv[1:]
+    path = given.pop("config", None)
+    return build(of, (read_config(path, command) if path else {}) | given)
+
+
+def build(of: type[Options], values: dict[str, Any]) -> Options:
+    """A dataclass of options from what is given; the other options have their defaults.
+
+    Raises:
+        CommandError: One is missing, unknown or out of range.
+    """
+    known = {each.name: each for each in fields(of)}
+    for name in values.keys() - known.keys():
+        raise CommandError(f"there is no option {name!r}: there are {', '.join(sorted(known))}")
+    for name, each in known.items():
+        if each.default is each.default_factory is MISSING and values.get(name) is None:
+            raise CommandError(f"{flag(each)} is missing: {each.metadata['help']}")
+    with explained(flags(of)):
+        return of(**values)
+
+
+def flags(of: type[Options]) -> dict[str, str]:
+    """How the command line writes each option, by its name in Python."""
+    return {each.name: flag(each) for each in fields(of)}
+
+
+def flag(each: Field) -> str:
+    """How the command line writes an option."""
+    return each.metadata.get("flag", "--" + each.name.replace("_", "-"))
+
+
+def read_config(path: Path, command: str) -> dict[str, Any]:
+    """The options that an earlier run of the command wrote down.
+
+    Raises:
+        CommandError: There is no such file, or it is of another command.
+    """
+    with explained():
+        kept = json.loads(path.read_text())
+    if not isinstance(kept, dict) or kept.get("command") != command:
+        raise CommandError(f"{path} does not hold the options of timm-tokens {command}")
+    return {name: value for name, value in kept.items() if name != "command"}
+
+
+def config_of(command: str, options: Options) -> dict[str, Any]:
+    """What `read_config` reads of these options, the command's name beside them."""
+    return {"command": command} | json.loads(json.dumps(vars(options), default=str))
+
+
+def write_config(folder: Path, command: str, options: Options) -> None:
+    """Write the options down in a run's folder, for `--config`."""
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(config_of(command, options), indent=1) + "\n")
+
+
+def make_parser(command: str, of: type[Options], description: str | None = None) -> Parser:
+    """A parser whose namespace holds what is given and nothing else."""
+    parser, hints = Parser(f"timm-tokens {command}", description), get_type_hints(of)
+    for title, members in grouped(of).items():
+        group = parser.add_argument_group(title)
+        for each in members:
+            _add(group, each, hints[each.name])
+    rare = parser.add_argument_group(RARE) if RARE not in grouped(of) else group
+    rare.add_argument(
+        "--config", type=Path, default=SUPPRESS, metavar="FILE",
+        help=f"take the options from the {CONFIG} of an earlier run; options on the command line win (default: none)",
+    )  # fmt: skip
+    return parser
+
+
+def grouped(of: type[Options]) -> dict[str, list[Field]]:
+    """The options by the first sentence about the dataclass that they are of, in the order in which the command's
+    dataclass names those that it is made of; then those with a group of their own; the rare ones last."""
+    titles = {base: (base.__doc__ or "").strip().splitlines()[:1] for base in of.__mro__}
+    groups: dict[str, list[Field]] = {title[0].rstrip("."): [] for title in titles.values() if title}
+    rare: list[Field] = []
+    for each in fields(of):
+        if each.metadata.get("rest"):
+            continue
+        owner = [base for base in of.__mro__ if each.name in vars(base).get("__annotations__", {})][-1]
+        group = groups.setdefault(each.metadata.get("group", titles[owner][0].rstrip(".")), [])
+        (rare if each.metadata.get("rare") else group).append(each)
+    return {title: members for title, members in (groups | {RARE: rare}).items() if members}
+
+
+def _add(group: Any, each: Field, hint: Any) -> None:
+    """Declare an option, with its old names, which the help does not show."""
+    holds, metadata = kind(hint), each.metadata
+    if holds.type is bool:
+        return _add_switch(group, each)
+    letter = {int: "N", float: "X", Path: "PATH"}.get(holds.type)
+    reads: dict[str, Any] = {"dest": each.name, "default": SUPPRESS, "metavar": metadata.get("metavar", letter)}
+    if holds.type is dict:
+        reads |= {"type": _pair, "nargs": "*", "action": _Pairs, "metavar": "KEY=VALUE"}
+    else:
+        reads |= {"type": holds.type, "choices": metadata.get("choices")}
+    if holds.count is not None:
+        reads["nargs"] = holds.count or "+"
+    names = [flag(each), *metadata.get("aliases", ())]
+    if metadata.get("positional"):
+        place = reads | {"nargs": "?", "metavar": each.name.upper(), "help": described(each)}
+        group.add_argument(place.pop("dest"), **place)
+    else:
+        group.add_argument(names.pop(0), **reads, help=described(each))
+    for name in names:
+        group.add_argument(name, **reads, help=SUPPRESS)
+
+
+def _add_switch(group: Any, each: Field) -> None:
+    """Declare `--name` and `--no-name`, of which the help shows the one that is not the default."""
+    written = each.name.replace("_", "-")
+    for value, name in ((True, f"--{written}"), (False, f"--no-{written}")):
+        shown = bool(each.default) is not value
+        name = flag(each) if shown and "flag" in each.metadata else name
+        reads = {"dest": each.name, "action": "store_const", "const": value, "default": SUPPRESS}
+        group.add_argument(name, **reads, help=described(each) if shown else SUPPRESS)
+
+
+def described(each: Field) -> str:
+    """An option's help with its default, where that is not said in words."""
+    words, default = each.metadata["help"].replace("%", "%%"), each.default
+    if default is MISSING or default is None or isinstance(default, bool):
+        return words
+    words = re.sub(r" \(default: .*\)$", "", words)  # what None would mean
+    many = default if isinstance(default, tuple) else (default,)
+    said = " ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in many)
+    return f"{words} (default: {said or 'none'})"
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ValueError
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+_pair.__name__ = "KEY=VALUE"  # which argparse names in its error
+
+
+class _Pairs(Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, dict(values))

@@ -1,0 +1,96 @@
+"""Measure what a model's frozen features are worth: nearest neighbours, a linear classifier, and prototypes.
+
+    timm-tokens probe --model vit_small_patch14_dinov2 --pretrained --data-dir images
+    timm-tokens probe --model vit_small_mte --checkpoint run/model.safetensors --data-dir images
+    timm-tokens probe --run run --data-dir images
+
+The last takes the model of a run of `timm-tokens train`. Of MTE it also measures how well its prototype assignments
+agree with the classes (NMI), by the global token alone and as the others are added one by one. The folder has
+train/<class>/ and val/<class>/. Everything is fitted on the training images; the others are only scored.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from timm_tokens.cli.common import checks
+from timm_tokens.cli.common.datasets import class_names, identity, open_split
+from timm_tokens.cli.common.features import FeatureOptions, Features, cached_features, named
+from timm_tokens.cli.common.runs import RunOptions, load_run
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.options import LoadingOptions, SplitOptions
+from timm_tokens.cli.parser import write_config
+from timm_tokens.cli.probe.plot import draw
+from timm_tokens.cli.probe.prototypes import nmi_by_tokens
+from timm_tokens.cli.probe.report import Report, table, write
+from timm_tokens.options import option
+from timm_tokens.probing import LEARNING_RATES, knn_accuracy, linear_probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions, FeatureOptions, SplitOptions, LoadingOptions):
+    """What to measure."""
+
+    neighbours: tuple[int, ...] = option(
+        (10, 20, 100, 200), "numbers of nearest neighbours; those above the number of training images are left out",
+        at_least=1,
+    )  # fmt: skip
+    lrs: tuple[float, ...] = option(tuple(LEARNING_RATES), "learning rates of the linear classifier to try", above=0)
+    epochs: int = option(100, "passes over the features that train the linear classifier", at_least=1)
+    seed: int = option(0, "seed of the linear classifier", at_least=0, below=2**63)
+    out: Path = option(Path("probe"), "folder for the report, the plot and the features", metavar="FOLDER")
+    plot: bool = option(True, "leave out the plot, which needs matplotlib")
+
+
+def run(options: Options) -> Report:
+    """Measure, print a table, and write `report.md`, `probe.csv` and `probe.png` into `out`.
+
+    Raises:
+        CommandError: Something is missing or does not fit.
+        ValueError: The features can't be measured.
+    """
+    _check(options)
+    device, splits = checks.device(options.device), _open(options)
+    trained = load_run(options.run_dir) if options.run_dir else None
+    source = trained.source if trained else named(options)
+    train, val = (cached_features(options.out, split, source, options, device) for split in splits)
+    report = _measure(train, val, options, device)
+    if trained and trained.task:
+        nmi = nmi_by_tokens(trained, splits[1], options, device)
+        report = report._replace(nmi=nmi, tokens=tuple(trained.task.names))
+    print(table(report))
+    write_config(options.out, "probe", options)
+    if options.plot:
+        draw(options.out / "probe.png", report)
+    write(options.out, source, report, options.plot)
+    return report
+
+
+def _check(options: Options) -> None:
+    """Before an hour of work, not after it."""
+    checks.plot(options.plot, "or pass --no-plot")
+    checks.folder(options.out)
+    if bool(options.model) == bool(options.run_dir):
+        raise CommandError("pass either --model NAME, or --run FOLDER")
+    if options.run_dir and (options.checkpoint or options.pretrained or options.r or options.img_size):
+        raise CommandError("--run brings its model: leave out --checkpoint, --pretrained, --r and --img-size")
+
+
+def _open(options: Options) -> tuple[Dataset, Dataset]:
+    names = options.train_split, options.val_split
+    train, val = (open_split(options, name) for name in names)
+    if identity(train) == identity(val):
+        raise CommandError(f"splits {' and '.join(names)} are the same images")
+    if class_names(train) != class_names(val):
+        raise CommandError(f"splits {' and '.join(names)} have other classes than each other")
+    return train, val
+
+
+def _measure(train: Features, val: Features, options: Options, device: str) -> Report:
+    known, scored = (train.features.to(device), train.labels), (val.features.to(device), val.labels)
+    knn = knn_accuracy(*known, *scored, [k for k in options.neighbours if k <= len(train.labels)])
+    generator = torch.Generator().manual_seed(options.seed)
+    linear = linear_probe(*known, *scored, lrs=options.lrs, epochs=options.epochs, generator=generator)
+    return Report((len(train.labels), len(val.labels)), knn, linear)

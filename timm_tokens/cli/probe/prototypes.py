@@ -1,0 +1,32 @@
+"""What the prototypes of MTE make of images."""
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from timm_tokens.cli.common.features import eval_transform
+from timm_tokens.cli.common.loading import batches
+from timm_tokens.cli.common.runs import Trained
+from timm_tokens.cli.options import LoadingOptions
+from timm_tokens.probing import assignment_nmi, ensemble_assignments
+
+
+@torch.inference_mode()
+def nmi_by_tokens(trained: Trained, dataset: Dataset, loading: LoadingOptions, device: str) -> list[float] | None:
+    """NMI with the classes of the argmax over prototypes of the first tokens' mean assignment: a number for each count.
+
+    The teacher's assignments, centred, at its last temperature, as the task compares them. None for MoBY, which has no
+    prototypes, and for other objectives.
+    """
+    task = trained.task
+    if task is None or task.student.prototypes is None:
+        return None
+    task.criterion.baseline.tau_teacher = task.temperatures[1]
+    teacher, baseline = task.teacher.to(device).eval(), task.criterion.baseline.to(device)
+    transform = eval_transform(task.product, trained.source.img_size)
+    rows, labels = [], []
+    for batch in tqdm(batches(dataset, transform, loading), desc="prototypes", unit="batch"):
+        logits = teacher([batch.images.to(device)], num_global=1).tokens[0]  # (B, T, K)
+        rows.append(ensemble_assignments(baseline.targets([logits])[0].transpose(0, 1)).cpu())
+        labels += batch.labels
+    return [assignment_nmi(row, torch.tensor(labels)) for row in torch.cat(rows, dim=1)]

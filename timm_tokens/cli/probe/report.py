@@ -1,0 +1,58 @@
+"""What `timm-tokens probe` measured: a table to print, files of it, and what they say."""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+from timm_tokens.cli.common.features import Source
+from timm_tokens.files import replacing
+from timm_tokens.probing import LinearResult
+
+
+class Report(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        images: of training and of validation.
+        knn: accuracy by number of neighbours.
+        linear: the linear probe's result.
+        nmi: of prototype assignments by the first token, the first two, and so on; None without a run of MTE.
+        tokens: their names.
+    """
+
+    images: tuple[int, int]
+    knn: dict[int, float]
+    linear: LinearResult
+    nmi: list[float] | None = None
+    tokens: tuple[str, ...] = ()
+
+
+def table(report: Report) -> str:
+    """All numbers in percent, as Markdown."""
+    rows = [(f"{k} nearest neighbours", f"{accuracy:.2%}") for k, accuracy in report.knn.items()]
+    rows += [(f"linear classifier, learning rate {report.linear.lr:g}", f"{report.linear.accuracy:.2%}")]
+    for count, nmi in enumerate(report.nmi or (), start=1):
+        names = report.tokens[0] if count == 1 else f"{report.tokens[0]} to {report.tokens[count - 1]}"
+        rows.append((f"NMI of prototypes, {names}", f"{nmi:.4f}"))
+    return "\n".join(["| measure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def write(out: Path, source: Source, report: Report, plot: bool) -> None:
+    """Write probe.csv, and report.md, which shows the plot if there is one."""
+    rows = [("knn", k, value) for k, value in report.knn.items()]
+    rows += [("linear", report.linear.lr, report.linear.accuracy)]
+    rows += [("linear held out", lr, value) for lr, value in report.linear.held_out.items()]
+    rows += [("nmi", count, value) for count, value in enumerate(report.nmi or (), start=1)]
+    with replacing(out / "probe.csv") as partial, partial.open("w", newline="") as file:
+        csv.writer(file).writerows([("measure", "setting", "value"), *rows])
+    train, val = report.images
+    lines = [
+        f"# {source.about['model']}",
+        f"Top-1 accuracy on {val} images (standard error up to {50 / val**0.5:.1f} points) of features of {train} "
+        "training images, on which everything was fitted.",
+        f"Weights: {source.weights}; tokens merged in each block: {source.about['merge_r']}.",
+        table(report),
+        "![k-NN, the linear classifier and prototypes](probe.png)" if plot else "",
+    ]
+    with replacing(out / "report.md") as partial:
+        partial.write_text("\n\n".join(lines).rstrip() + "\n")

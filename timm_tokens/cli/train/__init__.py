@@ -1,0 +1,1 @@
+"""`timm-tokens train`: its objectives, each a module with `Options`, `build(options)` and `run(options)`."""

@@ -1,0 +1,93 @@
+"""Pre-train a ViT without labels: with patches masked it predicts a frozen teacher's morphed tokens (DTM, 2401.00254).
+
+    timm-tokens train dtm --data-dir images --model vit_small_patch16_224 --teacher vit_base_patch16_clip_224.openai \\
+        --teacher-head --out run
+
+The teacher is any timm ViT with weights, of any patch size: its images are resized until its patches are as many as the
+student's. What comes out is the plain student without a classifier: model.safetensors, for timm.create_model(...,
+checkpoint_path=...). The published recipe has --batch-size 2048 --lr 1.5e-3; the default learning rate is for 256, by
+the square root of the ratio.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+
+from timm_tokens import options as base
+from timm_tokens.cli.common.datasets import open_split
+from timm_tokens.cli.common.models import make_model
+from timm_tokens.cli.options import ModelOptions
+from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
+from timm_tokens.losses import DTMLoss
+from timm_tokens.losses.dtm import DISTANCES
+from timm_tokens.options import changed, option
+from timm_tokens.tasks import DTMTask
+from timm_tokens.training import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions(base.Options):
+    """Teacher and targets."""
+
+    teacher: str = option(help="name of a ViT in timm, whose tokens are to be predicted")
+    teacher_checkpoint: Path | None = option(
+        None, "file with the teacher's weights (default: timm's pretrained)", metavar="FILE"
+    )
+    teacher_head: bool = option(False, "pass the teacher's tokens through its classifier, such as CLIP's projection")
+    distance: str = option("smooth_l1", "distance between morphed tokens", choices=tuple(DISTANCES))
+    draws: int = option(2, "draws of the morphing in each step", at_least=1)
+    max_rounds: int = option(14, "largest number of rounds of matching in a draw", at_least=1)
+    min_tokens: int = option(0, "smallest number of tokens that morphing may leave", at_least=0)
+    mask_ratio: float = option(75 / 196, "share of the patches that are masked", above=0, at_most=1)
+    masked_only: bool = option(False, "leave visible patches out of the loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions(base.Options):
+    """Augmentation."""
+
+    scale: tuple[float, float] = option((0.2, 1.0), "range of a crop's area", above=0, at_most=1)
+    hflip: float = option(0.5, "probability of a left-right flip", at_least=0, at_most=1)
+    color_jitter: float = option(0.0, "strength of colour jitter", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TeacherOptions, AugmentationOptions, TrainOptions):
+    """DTM."""
+
+    epochs: int = changed(TrainOptions, "epochs", 300)
+    batch_size: int = changed(TrainOptions, "batch_size", 256)
+    lr: float = changed(TrainOptions, "lr", 5.3e-4)
+    opt_betas: tuple[float, ...] | None = changed(TrainOptions, "opt_betas", (0.9, 0.98))
+    clip_grad: float | None = changed(TrainOptions, "clip_grad", 3.0)
+    drop_path: float | None = changed(TrainOptions, "drop_path", 0.1)
+
+
+def run(options: Options) -> Result:
+    """Pre-train; see `launch`."""
+    return launch("train dtm", options, build)
+
+
+def build(options: Options) -> Objective:
+    """The task and the images; labels are not used."""
+    student = make_student(options, num_classes=0)
+    loss = DTMLoss(options.distance, draws=options.draws, max_rounds=options.max_rounds, min_tokens=options.min_tokens)
+    task = DTMTask(
+        student, _teacher(options), loss, image_size=options.img_size,
+        mask_ratio=options.mask_ratio, masked_only=options.masked_only, teacher_head=options.teacher_head,
+    )  # fmt: skip
+    train, config = open_split(options, options.train_split), resolve_model_data_config(student)
+    size = (options.img_size,) * 2 if options.img_size else task.student.vit.image_size
+    config["input_size"] = (config["input_size"][0], *size)
+    train.transform = create_transform(
+        **config, is_training=True, scale=options.scale, hflip=options.hflip,
+        color_jitter=options.color_jitter or None,
+    )  # fmt: skip
+    return Objective(task, train)
+
+
+def _teacher(options: Options) -> nn.Module:
+    named = ModelOptions(model=options.teacher, checkpoint=options.teacher_checkpoint, pretrained=True)
+    return make_model(named)

@@ -1,0 +1,90 @@
+"""Pre-train any backbone without labels, by clustering its crops with balanced pseudo-labels (MIRA, arXiv 2211.02284).
+
+    timm-tokens train mira --data-dir images --model resnet50 --out run
+    timm-tokens train mira --data-dir images --model vit_small_patch16_224 --local-crops 6 --out run
+
+What comes out is the plain backbone without a classifier: model.safetensors, for timm.create_model(...,
+checkpoint_path=...). Watch marginal_entropy in steps.csv: it is log(prototypes) where all are used alike, and falls
+to 0 in a collapse.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+from timm.data import resolve_model_data_config
+
+from timm_tokens import options as base
+from timm_tokens.cli.common.datasets import open_split
+from timm_tokens.cli.common.models import check_size, make_backbone
+from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, local_size, make_student
+from timm_tokens.data import MultiCrop, swav_crops
+from timm_tokens.losses import MIRALoss
+from timm_tokens.ops import sinkhorn_assign
+from timm_tokens.options import option
+from timm_tokens.tasks import MIRATask
+from timm_tokens.training import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions(base.Options):
+    """Clusters and pseudo-labels."""
+
+    prototypes: int = option(3000, "number of prototypes", at_least=1)
+    head_hidden: int = option(2048, "dimension of the projector's hidden layers", at_least=1, aliases=("--hidden",))
+    head_dim: int = option(256, "dimension of the projector's output", at_least=1, aliases=("--width",))
+    frozen_epochs: float = option(1.0, "epochs in which the prototypes are frozen", at_least=0)
+    targets: str = option(
+        "mira", "pseudo-labels to learn from; sinkhorn are those of SwAV, to compare", choices=("mira", "sinkhorn")
+    )
+    beta: tuple[float, float] = option(
+        (0.75, 2 / 3), "strength of the mutual information at the start and at the end", at_least=0, below=1
+    )
+    tau_student: float = option(0.1, "temperature of the predictions", above=0)
+    tau_teacher: float | None = option(
+        None, "temperature of the pseudo-labels (default: 0.225, or 0.05 for --targets sinkhorn)", above=0
+    )
+    teacher_momentum: tuple[float, float] = option(
+        (0.99, 1.0), "momentum of the teacher's average at the start and at the end", at_least=0, at_most=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropOptions(base.Options):
+    """Crops."""
+
+    local_crops: int = option(6, "number of local crops, beside two global ones", at_least=0)
+    local_size: int | None = option(
+        None, "side of local crops in pixels (default: 96 where --img-size is 224)", at_least=1
+    )
+    global_scale: tuple[float, float] = option((0.14, 1.0), "range of a global crop's area", above=0, at_most=1)
+    local_scale: tuple[float, float] = option((0.05, 0.14), "range of a local crop's area", above=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ClusterOptions, CropOptions, TrainOptions):
+    """MIRA."""
+
+
+def run(options: Options) -> Result:
+    """Pre-train; see `launch`."""
+    return launch("train mira", options, build)
+
+
+def build(options: Options) -> Objective:
+    """The task and the images; labels are not used."""
+    backbone = make_student(options, make_backbone)
+    swav = options.targets == "sinkhorn"
+    tau = options.tau_teacher if options.tau_teacher is not None else 0.05 if swav else 0.225
+    loss = MIRALoss(options.tau_student, tau, assign=partial(sinkhorn_assign, tau=tau) if swav else None)
+    task = MIRATask(
+        backbone, loss, num_prototypes=options.prototypes, hidden=options.head_hidden, width=options.head_dim,
+        beta=options.beta, momentum=options.teacher_momentum, frozen_epochs=options.frozen_epochs,
+    )  # fmt: skip
+    train = open_split(options, options.train_split)
+    size = options.img_size or resolve_model_data_config(backbone)["input_size"][-1]
+    local = options.local_size or local_size(backbone, size)
+    for side, name in ((size, "--img-size"), (local, "--local-size")):
+        check_size(backbone, side, name)
+    crops = swav_crops(size, local, options.local_crops, options.global_scale, options.local_scale)
+    train.transform = MultiCrop.for_model(backbone, crops)
+    return Objective(task, train)

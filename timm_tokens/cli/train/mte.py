@@ -1,0 +1,194 @@
+"""Pre-train without labels, with auxiliary tokens that teach the global one and are dropped afterwards (MTE).
+
+    timm-tokens train mte --data-dir images --model vit_small_patch16_224 --loss dino --out run
+    timm-tokens train mte --data-dir images --model vit_small_patch16_224 --loss moby --num-cls 0 --num-pooled 0 \\
+        --weight-decay 0.05 --weight-decay-end 0.05 --clip-grad inf --out baseline
+
+--data-dir has train/ with a folder a class; the classes play no part. What comes out is a plain timm model.
+Defaults are DINO's, whose learning rate of 5e-4 is for 256 images a step; the second line is MoBY as its paper has it.
+Pooled tokens alone are the default, which did best where it was measured; ViTs can have auxiliary class tokens, too.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from timm_tokens import blocks
+from timm_tokens import options as base
+from timm_tokens.cli.common.datasets import open_split
+from timm_tokens.cli.common.models import make_backbone
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, local_size, make_student
+from timm_tokens.data import Crop, MultiCrop, dino_crops
+from timm_tokens.options import changed, option
+from timm_tokens.parts.aux_tokens import POOL_NORMS, POOL_WEIGHTS, AuxTokens
+from timm_tokens.tasks import MTETask, PooledTokens
+from timm_tokens.training import Result
+from timm_tokens.wrap import add_aux_tokens
+
+TOKENS = ("num_cls", "aux_sees_cls", "aux_sees_aux")  # arguments of auxiliary class tokens
+POOL = ("num_pooled", "pool_weight", "pool_norm")  # and of pooled ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions(base.Options):
+    """Loss."""
+
+    loss: str = option("dino", "baseline to pre-train by", choices=("dino", "ibot", "moby"), aliases=("--objective",))
+    prototypes: int | None = option(
+        None, "number of prototypes (default: 65536 for DINO, 8192 for iBOT; MoBY has none)", at_least=1
+    )
+    head_hidden: int | None = option(
+        None, "dimension of the heads' hidden layers (default: 2048, or 4096 for MoBY)", at_least=1
+    )
+    batch_norm: bool = option(False, "use batch normalisation in the heads of DINO and iBOT; MoBY's always have it")
+    learn_scale: bool = option(False, "let the prototypes learn their lengths, too")
+    tau_teacher: tuple[float, float] = option(
+        (0.04, 0.07), "temperature of the teacher at the start and after --tau-epochs", above=0
+    )
+    tau_epochs: float = option(30.0, "epochs in which the teacher's temperature changes", at_least=0)
+    teacher_momentum: float | None = option(
+        None, "momentum of the teacher at the start, which is 1 at the end (default: 0.996, or 0.99 for MoBY)",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    frozen_epochs: float = option(1.0, "epochs in which the prototypes are frozen", at_least=0)
+    mask_ratio: tuple[float, float] = option(
+        (0.1, 0.5), "iBOT: range of the share of patches that are masked", at_least=0, at_most=1
+    )
+    mask_prob: float = option(0.5, "iBOT: probability that an image is masked", at_least=0, at_most=1)
+    queue_size: int = option(4096, "MoBY: length of the key queue", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenOptions(base.Options):
+    """Auxiliary tokens."""
+
+    num_cls: int | None = option(
+        None, "number of auxiliary class tokens, which only ViTs have (default: 0)", at_least=0
+    )
+    num_pooled: int | None = option(None, "number of adaptively pooled tokens (default: 6)", at_least=0)
+    aux_target: str = option(
+        "ensemble", "what auxiliary tokens learn from: the mean of all the teacher's tokens, or their own",
+        choices=("ensemble", "own"),
+    )  # fmt: skip
+    global_weight: float = option(0.5, "weight of the global token in the loss", at_least=0, at_most=1)
+    heads: str = option("kind", "one projection head for each kind of token, or one shared by all",
+                        choices=("kind", "shared"))  # fmt: skip
+    pool_weight: str | None = option(
+        None, "weights that pool the patches: one map for a token, or one for each channel (default: spatial)",
+        choices=POOL_WEIGHTS, rare=True,
+    )  # fmt: skip
+    pool_norm: str | None = option(
+        None,
+        "normalisation of the pooling weights over the positions (default: softmax)",
+        choices=POOL_NORMS,
+        rare=True,
+    )
+    aux_sees_cls: bool | None = option(
+        None, "let auxiliary class tokens attend to the class token (default: they do not)", rare=True
+    )
+    aux_sees_aux: bool | None = option(
+        None, "let auxiliary class tokens attend to each other (default: they do not)", rare=True
+    )
+    include_global: bool = option(
+        True, "leave the global token out of the ensemble", flag="--without-global", rare=True
+    )
+    aux_on_local: bool = option(False, "give local crops auxiliary tokens, too", rare=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropOptions(base.Options):
+    """Crops."""
+
+    local_crops: int | None = option(None, "number of local crops (default: 8, or 0 for MoBY)", at_least=0)
+    local_size: int | None = option(
+        None, "side of local crops in pixels (default: 96 where --img-size is 224)", at_least=1
+    )
+    global_scale: tuple[float, float] | None = option(
+        None, "range of a global crop's area (default: 0.4 1, or 0.08 1 for MoBY)", above=0, at_most=1
+    )
+    local_scale: tuple[float, float] = option((0.05, 0.4), "range of a local crop's area", above=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(LossOptions, TokenOptions, CropOptions, TrainOptions):
+    """MTE."""
+
+    lr: float = changed(TrainOptions, "lr", 5e-4)
+    weight_decay: float = changed(TrainOptions, "weight_decay", 0.04)
+    weight_decay_end: float | None = changed(TrainOptions, "weight_decay_end", 0.4)
+    clip_grad: float | None = changed(TrainOptions, "clip_grad", 3.0)
+    clip_mode: str = changed(TrainOptions, "clip_mode", "parameter")
+    drop_path: float | None = changed(TrainOptions, "drop_path", 0.1)
+    val_split: str = changed(TrainOptions, "val_split", "")
+
+
+def run(options: Options) -> Result:
+    """Pre-train; see `launch`."""
+    return launch("train mte", options, build)
+
+
+def build(options: Options) -> Objective:
+    """The task, and the images as crops."""
+    task = make_task(options)
+    base = task.student.encoder.backbone.base
+    images = open_split(options, options.train_split)
+    images.transform = MultiCrop.for_model(base, _crops(options, base))
+    return Objective(task, images)
+
+
+def make_task(options: Options) -> MTETask:
+    """The task alone, which needs no images."""
+    return MTETask(
+        _model(options),
+        options.loss,
+        num_prototypes=options.prototypes,
+        hidden=options.head_hidden,
+        learn_scale=options.learn_scale,
+        aux_target=options.aux_target,
+        include_global=options.include_global,
+        global_weight=options.global_weight,
+        heads=options.heads,
+        batch_norm=options.batch_norm,
+        aux_on_local=options.aux_on_local,
+        tau_teacher=options.tau_teacher,
+        tau_epochs=options.tau_epochs,
+        momentum=None if options.teacher_momentum is None else (options.teacher_momentum, 1.0),
+        frozen_epochs=options.frozen_epochs,
+        mask_ratio=options.mask_ratio,
+        mask_prob=options.mask_prob,
+        queue_size=options.queue_size,
+    )
+
+
+def _model(options: Options) -> nn.Module:
+    """The model with its auxiliary tokens: a ViT that takes crops of any size, or anything else with pooled ones."""
+    model = make_student(options, make_backbone)
+    asked = {name: value for name in TOKENS + POOL if (value := getattr(options, name)) is not None}
+    if getattr(model, "aux", None) is not None:  # vit_small_mte and the like bring theirs
+        _check_made_with(asked, model.aux, options.model)
+        return model
+    try:
+        blocks.check(model, merging=False)
+    except TypeError:
+        if any(asked.get(name) for name in TOKENS):
+            raise CommandError(f"{options.model} can't have auxiliary class tokens, only pooled ones") from None
+        return PooledTokens(model, **{name: value for name, value in asked.items() if name in POOL})
+    return add_aux_tokens(model, **{"num_cls": 0} | asked)
+
+
+def _check_made_with(asked: dict[str, Any], aux: AuxTokens, model: str) -> None:
+    for name, value in asked.items():
+        made = aux.config[name]
+        if value != made:
+            raise CommandError(f"{model} was made with {name} = {made}, not {value}: name its base instead")
+
+
+def _crops(options: Options, base: nn.Module) -> list[Crop]:
+    moby = options.loss == "moby"
+    num_local = (0 if moby else 8) if options.local_crops is None else options.local_crops
+    scale = options.global_scale or ((0.08, 1.0) if moby else (0.4, 1.0))
+    size = options.img_size or base.pretrained_cfg["input_size"][1]
+    local = options.local_size or local_size(base, size)
+    return dino_crops(size, local, num_local, scale, options.local_scale)

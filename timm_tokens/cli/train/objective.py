@@ -1,0 +1,127 @@
+"""What the objectives of `timm-tokens train` share: options, and how a run of any of them starts and ends.
+
+An objective is a module `timm_tokens.cli.train.<name>`, dashes as underscores, with
+
+    Options                         a dataclass made of its own options and of TrainOptions
+    build(options) -> Objective     the task and the images
+    run(options)                    launch("train <name>", options, build)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from timm_tokens.cli.common import checks, models
+from timm_tokens.cli.common.processes import joined
+from timm_tokens.cli.options import DeviceOptions, ModelOptions, SplitOptions
+from timm_tokens.cli.parser import CONFIG, config_of, read_config, write_config
+from timm_tokens.options import option
+from timm_tokens.tasks import TokenTask
+from timm_tokens.training import Result, Settings, checkpoints, train
+from timm_tokens.training.continuing import check_same
+from timm_tokens.training.curves import draw_curves
+from timm_tokens.training.loop import Evaluate
+from timm_tokens.training.settings import FREE
+
+
+class Objective(NamedTuple):
+    """What `timm_tokens.training.train` needs beside its settings; see there."""
+
+    task: TokenTask
+    dataset: Dataset
+    collate: Callable | None = None
+    evaluate: Evaluate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ModelOptions, SplitOptions, DeviceOptions, Settings):
+    """What all objectives have."""
+
+    model: str = option(help="name of a model in timm or in this package")
+    pretrained: bool = option(False, "start from timm's pretrained weights")
+    checkpoint: Path | None = option(
+        None, "file with weights to start from; a classifier of another number of classes is left out (default: none)",
+        metavar="FILE",
+    )  # fmt: skip
+    data_dir: Path = option(help="folder with train/<class>/ and val/<class>/", metavar="FOLDER")
+    val_split: str = option("val", "folder in --data-dir, or split of --dataset, to validate on; '' for none")
+    drop_path: float | None = option(
+        None, "rate of stochastic depth (default: the model's own)", at_least=0, below=1, rare=True
+    )
+    grad_checkpointing: bool = option(
+        False, "save memory by computing activations again in the backward pass", rare=True
+    )
+    plot: bool = option(False, "draw the losses to curves.png, which needs matplotlib", group="Checkpoints and logs")
+
+
+Made = TypeVar("Made", bound=TrainOptions)
+
+
+def make_student(options: TrainOptions, make: Callable[..., nn.Module] = models.make_model, **kwargs: Any) -> nn.Module:
+    """The model to train; `kwargs` are for timm.create_model.
+
+    Raises:
+        CommandError: As `make_model`.
+    """
+    if options.drop_path is not None:
+        kwargs["drop_path_rate"] = options.drop_path
+    model = make(options, **kwargs)
+    if options.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def local_size(backbone: nn.Module, size: int) -> int:
+    """The side of local crops where global ones have `size`: 96 of 224, in whole patches."""
+    stem = getattr(backbone, "patch_embed", None)
+    patch = stem.patch_size[0] if hasattr(stem, "patch_size") else 1
+    return max(1, round(size * 96 / 224 / patch)) * patch
+
+
+def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> Result:
+    """Train, and write checkpoints, tables and the model into `out`.
+
+    Called on several processes of one group, each takes its part.
+
+    Raises:
+        CommandError: Something is missing or does not fit.
+        FloatingPointError: The loss became infinite or NaN.
+        OSError, TypeError, ValueError: What the library refuses.
+    """
+    checks.plot(options.plot)
+    checks.folder(options.out)
+    with joined(options.device) as process:
+        options = replace(options, device=process.device)
+        settings = Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})
+        torch.manual_seed(settings.seed)  # for the model's first weights
+        built = build(options)
+        if process.rank == 0:
+            _note(command, options)
+        result = train(built.task, built.dataset, settings, collate=built.collate, evaluate=built.evaluate)
+        process.wait()
+    if process.rank == 0:
+        if options.plot:
+            draw_curves(settings.out)
+        print(f"The model is in {result.path}; the losses in {settings.out / 'steps.csv'}.")
+    return result
+
+
+def _note(command: str, options: TrainOptions) -> None:
+    """Write down the options of a new run; refuse to continue one with others.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    path = options.out / CONFIG
+    running = checkpoints.exists(options.out)  # options alone may be those of an attempt that failed
+    if not running:
+        write_config(options.out, command, options)
+    elif options.resume and path.is_file():
+        free = {*FREE, "plot", "data_dir"}
+        kept = read_config(path, command), config_of(command, options)
+        check_same(options.out, *({k: v for k, v in each.items() if k not in {*free, "command"}} for each in kept))

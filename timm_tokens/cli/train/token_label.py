@@ -1,0 +1,144 @@
+"""Train a classifier; with token labels (see `timm-tokens annotate`) every patch learns a label of its own.
+
+    timm-tokens train token-label --data-dir images --labels labels --model lvvit_s --out run
+    timm-tokens train token-label --data-dir images --model vit_small_patch16_224 --out run
+
+--data-dir has train/<class>/ and val/<class>/. With --labels, a ViT without a token-label head gets one. Without them
+the model is trained as an ordinary classifier, with the same augmentation.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from timm_tokens import options as base
+from timm_tokens.cli.common.datasets import class_names, open_split
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
+from timm_tokens.data import TokenLabelDataset, TokenLabelStore, TokenLabelTransform
+from timm_tokens.losses import TokenLabelLoss
+from timm_tokens.options import option
+from timm_tokens.tasks import TokenLabelTask
+from timm_tokens.training import Accuracy, Result
+from timm_tokens.vit import TokenViT
+from timm_tokens.wrap import token_label_head
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions(base.Options):
+    """Labels."""
+
+    labels: Path | None = option(
+        None, "label store, or folder of published .pt labels (default: none, only the images' classes)",
+        metavar="FOLDER",
+    )  # fmt: skip
+    num_classes: int | None = option(
+        None, "number of classes of the labels (default: what they or the folders say)", at_least=1
+    )
+    dense_weight: float = option(0.5, "weight of the patches' loss", at_least=0)
+    cls_weight: float = option(1.0, "weight of the class token's loss", at_least=0)
+    ground_truth: bool = option(False, "mix the class token's label with the true class")
+    smoothing: float = option(0.1, "label smoothing", at_least=0, below=1)
+    mix: bool = option(True, "train without MixToken")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions(base.Options):
+    """Augmentation."""
+
+    scale: tuple[float, float] = option((0.08, 1.0), "range of a crop's area", above=0, at_most=1)
+    ratio: tuple[float, float] = option((3 / 4, 4 / 3), "range of a crop's aspect ratio", above=0)
+    hflip: float = option(0.5, "probability of a left-right flip", at_least=0, at_most=1)
+    aa: str = option("rand-m9-mstd0.5-inc1", "RandAugment as timm writes it; '' for none")
+    re_prob: float = option(0.25, "probability of random erasing", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(LabelOptions, AugmentationOptions, TrainOptions):
+    """Token labeling."""
+
+
+def run(options: Options) -> Result:
+    """Train; see `launch`."""
+    return launch("train token-label", options, build)
+
+
+def build(options: Options) -> Objective:
+    """The task, the images with their labels, and validation by top-1 accuracy."""
+    store = None if options.labels is None else TokenLabelStore(options.labels, options.num_classes)
+    train = open_split(options, options.train_split)
+    names = class_names(train)
+    count = options.num_classes or (store is not None and store.num_classes) or len(names or ())
+    if not count:
+        raise CommandError("neither the labels nor the images say how many classes there are: give --num-classes")
+    if store is not None:
+        store = TokenLabelStore(options.labels, count)  # .pt files don't say how many
+    numbers = class_numbers(names, count)
+    if numbers is not None:
+        train = open_split(options, options.train_split, class_map=numbers)
+    model = make_student(options, num_classes=count)
+    if store is not None and not (isinstance(model, TokenViT) and model.head is not None):
+        model = token_label_head(model)
+    config = resolve_model_data_config(model, args={"img_size": options.img_size})
+    loss = TokenLabelLoss(options.dense_weight, options.cls_weight, options.ground_truth, options.smoothing)
+    task = TokenLabelTask(model, loss, mix=options.mix, num_classes=None if store is None else count)
+    evaluate = None
+    if options.val_split:
+        val = open_split(options, options.val_split, class_map=numbers)
+        val.transform = create_transform(**config)
+        evaluate = Accuracy(val, options.batch_size, options.workers, topk=(1, 5) if count > 5 else (1,))
+    return Objective(task, _training_data(train, store, options, config), evaluate=evaluate)
+
+
+def class_numbers(names: list[str] | None, count: int) -> dict[str, int] | None:
+    """The number of each class among so many: in the order of the folders, or ImageNet's for its WordNet names.
+
+    Returns:
+        None for a data set whose classes have no names.
+
+    Raises:
+        CommandError: The classes are not so many, and not named as ImageNet's are.
+    """
+    if not names or len(names) == count:
+        return None if not names else {name: i for i, name in enumerate(names)}
+    subset = infer_imagenet_subset({"num_classes": count})
+    synsets = {name: i for i, name in enumerate(ImageNetInfo(subset).label_names())} if subset else {}
+    odd = [name for name in names if name not in synsets]
+    if odd:
+        raise CommandError(
+            f"the labels are over {count} classes, the images are in {len(names)} folders, and {odd[0]!r} is no "
+            "WordNet name of ImageNet's: annotate with a classifier of these folders' classes"
+        )
+    return {name: synsets[name] for name in names}
+
+
+def _training_data(train: Dataset, store: TokenLabelStore | None, options: Options, config: dict[str, Any]) -> Dataset:
+    transform = TokenLabelTransform(
+        config["input_size"][1:], options.scale, options.ratio, options.hflip,
+        auto_augment=options.aa or None, mean=config["mean"], std=config["std"], re_prob=options.re_prob,
+    )  # fmt: skip
+    if store is None:
+        train.transform = ViewImage(transform)
+        return train
+    labelled = TokenLabelDataset(train, store, transform)
+    missing = labelled.missing_labels()
+    if missing:
+        raise CommandError(
+            f"{len(missing)} of {len(train)} images have no label in {options.labels}, such as {missing[0]}: "
+            "annotate them, with timm-tokens annotate"
+        )
+    return labelled
+
+
+class ViewImage:
+    """The image alone of what a `TokenLabelTransform` gives."""
+
+    def __init__(self, transform: TokenLabelTransform):
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.transform(image).image
