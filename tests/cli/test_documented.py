@@ -18,7 +18,7 @@ def lines(text):
     text = re.sub(r"\\+\n\s*", " ", text)
     code = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     code += "\n" + "\n".join(re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE))
-    for line in re.findall(r"^(?:timm-tokens|torchrun .*-m timm_tokens|python -m timm_tokens) (.*)$", code, re.MULTILINE):
+    for line in re.findall(r"^(?:timm-tokens|.*-m timm_tokens) (.*)$", code, re.MULTILINE):
         yield shlex.split(line, comments=True)
 
 

@@ -51,13 +51,11 @@ def load_run(folder: Path) -> Trained:
     if found is None:
         raise CommandError(f"the run in {folder} has no checkpoint yet")
     options = replace(build(module.Options, kept), pretrained=False, checkpoint=None)
-    about, weights = (
-        {"model": options.model, "checkpoint": checkpoints.identity(found.path), "merge_r": "0"},
-        str(found.path),
-    )
+    weights, size = str(found.path), options.img_size
+    about = {"model": options.model, "checkpoint": checkpoints.identity(found.path), "merge_r": "0"}
     if hasattr(module, "make_task"):
         task = module.make_task(options)
         task.load_task_state(found.state["task_state"])
-        return Trained(Source(lambda: task.product, about, weights, options.img_size), task)
+        return Trained(Source(lambda: task.product, about, weights, size), task)
     make = partial(make_backbone, replace(options, checkpoint=found.path))
-    return Trained(Source(make, about, weights, options.img_size), None)
+    return Trained(Source(make, about, weights, size), None)
