@@ -11,6 +11,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_tokens import add_aux_tokens
+from timm_tokens.tasks import TokenLabelTask
+
 WORLD, STEPS, BATCH = 2, 3, 4  # BATCH images on each process
 CLOSE = dict(atol=5e-5, rtol=1e-4)
 FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
@@ -24,6 +27,26 @@ def prepared(training, r=3, metric="learned"):
         family, depth=3, r=r, metric=metric, tau1=0.5, tau2=0.5
     ).train()  # low temperatures amplify rounding
     return model.freeze_base(training == "modular")
+
+
+def with_aux():
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return add_aux_tokens(tiny.base("average", depth=2), 2, 2).train()
+
+
+class Classified(torch.nn.Module):
+    """What a task trains a model to, through the task."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.task = TokenLabelTask(model).prepare_distributed()
+
+    def forward(self, images):
+        return self.task.trainable_module(images)
+
+    def state_dict(self):
+        return self.task.student.state_dict()
 
 
 def batches(rank=0, world=1):
@@ -67,6 +90,12 @@ SCENARIOS = {
     "fsdp-whole_blocks": lambda: sharded(prepared("end_to_end"), [""]),
     "ddp-unused": lambda: DistributedDataParallel(prepared("modular", r=[3])),
     "ddp-find_unused": lambda: DistributedDataParallel(prepared("modular", r=[3]), find_unused_parameters=True),
+    "ddp-aux_unused": lambda: DistributedDataParallel(with_aux()),
+    "ddp-aux_find_unused": lambda: DistributedDataParallel(with_aux(), find_unused_parameters=True),
+    "ddp-aux_static_graph": lambda: DistributedDataParallel(with_aux(), static_graph=True),
+    "ddp-aux_base": lambda: DistributedDataParallel(with_aux().base),
+    "ddp-aux_task": lambda: Classified(with_aux()),
+    "ddp-merging_task": lambda: Classified(prepared("modular", r=[3])),
     "ddp-static_graph": lambda: DistributedDataParallel(prepared("modular", r=[3]), static_graph=True),
 }
 
@@ -113,6 +142,19 @@ def test_ddp_with_blocks_that_merge_nothing(results, option):
     """The embedding of a block that merges nothing gets no gradient, which DDP must be told."""
     assert all("find_unused_parameters=True" in result["ddp-unused"] for result in results)
     assert_trained([result[f"ddp-{option}"] for result in results], trained(prepared("modular", r=[3])))
+
+
+def test_ddp_with_auxiliary_tokens_that_class_logits_do_not_need(results):
+    """They get no gradient, which DDP must be told: the package's tasks do, and the base has none."""
+    start, expected = with_aux().state_dict(), trained(with_aux())
+    assert all(torch.equal(start[name], value) for name, value in expected.items() if name.startswith("aux."))
+    assert not torch.equal(start["base.blocks.0.attn.qkv.weight"], expected["base.blocks.0.attn.qkv.weight"])
+    assert all("find_unused_parameters=True" in result["ddp-aux_unused"] for result in results)
+    for option in ("find_unused", "static_graph", "task"):
+        assert_trained([result[f"ddp-aux_{option}"] for result in results], expected)
+    plain = {name.removeprefix("base."): value for name, value in expected.items() if name.startswith("base.")}
+    assert_trained([result["ddp-aux_base"] for result in results], plain)
+    assert_trained([result["ddp-merging_task"] for result in results], trained(prepared("modular", r=[3])))
 
 
 @needs_fsdp

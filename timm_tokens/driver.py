@@ -1,7 +1,7 @@
 """The loop that drives a timm ViT block by block, and what may happen to its tokens on the way."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from timm.models import checkpoint
@@ -64,6 +64,17 @@ def patch_edit(
     return edit
 
 
+def limited(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """The arguments by which timm's blocks learn what each token may attend to; none where it may attend to all.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if attn_mask is not None and is_causal:
+        raise ValueError("give attn_mask or is_causal=True, not both: put the causal mask into attn_mask")
+    return {"attn_mask": attn_mask} if attn_mask is not None else {"is_causal": True} if is_causal else {}
+
+
 def encode(
     base: nn.Module,
     images: Tensor,
@@ -73,6 +84,7 @@ def encode(
     aux: AuxTokens | None = None,
     on_block: Callable[[int, Tensor, Trace], None] | None = None,
     depth: int | None = None,
+    limits: Mapping[str, Any] | None = None,
 ) -> tuple[Stream, Trace]:
     """Run the first blocks of a timm ViT: the tokens, and what was merged on the way.
 
@@ -84,18 +96,26 @@ def encode(
         aux: Auxiliary tokens that travel beside the model's own.
         on_block: Called after each block with its index, the tokens, and the merges so far.
         depth: How many blocks to run; None: all.
+        limits: What each token may attend to, from `limited`; None: everything.
+
+    Raises:
+        ValueError: If there are limits, and tokens that they don't tell about: merged or auxiliary ones.
     """
     x, ropes = blocks.embed(base, images, edit)
     own, num_aux, trace = x.shape[1], 0, []
     if aux is not None and aux.tokens is not None:
         x, num_aux = aux.append(x), aux.num_cls
+        if limits:
+            raise ValueError(
+                f"{' and '.join(limits)} can't say what auxiliary tokens may attend to; call with aux=False"
+            )
     stream, prefix, recompute = Stream(x, num_aux, effective=own), base.num_prefix_tokens, base.grad_checkpointing
     # At batch size 1, Python and small operations take most of the time: nothing is looked up twice in this loop.
     for i, block in enumerate(base.blocks):
         if i == depth:
             break
         rope = None if ropes is None else ropes[i]
-        arguments = (i, block, stream, rope, prefix, merger, aux)
+        arguments = (i, block, stream, rope, prefix, merger, aux, limits or {})
         stream, matching = checkpoint(_block, *arguments) if recompute else _block(*arguments)
         if matching is not None:
             trace.append(matching)
@@ -112,13 +132,19 @@ def _block(
     prefix: int,
     merger: TokenMerger | None,
     aux: AuxTokens | None,
+    limits: Mapping[str, Any],
 ) -> tuple[Stream, Matching | RelaxedMatching | None]:
     x, num_aux, effective, size, rows = stream
     weighted = size is not None and merger.prop_attn  # no bias while all sizes are 1: keeps the flash kernel
     attention = _attention(x, size if weighted else None, rope, rows, num_aux, aux, prefix)
     r = 0 if merger is None else merger.count(i, effective, prefix)
     if not r:
-        return Stream(block(x, **attention), num_aux, effective, size, rows), None
+        return Stream(block(x, **attention, **limits), num_aux, effective, size, rows), None
+    if limits:
+        raise ValueError(
+            f"{' and '.join(limits)} can't say what merged tokens may attend to, and block {i} merges {r}; set "
+            "model.merger.r = 0, or call model.base"
+        )
     y = blocks.read(block, x)
     # chosen before the attention, while y is in the caches
     choice = merger.choose(i, block, stream.split(y)[0] if num_aux else y, r, effective, prefix)

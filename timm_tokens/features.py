@@ -1,6 +1,6 @@
 """What the blocks of a ViT give, un-merged to the full grid of patches: for dense tasks, teachers and pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,7 @@ def forward_merged(
     edit: Callable[[Tensor], Tensor] | None = None,
     *,
     merger: TokenMerger | None = None,
+    limits: Mapping[str, Any] | None = None,
 ) -> MergedTokens:
     """The merged features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`.
 
@@ -67,7 +68,7 @@ def forward_merged(
             "tokens='merged' gives what is left after merging, but in training learned merging is relaxed and leaves "
             "every token: call model.merger.eval() to merge outright while the rest trains, or model.eval()"
         )
-    stream, trace = encode(base, images, edit, merger=merger)
+    stream, trace = encode(base, images, edit, merger=merger, limits=limits)
     x, prefix = base.norm(stream.x), base.num_prefix_tokens
     patches = x[:, prefix:]
     size = torch.ones(patches.shape[:2], device=x.device) if stream.size is None else stream.size[:, prefix:]
@@ -81,6 +82,7 @@ def forward_tokens(
     *,
     merger: TokenMerger | None = None,
     aux: AuxTokens | None = None,
+    limits: Mapping[str, Any] | None = None,
     has_class_token: bool = True,
 ) -> Tokens:
     """The features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`.
@@ -91,7 +93,7 @@ def forward_tokens(
     Raises:
         ValueError: If pooled tokens are asked for and patches are missing.
     """
-    stream, trace = encode(base, images, edit, merger=merger, aux=aux)
+    stream, trace = encode(base, images, edit, merger=merger, aux=aux, limits=limits)
     x, extra = stream.split(base.norm(stream.x))
     x, prefix = unmerge_all(trace, x), base.num_prefix_tokens
     patches = x[:, prefix:]
@@ -128,6 +130,7 @@ def forward_intermediates(
     output_fmt: str,
     intermediates_only: bool,
     output_dict: bool,
+    limits: Mapping[str, Any] | None = None,
 ) -> Any:
     """Features after chosen blocks; see `TokenViT.forward_intermediates`."""
     if output_fmt not in ("NCHW", "NLC"):
@@ -139,7 +142,8 @@ def forward_intermediates(
         if i in take_indices:
             taken.append(unmerge_all(trace, final_norm(x) if norm else x))
 
-    stream, trace = encode(base, images, merger=merger, on_block=on_block, depth=last + 1 if stop_early else None)
+    options = dict(merger=merger, on_block=on_block, depth=last + 1 if stop_early else None, limits=limits)
+    stream, trace = encode(base, images, **options)
     final = None if intermediates_only else unmerge_all(trace, final_norm(stream.x))
     maps = [x[:, prefix:] for x in taken]
     if output_fmt == "NCHW":

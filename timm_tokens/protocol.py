@@ -25,30 +25,23 @@ class TimmProtocol:
     base: nn.Module
     _unset = False  # whether memory was made for weights (`to_empty`), and nothing has set them yet
 
-    num_features = _of_base("num_features")
-    head_hidden_size = _of_base("head_hidden_size")
-    embed_dim = _of_base("embed_dim")
-    num_prefix_tokens = _of_base("num_prefix_tokens")
-    num_reg_tokens = _of_base("num_reg_tokens")
-    global_pool = _of_base("global_pool")
-    pool_include_prefix = _of_base("pool_include_prefix")
-    grad_checkpointing = _of_base("grad_checkpointing")
-    in_chans = _of_base("in_chans")
-    dynamic_img_size = _of_base("dynamic_img_size")
-    no_embed_class = _of_base("no_embed_class")
-    distilled_training = _of_base("distilled_training")
+    num_features, head_hidden_size, embed_dim = map(_of_base, ("num_features", "head_hidden_size", "embed_dim"))
+    num_prefix_tokens, num_reg_tokens = map(_of_base, ("num_prefix_tokens", "num_reg_tokens"))
+    in_chans, dynamic_img_size, no_embed_class = map(_of_base, ("in_chans", "dynamic_img_size", "no_embed_class"))
+    global_pool, pool_include_prefix = map(_of_base, ("global_pool", "pool_include_prefix"))
+    grad_checkpointing, distilled_training = map(_of_base, ("grad_checkpointing", "distilled_training"))
+    rope_mixed, rope_is_mixed = map(_of_base, ("rope_mixed", "rope_is_mixed"))
+    weight_init_mode, fix_init, head_init_scale = map(_of_base, ("weight_init_mode", "fix_init", "head_init_scale"))
     # its layers: setting one sets the base's, as tools do that replace a norm or take blocks away
     patch_embed, embeds, pos_embed, rope = map(_of_base, ("patch_embed", "embeds", "pos_embed", "rope"))
     cls_token, reg_token, dist_token = map(_of_base, ("cls_token", "reg_token", "dist_token"))
-    pos_drop, patch_drop, norm_pre, blocks = map(_of_base, ("pos_drop", "patch_drop", "norm_pre", "blocks"))
-    norm, attn_pool, fc_norm, head_drop = map(_of_base, ("norm", "attn_pool", "fc_norm", "head_drop"))
-    head_dist = _of_base("head_dist")
+    cls_embed, pos_drop, patch_drop = map(_of_base, ("cls_embed", "pos_drop", "patch_drop"))
+    norm_pre, blocks, norm, attn_pool = map(_of_base, ("norm_pre", "blocks", "norm", "attn_pool"))
+    fc_norm, head_drop, head_dist = map(_of_base, ("fc_norm", "head_drop", "head_dist"))
     # its methods that have nothing to do with the parts
-    set_input_size = _of_base("set_input_size")
-    set_grad_checkpointing = _of_base("set_grad_checkpointing")
-    load_pretrained = _of_base("load_pretrained")
+    set_input_size, get_patch_size = map(_of_base, ("set_input_size", "get_patch_size"))
+    set_grad_checkpointing, load_pretrained = map(_of_base, ("set_grad_checkpointing", "load_pretrained"))
     fix_init_weight = _of_base("fix_init_weight")
-    get_patch_size = _of_base("get_patch_size")
 
     def _init_protocol(self) -> None:
         cfg = dict(getattr(self.base, "pretrained_cfg", None) or {})

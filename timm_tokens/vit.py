@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens import blocks, features, pooling
-from timm_tokens.driver import Trace, encode, patch_edit
+from timm_tokens.driver import Trace, encode, limited, patch_edit
 from timm_tokens.features import MergedTokens, Tokens
 from timm_tokens.flops import Costs, on_meta
 from timm_tokens.ops import mix_tokens, schedule
@@ -29,8 +29,8 @@ class TokenViT(TimmProtocol, nn.Module):
 
     FSDP must wrap the attentions and MLPs (or the whole model), not the blocks: a block whose tokens merge is called in
     two halves, which does not fire the block's own hooks. With metric="keys" FSDP must leave out the attentions, too:
-    their weights are read from outside. DDP needs find_unused_parameters=True or static_graph=True where a block merges
-    nothing: its embedding gets no gradient.
+    their weights are read from outside. DDP needs find_unused_parameters=True or static_graph=True where parameters get no
+    gradient: embeddings of blocks that merge nothing, and auxiliary tokens where only class logits are asked for.
 
     Args:
         base: A timm VisionTransformer, Eva or NaFlexVit.
@@ -66,6 +66,8 @@ class TokenViT(TimmProtocol, nn.Module):
     def forward(
         self,
         images: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
         *,
         dense: bool = False,
         box: Tensor | Sequence[int] | None = None,
@@ -76,6 +78,9 @@ class TokenViT(TimmProtocol, nn.Module):
         """Class logits (B, K) of images (B, 3, H, W), in training and evaluation alike.
 
         Args:
+            attn_mask: What each of the P + N tokens may attend to, (P + N, P + N) or broadcast to (B, heads, P + N,
+                P + N): bool, or added to the scores. For where no tokens merge.
+            is_causal: Whether tokens attend to themselves and earlier ones alone. For where no tokens merge.
             dense: Give `DenseLogits` instead: the class token's logits and those of every patch. Needs the head.
             box: (top, left, bottom, right) on the patch grid: the patches inside are taken from the flipped batch, and
                 their logits are given back to their own images (MixToken). With dense=True.
@@ -92,12 +97,13 @@ class TokenViT(TimmProtocol, nn.Module):
         edit = None
         if box is not None or mask is not None:
             edit = patch_edit(self._grid(images), box, mask, self.mask_token)
+        options = dict(merger=self.merger, limits=limited(attn_mask, is_causal))
         if tokens == "merged":
-            return features.forward_merged(self.base, images, edit, merger=self.merger)
+            return features.forward_merged(self.base, images, edit, **options)
         if tokens:
-            options = dict(merger=self.merger, aux=self.aux if aux else None, has_class_token=self.has_class_token)
+            options |= dict(aux=self.aux if aux else None, has_class_token=self.has_class_token)
             return features.forward_tokens(self.base, images, edit, **options)
-        stream, trace = encode(self.base, images, edit, merger=self.merger)
+        stream, trace = encode(self.base, images, edit, **options)
         x = self.base.norm(stream.x)
         if self.head is None:
             return self._classify(x, stream.size, trace)
@@ -111,12 +117,13 @@ class TokenViT(TimmProtocol, nn.Module):
         size = None if size is None else size[:, self.num_prefix_tokens :]
         return self.head(cls, self._patches(x), size)
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens (B, P + N, C) after the final norm, un-merged: every patch has its group's token.
 
-        So `forward_head` needs no sizes: the mean over patches is the mean over tokens weighted by size.
+        So `forward_head` needs no sizes: the mean over patches is the mean over tokens weighted by size. The arguments
+        are those of `forward`.
         """
-        stream, trace = encode(self.base, images, merger=self.merger)
+        stream, trace = encode(self.base, images, merger=self.merger, limits=limited(attn_mask, is_causal))
         return unmerge_all(trace, self.base.norm(stream.x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -136,6 +143,8 @@ class TokenViT(TimmProtocol, nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Any:
         """Features after chosen blocks, un-merged to the full grid; arguments and results as timm's.
 
@@ -148,9 +157,10 @@ class TokenViT(TimmProtocol, nn.Module):
             output_fmt: "NCHW" for maps (B, C, H, W), "NLC" for tokens (B, N, C).
             intermediates_only: Leave the final features out.
             output_dict: Return a dict with "image_intermediates", "image_intermediates_prefix", "image_features".
+            attn_mask, is_causal: What tokens may attend to, as in `forward`.
 
         Raises:
-            ValueError: If output_fmt is unknown.
+            ValueError: If output_fmt is unknown, or tokens merge that attn_mask or is_causal can't tell about.
         """
         return features.forward_intermediates(
             self.base,
@@ -163,6 +173,7 @@ class TokenViT(TimmProtocol, nn.Module):
             output_fmt=output_fmt,
             intermediates_only=intermediates_only,
             output_dict=output_dict,
+            limits=limited(attn_mask, is_causal),
         )
 
     @torch.no_grad()

@@ -46,8 +46,7 @@ class TokenLabelTask(TokenTask):
         self.dense = isinstance(model, TokenViT) and model.head is not None
         self.loss = TokenLabelLoss() if loss is None else loss
         self.mix = mix
-        # A classifier of the head's own replaces the base's, and a block may merge nothing: DDP must not wait for them.
-        self.find_unused_parameters = self.dense and (model.head.cls is not None or model.merger is not None)
+        self.find_unused_parameters = isinstance(model, TokenViT) and _has_unused(model)
         if num_classes is not None:
             check_classes(model, num_classes)
 
@@ -71,6 +70,13 @@ class TokenLabelTask(TokenTask):
         if labelled:
             target = warp_token_labels(target.values, target.indices, target.map, logits.cls.shape[1], grid)
         return {"loss": self.loss(logits, target, truth, box), "output": logits.cls.detach()}
+
+
+def _has_unused(model: TokenViT) -> bool:
+    """Whether class logits may leave weights without a gradient, so that DDP must not wait for it: auxiliary and mask
+    tokens, the embedding of a block that merges nothing, the base's classifier beside one of the head's own."""
+    own = model.head is not None and model.head.cls is not None
+    return own or any(part is not None for part in (model.aux, model.merger, model.mask_token))
 
 
 def check_classes(model: nn.Module, num_classes: int) -> None:
