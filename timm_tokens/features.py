@@ -118,24 +118,19 @@ def _check_grid(count: int, grid: tuple[int, int], as_what_needs: str) -> None:
         )
 
 
-def forward_intermediates(
+def intermediates(
     base: nn.Module,
     merger: TokenMerger | None,
     images: Tensor,
-    *,
     indices: int | Sequence[int] | None,
-    return_prefix_tokens: bool,
+    *,
     norm: bool,
     stop_early: bool,
-    output_fmt: str,
-    intermediates_only: bool,
-    output_dict: bool,
-    limits: Mapping[str, Any] | None = None,
-) -> Any:
-    """Features after chosen blocks; see `TokenViT.forward_intermediates`."""
-    if output_fmt not in ("NCHW", "NLC"):
-        raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-    taken, final_norm, prefix = [], base.norm, base.num_prefix_tokens
+    final: bool,
+    limits: Mapping[str, Any],
+) -> tuple[list[Tensor], Tensor | None]:
+    """Tokens (B, P + N, C) after chosen blocks and, with `final`, at the end: see `TokenViT.forward_intermediates`."""
+    taken, final_norm = [], base.norm
     take_indices, last = feature_take_indices(len(base.blocks), indices)
 
     def on_block(i: int, x: Tensor, trace: Trace) -> None:
@@ -144,21 +139,30 @@ def forward_intermediates(
 
     options = dict(merger=merger, on_block=on_block, depth=last + 1 if stop_early else None, limits=limits)
     stream, trace = encode(base, images, **options)
-    final = None if intermediates_only else unmerge_all(trace, final_norm(stream.x))
+    return taken, unmerge_all(trace, final_norm(stream.x)) if final else None
+
+
+def pack(
+    taken: list[Tensor], final: Tensor | None, prefix: int, grid: tuple[int, int] | None, prefixed: bool, as_dict: bool
+) -> Any:
+    """The results of forward_intermediates in timm's forms.
+
+    Args:
+        taken: (B, P + N, C) tokens of the chosen blocks.
+        final: (B, P + N, C) tokens after the final norm, or None to leave them out.
+        prefix: P.
+        grid: Rows and columns of patches to make maps (B, C, rows, columns) of them, or None.
+        prefixed: Whether prefix tokens are wanted, too.
+        as_dict: Whether to name the results.
+    """
     maps = [x[:, prefix:] for x in taken]
-    if output_fmt == "NCHW":
-        grid = blocks.grid_size(base, images.shape[-2:])
+    if grid is not None:
         maps = [x.transpose(1, 2).unflatten(2, grid).contiguous() for x in maps]
-    prefixes = [x[:, :prefix] for x in taken] if return_prefix_tokens and prefix else None
-    return _pack(maps, prefixes, final, output_dict)
-
-
-def _pack(maps: list[Tensor], prefix: list[Tensor] | None, final: Tensor | None, as_dict: bool) -> Any:
-    """The results of forward_intermediates in timm's forms."""
+    prefixes = [x[:, :prefix] for x in taken] if prefixed and prefix else None
     if as_dict:
-        packed = {"image_intermediates": maps, "image_intermediates_prefix": prefix, "image_features": final}
+        packed = {"image_intermediates": maps, "image_intermediates_prefix": prefixes, "image_features": final}
         return {name: value for name, value in packed.items() if value is not None}
-    maps = maps if prefix is None else list(zip(maps, prefix, strict=True))
+    maps = maps if prefixes is None else list(zip(maps, prefixes, strict=True))
     return maps if final is None else (final, maps)
 
 

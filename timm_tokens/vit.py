@@ -28,9 +28,9 @@ class TokenViT(TimmProtocol, nn.Module):
     parts the outputs are the base's. Use `apply_dtem_merging`, `add_aux_tokens` and `token_label_head` to build one.
 
     FSDP must wrap the attentions and MLPs (or the whole model), not the blocks: a block whose tokens merge is called in
-    two halves, which does not fire the block's own hooks. With metric="keys" FSDP must leave out the attentions, too:
-    their weights are read from outside. DDP needs find_unused_parameters=True or static_graph=True where parameters get no
-    gradient: embeddings of blocks that merge nothing, and auxiliary tokens where only class logits are asked for.
+    two halves. With metric="keys" it must leave out the attentions, too: their weights are read from outside. DDP needs
+    find_unused_parameters=True or static_graph=True where parameters get no gradient: embeddings of blocks that merge
+    nothing, and auxiliary tokens where only class logits are asked for.
 
     Args:
         base: A timm VisionTransformer, Eva or NaFlexVit.
@@ -162,19 +162,12 @@ class TokenViT(TimmProtocol, nn.Module):
         Raises:
             ValueError: If output_fmt is unknown, or tokens merge that attn_mask or is_causal can't tell about.
         """
-        return features.forward_intermediates(
-            self.base,
-            self.merger,
-            x,
-            indices=indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-            output_dict=output_dict,
-            limits=limited(attn_mask, is_causal),
-        )
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        options = dict(norm=norm, stop_early=stop_early, final=not intermediates_only)
+        limits, grid = limited(attn_mask, is_causal), self._grid(x) if output_fmt == "NCHW" else None
+        taken, final = features.intermediates(self.base, self.merger, x, indices, limits=limits, **options)
+        return features.pack(taken, final, self.num_prefix_tokens, grid, return_prefix_tokens, output_dict)
 
     @torch.no_grad()
     def token_groups(self, images: Tensor, block: int | None = None) -> Tensor:
