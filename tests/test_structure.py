@@ -37,6 +37,7 @@ ALLOWED = {  # what may import what, inside the package
     "files": set(),
     "digests": set(),
     "outputs": set(),
+    "recipes": set(),
     "options": set(),
     "tasks": {"tasks", "vit", "wrap", "outputs", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
     "training": {"training", "tasks", "data", "distributed", "seeding", "files", "digests", "options"},

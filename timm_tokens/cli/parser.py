@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+from timm_tokens.cli import recipes
 from timm_tokens.cli.errors import CommandError, explained
 from timm_tokens.files import replacing
 from timm_tokens.options import Options, kind
@@ -41,8 +42,21 @@ def parse(command: str, of: type[Options], argv: Sequence[str], description: str
     given = vars(make_parser(command, of, description).parse_intermixed_args(argv[:1] if rest else argv))
     if rest:
         given[rest] = argv[1:]
-    path = given.pop("config", None)
-    return build(of, (read_config(path, command) if path else {}) | given)
+    path, name = given.pop("config", None), given.get("recipe")
+    if path and name:
+        raise CommandError("give --config or --recipe, not both: the options of a run hold those of its recipe")
+    if given.pop("list_recipes", False):
+        _print_and_exit(recipes.listed(command))
+    recipe = recipes.named(command, name)
+    kept = read_config(path, command) if path else recipe.options if recipe else {}
+    if given.pop("print_config", False):
+        _print_and_exit(recipes.config(of, kept | given, recipe))
+    return build(of, kept | given)
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    print(text)
+    raise SystemExit(0)
 
 
 def build(of: type[Options], values: dict[str, Any]) -> Options:
@@ -107,6 +121,10 @@ def make_parser(command: str, of: type[Options], description: str | None = None)
         "--config", type=Path, default=SUPPRESS, metavar="FILE",
         help=f"take the options from the {CONFIG} of an earlier run; options on the command line win (default: none)",
     )  # fmt: skip
+    if "recipe" in hints:
+        switch = {"action": "store_true", "default": SUPPRESS}
+        rare.add_argument("--list-recipes", **switch, help="list the recipes of this objective, and exit")
+        rare.add_argument("--print-config", **switch, help="print every option with its value and source, and exit")
     return parser
 
 

@@ -63,7 +63,7 @@ def train(
         ValueError: The settings don't fit the data, or the run that is to be resumed.
         FileExistsError: There is a run in the folder, and `resume` is not set.
     """
-    return _Run(task, dataset, settings, collate, evaluate).run()
+    return _Run(task, dataset, settings.scaled(world_size()), collate, evaluate).run()
 
 
 class _Run:

@@ -1,6 +1,6 @@
 """What a run is set to: the arguments of `train`, and of the command `timm-tokens train`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,16 @@ class Settings(Options):
     resume: bool = option(False, "continue from the last checkpoint in --out, or start anew if there is none")
 
     opt: str = option("adamw", "name of one of timm's optimizers", group=_OPTIMIZER)
-    lr: float = option(1e-3, "learning rate, which is not scaled by the batch size", above=0, group=_OPTIMIZER)
+    lr: float = option(1e-3, "learning rate, at the batch size that --lr-base-size names", above=0, group=_OPTIMIZER)
+    lr_base_size: int | None = option(
+        None, "global batch size that --lr is meant for; the rate is scaled to the run's own global batch "
+        "(default: --lr is used as it is)", at_least=1, group=_OPTIMIZER,
+    )  # fmt: skip
+    lr_base_scale: str = option(
+        "linear", "how the learning rate grows with the global batch size, where --lr-base-size is given",
+        choices=("linear", "sqrt"), rare=True,
+    )  # fmt: skip
+    scale_schedule: bool = option(False, "scale --warmup-lr and --min-lr as the learning rate is scaled", rare=True)
     sched: str = option(
         "cosine", "schedule of the learning rate", choices=("cosine", "linear", "tanh", "none"), group=_OPTIMIZER
     )
@@ -84,6 +93,15 @@ class Settings(Options):
             raise ValueError(f"weight_decay_end needs weight_decay above 0 to start from, got {self.weight_decay}")
         if self.amp == "float16" and (self.device or "").startswith("cpu"):
             raise ValueError("amp float16 needs a GPU: use bfloat16 on the CPU")
+
+    def scaled(self, processes: int) -> "Settings":
+        """The settings of a run on so many processes: with learning rates for its global batch."""
+        if self.lr_base_size is None:
+            return self
+        factor = self.batch_size * self.accumulate * processes / self.lr_base_size
+        factor = factor if self.lr_base_scale == "linear" else factor**0.5
+        names = ("lr", "warmup_lr", "min_lr") if self.scale_schedule else ("lr",)
+        return replace(self, lr_base_size=None, **{name: getattr(self, name) * factor for name in names})
 
     def curve(self) -> dict[str, Any]:
         """What decides the losses: a run can only be resumed with the same. Plain data."""

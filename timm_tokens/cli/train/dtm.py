@@ -5,8 +5,7 @@
 
 The teacher is any timm ViT with weights, of any patch size: its images are resized until its patches are as many as the
 student's. What comes out is the plain student without a classifier: model.safetensors, for timm.create_model(...,
-checkpoint_path=...). The published recipe has --batch-size 2048 --lr 1.5e-3; the default learning rate is for 256, by
-the square root of the ratio.
+checkpoint_path=...). The learning rate is for a global batch of 2048 and grows with its square root, as published.
 """
 
 from dataclasses import dataclass
@@ -59,7 +58,9 @@ class Options(TeacherOptions, AugmentationOptions, TrainOptions):
 
     epochs: int = changed(TrainOptions, "epochs", 300)
     batch_size: int = changed(TrainOptions, "batch_size", 256)
-    lr: float = changed(TrainOptions, "lr", 5.3e-4)
+    lr: float = changed(TrainOptions, "lr", 1.5e-3)
+    lr_base_size: int | None = changed(TrainOptions, "lr_base_size", 2048)
+    lr_base_scale: str = changed(TrainOptions, "lr_base_scale", "sqrt")
     opt_betas: tuple[float, ...] | None = changed(TrainOptions, "opt_betas", (0.9, 0.98))
     clip_grad: float | None = changed(TrainOptions, "clip_grad", 3.0)
     drop_path: float | None = changed(TrainOptions, "drop_path", 0.1)

@@ -1,12 +1,11 @@
 """Pre-train without labels, with auxiliary tokens that teach the global one and are dropped afterwards (MTE).
 
     timm-tokens train mte --data-dir images --model vit_small_patch16_224 --loss dino --out run
-    timm-tokens train mte --data-dir images --model vit_small_patch16_224 --loss moby --num-cls 0 --num-pooled 0 \\
-        --weight-decay 0.05 --weight-decay-end 0.05 --clip-grad inf --out baseline
+    timm-tokens train mte --data-dir images --model deit_small_patch16_224 --recipe moby --num-pooled 0 --out baseline
 
---data-dir has train/ with a folder a class; the classes play no part. What comes out is a plain timm model.
-Defaults are DINO's, whose learning rate of 5e-4 is for 256 images a step; the second line is MoBY as its paper has it.
-Pooled tokens alone are the default, which did best where it was measured; ViTs can have auxiliary class tokens, too.
+--data-dir has train/ with one folder per class; classes play no part. The result is a plain timm model. The defaults
+are DINO's; the second line is MoBY as its paper has it. Pooled tokens without auxiliary class tokens are the default,
+because that measured best; ViTs can have auxiliary class tokens too.
 """
 
 from dataclasses import dataclass
@@ -116,6 +115,7 @@ class Options(LossOptions, TokenOptions, CropOptions, TrainOptions):
     """MTE."""
 
     lr: float = changed(TrainOptions, "lr", 5e-4)
+    lr_base_size: int | None = changed(TrainOptions, "lr_base_size", 256)
     weight_decay: float = changed(TrainOptions, "weight_decay", 0.04)
     weight_decay_end: float | None = changed(TrainOptions, "weight_decay_end", 0.4)
     clip_grad: float | None = changed(TrainOptions, "clip_grad", 3.0)

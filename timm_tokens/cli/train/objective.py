@@ -42,6 +42,9 @@ class Objective(NamedTuple):
 class TrainOptions(ModelOptions, SplitOptions, DeviceOptions, Settings):
     """What all objectives have."""
 
+    recipe: str | None = option(
+        None, "name of a recipe, whose values are then the defaults; --list-recipes shows them (default: none)"
+    )
     model: str = option(help="name of a model in timm or in this package")
     pretrained: bool = option(False, "start from timm's pretrained weights")
     checkpoint: Path | None = option(
@@ -98,6 +101,11 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
     with joined(options.device) as process:
         options = replace(options, device=process.device)
         settings = Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})
+        if process.rank == 0 and settings.lr_base_size is not None:
+            scaled, images = settings.scaled(process.world), settings.batch_size * settings.accumulate * process.world
+            print(
+                f"learning rate {scaled.lr:.4g}: {settings.lr:g} at {settings.lr_base_size} images, scaled to {images}"
+            )
         torch.manual_seed(settings.seed)  # for the model's first weights
         built = build(options)
         if process.rank == 0:

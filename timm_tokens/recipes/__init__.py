@@ -1,0 +1,48 @@
+"""The published recipes, one data file each, every value with its source; `timm-tokens train ... --recipe NAME`.
+
+A file `<objective>/<name>.yaml` has
+
+    title: what it trains, and for how long
+    source: paper and code, whose files the values' sources name
+    published: what was reached with it, as published
+    options: {name of an option: [value, source]}
+    differs: what of the recipe no option says, if anything
+"""
+
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import yaml
+
+
+class Recipe(NamedTuple):
+    """A published recipe: its options by their names in Python, and where each of their values is written."""
+
+    title: str
+    source: str
+    published: str
+    options: dict[str, Any]
+    sources: dict[str, str]
+    differs: tuple[str, ...] = ()
+
+
+def names(objective: str) -> list[str]:
+    """The recipes of an objective, such as "mte"."""
+    folder = files(__package__) / objective
+    return sorted(each.name.removesuffix(".yaml") for each in folder.iterdir()) if folder.is_dir() else []
+
+
+def load(objective: str, name: str) -> Recipe:
+    """A recipe by its name.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    if name not in names(objective):
+        raise ValueError(f"{objective} has no recipe {name!r}: choose from {', '.join(names(objective))}")
+    text = (files(__package__) / objective / f"{name}.yaml").read_text(encoding="utf-8")
+    kept = yaml.safe_load(text)
+    options = kept.pop("options")
+    values = {option: value for option, (value, _) in options.items()}
+    sources = {option: source for option, (_, source) in options.items()}
+    return Recipe(**kept | {"options": values, "sources": sources, "differs": tuple(kept.get("differs", ()))})
