@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from _data import open_images
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
+from timm_tokens import drawing
 from timm_tokens.data import read_image
 
 
@@ -121,22 +121,6 @@ def _cell(values: Sequence[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def plot(scores: Sequence[Score]) -> Figure:
-    """A panel for each measure: a dot a run, a bar at the mean."""
-    methods, measures = (list(dict.fromkeys(getattr(s, name) for s in scores)) for name in ("method", "measure"))
-    figure = Figure(figsize=(1 + 3.2 * len(measures), 3.6), layout="constrained")
-    for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
-        for i, method in enumerate(methods):
-            values = [s.value for s in scores if (s.method, s.measure) == (method, measure)]
-            axes.plot([i] * len(values), values, "o", color="C0", alpha=0.6)
-            if values:  # not every method has every measure
-                axes.plot([i - 0.25, i + 0.25], [mean(values)] * 2, "-", color="C1", linewidth=2)
-        axes.set_xticks(range(len(methods)), [method.replace(" ", "\n") for method in methods], fontsize=8)
-        axes.set_title(measure, fontsize=10)
-        axes.grid(axis="y", alpha=0.3)
-    return figure
-
-
 def save(scores: Sequence[Score], out: Path) -> None:
     """Write scores.csv: a line a run and measure."""
     out.mkdir(parents=True, exist_ok=True)
@@ -146,7 +130,10 @@ def save(scores: Sequence[Score], out: Path) -> None:
 
 def finish(scores: Sequence[Score], out: Path) -> None:
     """Draw the scores, and print them."""
-    plot(scores).savefig(out / "scores.png", dpi=120)
+    by_measure: dict[str, dict[str, list[float]]] = {}
+    for score in scores:
+        by_measure.setdefault(score.measure, {}).setdefault(score.method, []).append(score.value)
+    drawing.save(drawing.draw_scores(by_measure), out / "scores.png")
     print(f"\n{table(scores)}\n\nThe numbers and a plot are in {out}.")
 
 

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from _data import Data, InputError, digits, image_folder, imagenet_indices, samples
 from _measure import Row, report
-from _pictures import draw_groups, plot_accuracy
 from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import timm_tokens
-from timm_tokens import TokenViT
+from timm_tokens import TokenViT, drawing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,13 +210,21 @@ def save(learned: TokenViT, rows: Sequence[Row], data: Data, args: argparse.Name
     for row in rows[1:]:
         learned.merger.r = row.r
         groups[f"r = {row.r}"] = learned.token_groups(images.to(args.device)).cpu()
-    figures = {"accuracy.png": plot_accuracy(rows), "groups.png": draw_groups(images, groups)}
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    lines = {
+        "learned (DTEM)": [(row.gflops, 100 * row.learned) for row in rows],
+        "training-free (attention keys)": [(row.gflops, 100 * row.training_free) for row in rows],
+    }
+    figures = {
+        "accuracy.png": drawing.draw_accuracy(lines, [f"r = {row.r}" for row in rows]),
+        "groups.png": drawing.draw_groups((images - low) / (high - low).clamp_min(1e-6), groups),
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     save_file(learned.merger.state_dict(), args.out / "merger.safetensors")
     with (args.out / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])
     for name, figure in figures.items():
-        figure.savefig(args.out / name, dpi=120)
+        drawing.save(figure, args.out / name)
     print(f"\nThe table, the plot, the picture of the groups and the merger are in {args.out}.")
 
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.utils import ParseKwargs
 
+from timm_tokens import drawing
 from timm_tokens.cli import CommandError, call
 from timm_tokens.data import TokenLabelStore
 
@@ -161,24 +161,10 @@ def report(curves: dict[str, list[Curve]], out: Path) -> None:
         rows.append([name, *(f"{value:.2f}" for value in [*values, fmean(values), spread])])
     with (out / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    plot(curves).savefig(out / "accuracy.png", dpi=120)
+    drawing.save(drawing.draw_runs(curves, "epoch", "accuracy (%)"), out / "accuracy.png")
     print("\nAccuracy on val/ after the last epoch, in percent; the spread is the standard deviation over the seeds.\n")
     print("\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["--:"] * len(rows[0]), *rows[1:]]))
     print(f"\nThe table, the plot and the runs are in {out}.")
-
-
-def plot(curves: dict[str, list[Curve]]) -> Figure:
-    """Accuracy by epoch: the mean over the seeds, and their range."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="epoch", ylabel="accuracy, %")
-    for arm, runs in curves.items():
-        epochs = {epoch: [run[epoch] for run in runs] for epoch in runs[0]}
-        axes.plot(epochs.keys(), [fmean(values) for values in epochs.values()], "o-", label=arm, markersize=4)
-        low, high = ([pick(values) for values in epochs.values()] for pick in (min, max))
-        axes.fill_between(epochs.keys(), low, high, alpha=0.2)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    return figure
 
 
 if __name__ == "__main__":

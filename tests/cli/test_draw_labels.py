@@ -6,7 +6,6 @@ from PIL import Image
 
 from timm_tokens.cli import call, main
 from timm_tokens.cli.draw import labels as draw_labels
-from timm_tokens.cli.draw.picture import outline, paint_classes, sheet
 from timm_tokens.data import TokenLabelWriter, unpack_labels
 from timm_tokens.ops import crop_token_labels
 
@@ -95,26 +94,3 @@ def test_an_image_without_a_label_is_told_what_ids_look_like(folder, capsys):
     (folder / "photo.png").write_bytes((folder / "images" / "tench" / "1.png").read_bytes())
     assert main(["draw", "labels", "photo.png", "labels.png", "--labels", "labels"]) == 2
     assert "no label for photo.png in labels, whose ids are like 'tench/1': give --id" in capsys.readouterr().err
-
-
-def test_cells_are_tinted_by_how_sure_they_are():
-    image, colours = torch.rand(3, 40, 60), torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])
-    painted = paint_classes(torch.tensor([[0, 0, 1]]), torch.tensor([[0.0, 1.0, 0.5]]), colours, image)
-    grey = image.mean(0)
-    torch.testing.assert_close(painted[:, :, :20], grey[None, :, :20].expand(3, -1, -1))
-    assert (painted[:, :, 20:39] == colours[0][:, None, None]).all()
-    assert (painted[:, :, 39:41] == 1).all()
-    torch.testing.assert_close(painted[:2, :, 41:], grey[None, :, 41:].expand(2, -1, -1) / 2)
-
-
-def test_an_outline_and_a_legend():
-    white = torch.ones(3, 48, 48)
-    drawn = outline(white, [(0.25, 0.25), (0.25, 0.75), (0.75, 0.75), (0.75, 0.25)])
-    across, along = drawn[0, :24, 24], drawn[0, 24, :24]
-    assert 0 in across and 0 in along and (across[:6] == 1).all() and (across[18:] == 1).all()
-    alone = sheet([("a", white), ("b", torch.ones(3, 48, 96))])
-    assert alone.size == (16 + 48 + 16 + 96 + 16, 24 + 48 + 16)
-    entries = [(f"a long name {i}", torch.tensor([0.0, 1.0, 0.0])) for i in range(4)]
-    below = sheet([("a", white), ("b", torch.ones(3, 48, 96))], entries, "note")
-    assert below.size[0] == alone.size[0] and below.size[1] > alone.size[1] + 4 * 24
-    assert (0, 255, 0) in {below.getpixel((20, y)) for y in range(alone.size[1], below.size[1])}

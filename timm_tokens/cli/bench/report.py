@@ -39,20 +39,14 @@ def table(rows: Sequence[Row]) -> str:
 
 def write(rows: Sequence[Row], folder: Path) -> None:
     """Write bench.csv, and bench.png: the speed-up by r, beside what the FLOPs promise."""
-    from matplotlib.figure import Figure  # not pyplot, which would need a display and keep state
+    from timm_tokens.drawing import draw_speed, save  # not above: matplotlib is an extra
 
     with replacing(folder / "bench.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([Row._fields, *rows])
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for step, batch in dict.fromkeys((row.step, row.batch) for row in rows if row.r is not None):
-        points = [row for row in rows if (row.step, row.batch) == (step, batch) and row.r is not None]
-        axes.plot([p.r for p in points], [p.speed_up for p in points], "o-", label=f"{step}, batch {batch}")
-    ideal = sorted({(row.r, row.ideal) for row in rows if row.r is not None and row.ideal})
-    if ideal:
-        axes.plot(*zip(*ideal, strict=True), "k--", label="ideal (FLOPs)")
-    axes.set(xlabel="r, tokens merged in each block", ylabel="speed-up over the base")
-    axes.legend()
-    with replacing(folder / "bench.png") as partial:
-        figure.savefig(partial, dpi=150)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    merged = [row for row in rows if row.r is not None]
+    for row in merged:
+        lines.setdefault(f"{row.step}, batch {row.batch}", []).append((row.r, row.speed_up))
+    ideal = sorted({(row.r, row.ideal) for row in merged if row.ideal})
+    save(draw_speed(lines, ideal), folder / "bench.png")

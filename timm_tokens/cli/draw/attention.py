@@ -5,27 +5,22 @@
 
 The panels: the image; the attention of the class token and of each auxiliary class token, averaged over heads; the
 weights by which each pooled token pools the patches, averaged where channels have their own; and the cosines between
-all of them. Each map is drawn from its least to its largest value.
+all of them. The maps of a row share one scale, from zero.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
 from timm_tokens.cli.common import checkpoints, models
 from timm_tokens.cli.common.runs import RunOptions, load_run
 from timm_tokens.cli.draw.looks import Looks, looks
 from timm_tokens.cli.draw.photo import PictureOptions, as_seen, check_picture, read_image
-from timm_tokens.cli.draw.picture import enlarge, paint_heat, paint_matrix, rows_of_panels
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import ModelOptions
-from timm_tokens.files import replacing
 from timm_tokens.options import option
 from timm_tokens.vit import TokenViT
-
-SIDE = 224  # pixels of a panel's shorter side, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +57,9 @@ def run(options: Options) -> Looks:
         net.set_input_size((options.img_size, options.img_size))
     pixels, shown = as_seen(net, photo)
     seen = looks(net, pixels, (block or depth) - 1)
-    with replacing(options.out) as partial:
-        _picture(enlarge(shown, SIDE), seen).save(partial)
+    from timm_tokens.drawing import draw_attention, save  # not above: matplotlib is an extra
+
+    save(draw_attention(shown, _maps(seen), seen.cosine[0]), options.out)
     return seen
 
 
@@ -86,13 +82,12 @@ def _by_name(options: Options) -> TokenViT:
     return net
 
 
-def _picture(shown: Tensor, seen: Looks) -> Image.Image:
-    first = [("image", shown)]
-    if seen.cls is not None:
-        first.append(("class token", paint_heat(seen.cls[0], shown)))
-    first.append(("cosines", paint_matrix(seen.cosine[0], shown.shape[1])))
-    rows = [first]
-    for name, maps in (("aux", seen.aux_cls), ("pooled", seen.pooled)):
-        if maps is not None:
-            rows.append([(f"{name} {i + 1}", paint_heat(m, shown)) for i, m in enumerate(maps[0])])
-    return rows_of_panels(rows)
+def _maps(seen: Looks) -> dict[str, dict[str, Tensor]]:
+    """The maps (H, W) by what they show and by the token's name, as steps.csv has it."""
+    attention = {} if seen.cls is None else {"cls": seen.cls[0]}
+    if seen.aux_cls is not None:
+        attention |= {f"aux{i}": values for i, values in enumerate(seen.aux_cls[0])}
+    rows = {"attention": attention}
+    if seen.pooled is not None:
+        rows["pooling weight"] = {f"pooled{i}": values for i, values in enumerate(seen.pooled[0])}
+    return {what: maps for what, maps in rows.items() if maps}

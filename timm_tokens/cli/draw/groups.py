@@ -4,7 +4,7 @@
     timm-tokens draw photo.jpg groups.png --model vit_small_patch16_224 --checkpoint trained.safetensors
 
 The picture shows the image as the model sees it, then for each chosen block every group of patches, outlined and filled
-with its mean colour.
+with its mean colour. A number marks the pieces of a token whose patches do not touch.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,8 @@ from torch import Tensor
 
 from timm_tokens.cli.common import checkpoints, checks, models
 from timm_tokens.cli.draw.photo import PictureOptions, as_seen, check_picture, read_image
-from timm_tokens.cli.draw.picture import SIDE, enlarge, paint_groups, sheet
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import DeviceOptions, ModelOptions
-from timm_tokens.files import replacing
 from timm_tokens.options import option
 from timm_tokens.vit import TokenViT
 
@@ -69,10 +67,10 @@ def run(options: Options) -> list[Panel]:
     pixels, shown = as_seen(net, photo)
     panels = [_panel(net.to(device), pixels.to(device), block) for block in blocks]
     _check_r(options.r, patches=panels[0].groups.numel())
-    shown = enlarge(shown, SIDE)
-    titled = [(f"block {p.block}: {p.tokens} tokens", paint_groups(p.groups, shown)) for p in panels]
-    with replacing(options.out) as partial:
-        sheet([(f"image: {panels[0].groups.numel()} patches", shown), *titled]).save(partial)
+    from timm_tokens.drawing import draw_groups, save  # not above: matplotlib is an extra
+
+    titled = {f"after block {p.block}": p.groups[None] for p in panels}
+    save(draw_groups(shown[None], titled, f"image: {panels[0].groups.numel()} patches"), options.out)
     return panels
 
 

@@ -19,19 +19,17 @@ from PIL import Image, ImageOps
 from timm.data import ImageNetInfo
 from timm.data.readers.class_map import load_class_map
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from timm_tokens.cli.draw.photo import PictureOptions, check_picture, read_image
-from timm_tokens.cli.draw.picture import SIDE, from_pil, outline, paint_classes, sheet
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.data import TokenLabelStore, TokenLabelTransform
 from timm_tokens.data.label_format import LabelMap, image_id
 from timm_tokens.data.label_transforms import View
-from timm_tokens.files import replacing
 from timm_tokens.ops.labels import crop_maps, warp_token_labels
 from timm_tokens.options import option
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and grey for all other classes.
-_COLOURS = torch.tensor([0xE69F00, 0x56B4E9, 0x009E73, 0xF0E442, 0x0072B2, 0xD55E00, 0xCC79A7, 0x777777])
+SIDE = 448  # pixels of a panel's shorter side
 _WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
@@ -91,8 +89,7 @@ def run(options: Options) -> Drawn:
     whole_map = crop_maps(torch.tensor([_WHOLE]))[0]
     whole = _targets(label, whole_map, classes, tuple(label.values.shape[1:]))
     drawn = Drawn(whole, _targets(label, view.map, classes, (options.size,) * 2), view.map)
-    with replacing(options.out) as partial:
-        _picture(photo, view, drawn, names).save(partial)
+    _draw(options.out, photo, view, drawn, names)
     return drawn
 
 
@@ -142,7 +139,7 @@ def _cropped(photo: Image.Image, box: tuple[float, ...], flip: bool) -> View:
     corners = (left * w, top * h, (left + width) * w, (top + height) * h)
     pixels = photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=corners)
     where = crop_maps(torch.tensor([box]), torch.tensor([flip]))[0]
-    return View(from_pil(ImageOps.mirror(pixels) if flip else pixels), where)
+    return View(_colours(ImageOps.mirror(pixels) if flip else pixels), where)
 
 
 def _targets(label: LabelMap, where: Tensor, num_classes: int, size: tuple[int, int]) -> Targets:
@@ -151,38 +148,24 @@ def _targets(label: LabelMap, where: Tensor, num_classes: int, size: tuple[int, 
     return Targets(dense[:, 0], dense[:, 1:].unflatten(1, size))
 
 
-def _picture(photo: Image.Image, view: View, drawn: Drawn, names: Sequence[str]) -> Image.Image:
-    shown = from_pil(photo.resize((round(SIDE * photo.width / photo.height), SIDE), Image.Resampling.BICUBIC))
-    corners = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 1], [1, 0, 1]]) @ view.map.T
-    corners = [(float(row), float(column)) for row, column in corners[:, :2]]
-    legend = _legend(drawn)
-    colours = torch.stack([(_COLOURS >> shift) & 255 for shift in (16, 8, 0)], dim=1) / 255
+def _colours(image: Image.Image) -> Tensor:
+    return pil_to_tensor(image).float() / 255  # (3, h, w)
 
-    def paint(targets: Targets, image: Tensor) -> Tensor:
-        probability, best = targets.patches.max(dim=0)
-        slots = torch.full((len(names),), len(_COLOURS) - 1)
-        slots[legend] = torch.arange(len(legend))
-        return paint_classes(slots[best], 0.8 * probability, colours, image)
 
+def _draw(out: Path, photo: Image.Image, view: View, drawn: Drawn, names: Sequence[str]) -> None:
+    from timm_tokens.drawing import LabelPanel, draw_label_maps, save  # not above: matplotlib is an extra
+
+    shown = _colours(photo.resize((round(SIDE * photo.width / photo.height), SIDE), Image.Resampling.BICUBIC))
+    corners = (torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 1], [1, 0, 1]]) @ view.map.T)[:, :2]
     panels = [
-        ("image", outline(shown, corners)),
-        (f"label map, {_by(drawn.whole)}", outline(paint(drawn.whole, shown), corners)),
-        ("crop", view.image),
-        (f"targets, {_by(drawn.crop)}", paint(drawn.crop, view.image)),
+        LabelPanel("image", shown, corners=corners),
+        LabelPanel(f"label map, {_by(drawn.whole)}", shown, drawn.whole.patches, corners),
+        LabelPanel("crop", view.image),
+        LabelPanel(f"targets, {_by(drawn.crop)}", view.image, drawn.crop.patches),
     ]
-    entries = [(names[k], colours[i]) for i, k in enumerate(legend)]
-    if len(legend) == len(_COLOURS) - 1:
-        entries.append(("other classes", colours[-1]))
     top = drawn.crop.cls.topk(min(5, len(names))).indices.tolist()
     note = "target of the class token: " + ", ".join(f"{names[k]} {drawn.crop.cls[k]:.1%}" for k in top)
-    return sheet(panels, entries, note)
-
-
-def _legend(drawn: Drawn) -> list[int]:
-    """The classes that get a colour: those most often the best of a cell."""
-    best = torch.cat([targets.patches.argmax(dim=0).flatten() for targets in (drawn.whole, drawn.crop)])
-    classes, counts = best.unique(return_counts=True)
-    return classes[counts.argsort(descending=True, stable=True)][: len(_COLOURS) - 1].tolist()
+    save(draw_label_maps(panels, names, note), out)
 
 
 def _by(targets: Targets) -> str:

@@ -8,9 +8,12 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from timm_tokens.cli.common import checks
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.options import Options, option
 from timm_tokens.vit import TokenViT
+
+FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,9 @@ class PictureOptions(Options):
     """Picture."""
 
     image: Path = option(help="image file to read", positional=True)
-    out: Path = option(help="picture file to write, whose suffix says how: .png, .jpg or .webp", positional=True)
+    out: Path = option(
+        help="picture file to write, as its suffix says: .png, .jpg, .webp, .pdf or .svg", positional=True
+    )
 
 
 def read_image(path: Path) -> Image.Image:
@@ -37,10 +42,14 @@ def read_image(path: Path) -> Image.Image:
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a name that a picture can't be written by, before any work is done for it."""
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
-    if path.suffix.lower() not in known:
-        raise CommandError(f"can't write a picture as {path}: end its name in .png, .jpg or .webp")
+    """Refuse a name that a picture can't be written by, before any work is done for it.
+
+    Raises:
+        CommandError: The name says no format, or is a folder's, or matplotlib is missing.
+    """
+    checks.plot(True, "which draws all pictures")
+    if path.suffix.lower() not in FORMATS:
+        raise CommandError(f"can't write a picture as {path}: end its name in {', '.join(FORMATS)}")
     if path.is_dir():
         raise CommandError(f"can't write a picture as {path}: it is a folder")
 

@@ -25,21 +25,12 @@ def write_csv(path: Path, results: Sequence[Comparison]) -> None:
 
 
 def draw(path: Path, results: Sequence[Comparison]) -> None:
-    """Bars with intervals: every classifier without and with ESFR, one panel for each number of shots."""
-    from matplotlib.figure import Figure  # not pyplot, which would need a display and keep state
+    """Bars with 95 % intervals: every classifier without and with ESFR, one panel for each number of shots."""
+    from timm_tokens.drawing import draw_bars, save  # not above: matplotlib is an extra
 
-    shots = sorted({r.shots for r in results})
-    figure = Figure(figsize=(1 + 4 * len(shots), 4), layout="constrained")
-    for axes, shot in zip(figure.subplots(1, len(shots), squeeze=False)[0], shots, strict=True):
-        rows = [r for r in results if r.shots == shot]
-        for offset, kind in ((-0.2, "plain"), (0.2, "adapted")):
-            values = [getattr(r, kind) for r in rows]
-            heights, errors = [100 * v.mean for v in values], [100 * v.half_width for v in values]
-            label = "with ESFR" if kind == "adapted" else "without"
-            axes.bar([i + offset for i in range(len(rows))], heights, 0.4, yerr=errors, capsize=3, label=label)
-        axes.set_xticks(range(len(rows)), [r.classifier.replace("_", "\n") for r in rows])
-        axes.set(title=f"{shot}-shot", ylabel="accuracy (%)")
-        axes.set_ylim(bottom=max(0, axes.get_ylim()[0], min(100 * r.plain.mean for r in rows) - 15))
-    axes.legend()
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150)
+    panels: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+    for r in sorted(results, key=lambda r: r.shots):
+        bars = {"without ESFR": r.plain, "with ESFR": r.adapted}
+        bars = {name: (100 * value.mean, 100 * value.half_width) for name, value in bars.items()}
+        panels.setdefault(f"{r.shots} shot" + "s" * (r.shots > 1), {})[r.classifier] = bars
+    save(draw_bars(panels, "accuracy (%)"), path)

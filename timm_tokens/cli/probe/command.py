@@ -22,9 +22,8 @@ from timm_tokens.cli.common.runs import RunOptions, load_run
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions, SplitOptions
 from timm_tokens.cli.parser import write_config
-from timm_tokens.cli.probe.plot import draw
 from timm_tokens.cli.probe.prototypes import nmi_by_tokens
-from timm_tokens.cli.probe.report import Report, table, write
+from timm_tokens.cli.probe.report import Report, draw, table, write
 from timm_tokens.options import option
 from timm_tokens.probing import LEARNING_RATES, knn_accuracy, linear_probe
 

@@ -56,3 +56,14 @@ def write(out: Path, source: Source, report: Report, plot: bool) -> None:
     ]
     with replacing(out / "report.md") as partial:
         partial.write_text("\n\n".join(lines).rstrip() + "\n")
+
+
+def draw(path: Path, report: Report) -> None:
+    """Draw the accuracies and the NMI, in percent."""
+    from timm_tokens.drawing import draw_probe, save  # not above: matplotlib is an extra
+
+    linear = report.linear
+    held_out = {lr: 100 * accuracy for lr, accuracy in linear.held_out.items()}
+    nmi = {name: 100 * value for name, value in zip(report.tokens, report.nmi or (), strict=False)}
+    knn = {k: 100 * accuracy for k, accuracy in report.knn.items()}
+    save(draw_probe(knn, held_out, (linear.lr, 100 * linear.accuracy), nmi), path)

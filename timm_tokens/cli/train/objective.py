@@ -22,9 +22,8 @@ from timm_tokens.cli.options import DeviceOptions, ModelOptions, SplitOptions
 from timm_tokens.cli.parser import CONFIG, config_of, read_config, write_config
 from timm_tokens.options import option
 from timm_tokens.tasks import TokenTask
-from timm_tokens.training import Result, Settings, checkpoints, train
+from timm_tokens.training import Result, Settings, checkpoints, history, train
 from timm_tokens.training.continuing import check_same
-from timm_tokens.training.curves import draw_curves
 from timm_tokens.training.loop import Evaluate
 from timm_tokens.training.settings import FREE
 
@@ -114,9 +113,18 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
         process.wait()
     if process.rank == 0:
         if options.plot:
-            draw_curves(settings.out)
+            _draw_curves(settings.out)
         print(f"The model is in {result.path}; the losses in {settings.out / 'steps.csv'}.")
     return result
+
+
+def _draw_curves(folder: Path) -> None:
+    """Draw what the tables of a run hold to curves.png."""
+    from timm_tokens.drawing import draw_curves, save  # not above: matplotlib is an extra
+
+    save(
+        draw_curves(history.read(folder / history.STEPS), history.read(folder / history.SUMMARY)), folder / "curves.png"
+    )
 
 
 def _note(command: str, options: TrainOptions) -> None:
