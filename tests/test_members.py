@@ -14,6 +14,7 @@ from timm.task import TokenDistillationTask
 from torch import nn
 
 from timm_tokens import TokenViT, add_aux_tokens, apply_dtem_merging, token_label_head
+from timm_tokens.wrap import add_mask_token
 
 # What reads NaFlexVit's batches of patches, which a TokenViT does not take.
 ONLY_AT_THE_BASE = {"prewarm_patch_interpolator", "supports_patch_interpolation", "use_key_only_attn_mask"}
@@ -185,3 +186,23 @@ def test_copies_load_and_compute_by_themselves(tmp_path):
         close(model(x), expected, 0)
         half = copy.deepcopy(model).bfloat16()
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and half(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_pruning_leaves_what_the_features_need():
+    x = images()
+    for family in MERGEABLE:
+        model = add_mask_token(add_aux_tokens(token_label_head(apply_dtem_merging(create(family), r=3)), 2, 2)).eval()
+        with torch.no_grad():
+            whole, taps = model(x), model.forward_intermediates(x, intermediates_only=True)
+            uncut = copy.deepcopy(model)
+            uncut.prune_intermediate_layers([2], prune_head=False)
+            close(uncut(x), whole)
+        for i in range(3):
+            pruned = copy.deepcopy(model)
+            taken = pruned.prune_intermediate_layers([i], prune_norm=True)
+            with torch.no_grad():
+                (features,) = pruned.forward_intermediates(x, indices=taken, intermediates_only=True)
+                close(features, taps[i])
+                assert pruned(x).shape[-1] == 48 and pruned.num_classes == 0
+            pruned.train().forward_features(x).sum().backward()
+            assert not [name for name, parameter in pruned.named_parameters() if parameter.grad is None], (family, i)

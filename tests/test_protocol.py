@@ -251,6 +251,19 @@ def test_save_for_hf_and_local_dir_give_the_same_model(tmp_path, name, args):
         assert again.merger.config == model.merger.config
 
 
+@pytest.mark.skipif(not hasattr(timm.models._builder, "_init_model_traits"), reason="this timm saves no image size")
+@torch.no_grad()
+def test_a_grid_that_is_not_square_is_resampled_as_it_is(tmp_path):
+    model = timm.create_model(
+        "token_vit", base="test_vit", img_size=(32, 128), merger=dict(r=2)
+    )  # 2 x 8, as many as 4 x 4
+    torch.nn.init.normal_(model.base.pos_embed)
+    save(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=(64, 64))
+    model.set_input_size((64, 64))
+    close(again.base.pos_embed, model.base.pos_embed)
+
+
 @torch.no_grad()
 def test_a_wrapped_model_saves_as_token_vit(tmp_path):
     model = apply_dtem_merging(timm.create_model("test_vit", num_classes=4), r=3).eval()

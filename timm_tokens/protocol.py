@@ -217,8 +217,11 @@ class TimmProtocol:
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last one that is asked for; see timm's forward_intermediates."""
+        """Drop the blocks after the last one that is asked for; with `prune_head`, all that these features don't need:
+        the classifiers, and auxiliary and mask tokens."""
         taken = self.base.prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.head = self.aux = self.mask_token = None
         if self.merger is not None:
             self.merger.truncate(len(self.base.blocks))
         return taken

@@ -95,7 +95,7 @@ def _from_published(state_dict: dict[str, Any], model: TokenViT) -> dict[str, Te
 def _fit(model: TokenViT, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before loading, and after names are a TokenViT's: a checkpoint of another image size is made to fit."""
     if not prefix:  # not inside another model, whose checkpoint is its own affair
-        fit_position_embedding(state_dict, model)
+        state_dict.update(fit_position_embedding(state_dict, model, described=False))
 
 
 @register_model

@@ -124,19 +124,27 @@ def cfgs(variants: dict[str, str]) -> dict[str, Any]:
     )
 
 
-def fit_position_embedding(state_dict: dict[str, Tensor], model: TokenViT) -> dict[str, Tensor]:
-    """Resample a whole checkpoint's position embedding to the model's grid."""
+def fit_position_embedding(state_dict: dict[str, Tensor], model: TokenViT, described: bool = True) -> dict[str, Tensor]:
+    """Resample a whole checkpoint's position embedding to the model's grid.
+
+    Args:
+        described: Whether timm described to the model the checkpoint that it now loads, image size included.
+    """
     own, given = getattr(model.base, "pos_embed", None), state_dict.get("base.pos_embed")
-    if own is not None and given is not None and own.shape != given.shape:
-        prefix = 0 if model.base.no_embed_class else model.num_prefix_tokens
-        grids = dict(new_size=model.base.patch_embed.grid_size, old_size=_saved_grid(model, given.shape[1] - prefix))
-        state_dict["base.pos_embed"] = resample_abs_pos_embed(given, **grids, num_prefix_tokens=prefix)
-    return state_dict
+    if own is None or given is None:
+        return state_dict
+    new, prefix = list(model.base.patch_embed.grid_size), 0 if model.base.no_embed_class else model.num_prefix_tokens
+    old = _saved_grid(model, given.shape[1] - prefix) if described else None
+    if own.shape != given.shape or old not in (None, new):
+        given = resample_abs_pos_embed(given, new_size=new, old_size=old, num_prefix_tokens=prefix)
+    return state_dict | {"base.pos_embed": given}
 
 
 def _saved_grid(model: TokenViT, count: int) -> list[int] | None:
     """The grid of a checkpoint's `count` patches, by the image size that it was saved with; None: a square one."""
-    size = getattr(model, "pretrained_model_args", {}).get("img_size") or model.pretrained_cfg["input_size"][-2:]
+    size = getattr(model, "pretrained_model_args", {}).get("img_size")
+    if size is None:
+        return None
     sides = [size, size] if isinstance(size, int) else size
     grid = [side // patch for side, patch in zip(sides, model.base.patch_embed.patch_size, strict=True)]
     return grid if grid[0] * grid[1] == count else None
