@@ -39,8 +39,21 @@ ALLOWED = {  # what may import what, inside the package
     "outputs": set(),
     "recipes": set(),
     "options": set(),
+    "stopping": set(),
+    "peers": {"distributed", "stopping"},
     "tasks": {"tasks", "vit", "wrap", "outputs", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
-    "training": {"training", "tasks", "data", "distributed", "seeding", "files", "digests", "options"},
+    "training": {
+        "training",
+        "tasks",
+        "data",
+        "distributed",
+        "seeding",
+        "files",
+        "digests",
+        "options",
+        "stopping",
+        "peers",
+    },
 }
 FILES = [
     f for f in PACKAGE.rglob("*.py") if f.relative_to(PACKAGE).parts[0] not in ("cli", "__init__.py", "__main__.py")

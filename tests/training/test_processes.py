@@ -1,5 +1,7 @@
 """Two processes train as one does with the joined batch, and resume after a kill as one does."""
 
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from timm_tokens.cli import call
+from timm_tokens.stopping import Stopped
 from timm_tokens.training import Accuracy
 from timm_tokens.training.history import read
 
@@ -41,6 +44,19 @@ def work(rank, folder):
     except Killed:
         dist.barrier()
     run(folder / "killed", Follow(), resume=True, **OPTIONS)
+    stopped = stop_in_step_0(rank, folder / "stopped")
+    run(folder / "stopped", Follow(), resume=True, **OPTIONS)
+    return stopped
+
+
+def stop_in_step_0(rank, out):
+    """The second process alone gets a signal: where each of them then stops."""
+    task = Follow()
+    task.before_optimizer = lambda: rank == 1 and task.step == 0 and signal.raise_signal(signal.SIGTERM)
+    try:
+        run(out, task, **OPTIONS | dict(log_every=10, save_every=100))
+    except Stopped as stopped:
+        return task.step, stopped.code, torch.load(out / "last.pth")["step"]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +98,12 @@ def test_killed_and_resumed(folder):
     for table in ("steps.csv", "summary.csv"):
         assert (folder / "killed" / table).read_text() == (folder / "whole" / table).read_text()
     assert len(read(folder / "whole" / "steps.csv")) == 4
+
+
+def test_stopped_by_a_signal_on_one_and_resumed(folder):
+    assert [torch.load(folder / f"returned{rank}.pt") for rank in range(2)] == [(1, 143, 2)] * 2  # where they look
+    for table in ("steps.csv", "summary.csv"):
+        assert (folder / "stopped" / table).read_text() == (folder / "whole" / table).read_text()
 
 
 def test_a_task_with_unused_parameters(tmp_path):

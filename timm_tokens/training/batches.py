@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from timm_tokens import seeding
 from timm_tokens.data.images import as_images
 from timm_tokens.distributed import rank, world_size
+from timm_tokens.stopping import ignore_signals
 from timm_tokens.training.settings import Settings
 
 
@@ -97,6 +98,7 @@ def step_loader(
         SeededDataset(dataset, settings.seed),
         batch_sampler=StepBatches(len(dataset), plan, settings, start),
         num_workers=settings.workers,
+        worker_init_fn=ignore_signals,
         collate_fn=collate,
         pin_memory=settings.device.startswith("cuda"),
     )

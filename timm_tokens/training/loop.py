@@ -1,27 +1,31 @@
 """The training loop."""
 
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from timm_tokens import seeding
-from timm_tokens.distributed import rank, world_size
+from timm_tokens.distributed import all_reduce_max, rank, world_size
+from timm_tokens.peers import together
+from timm_tokens.stopping import Requests, Stopped, listening
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import checkpoints
-from timm_tokens.training.batches import plan, step_loader, to_device
+from timm_tokens.training.batches import plan, step_loader
 from timm_tokens.training.evaluation import evaluating
 from timm_tokens.training.history import History
 from timm_tokens.training.optimization import Optimization
 from timm_tokens.training.progress import Progress
 from timm_tokens.training.scalars import Scalars, first_bad
 from timm_tokens.training.settings import Settings
+from timm_tokens.training.step import Stepper
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
@@ -62,8 +66,11 @@ def train(
         FloatingPointError: The loss, or a weight, is infinite or NaN; names the last good checkpoint.
         ValueError: The settings don't fit the data, or the run that is to be resumed.
         FileExistsError: There is a run in the folder, and `resume` is not set.
+        Stopped: SIGTERM or SIGINT came (Ctrl-C). The step was ended and a checkpoint written; a SystemExit.
+        PeerLost: Another process of the job has ended.
     """
-    return _Run(task, dataset, settings.scaled(world_size()), collate, evaluate).run()
+    with listening() as requests, together():
+        return _Run(task, dataset, settings.scaled(world_size()), collate, evaluate).run(requests)
 
 
 class _Run:
@@ -79,6 +86,7 @@ class _Run:
         self.progress = Progress(settings, self.plan, len(dataset), self.task, self.optimization, self.ema)
         self.progress.restore()
         self.start = self.progress.done
+        self.stepper = Stepper(settings, self.plan, self.task, self.optimization, self.ema)
         if world_size() > 1:
             self.task.prepare_distributed(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         ended = self.start // self.plan.steps_per_epoch + (self.start == self.plan.total_steps)  # the last may be short
@@ -90,55 +98,53 @@ class _Run:
         """What is validated and published."""
         return self.task.product if self.ema is None else self.ema.module
 
-    def run(self) -> Result:
+    def run(self, requests: Requests) -> Result:
+        stop = self._take_steps(requests)
+        path, complete = self.settings.out / checkpoints.FINAL, self.progress.saved == self.plan.total_steps
+        if complete and rank() == 0:
+            checkpoints.export(path, self.model)
+        if stop:
+            raise self._stopped(stop)
+        return Result(self.model.eval(), self.history.epochs, path)
+
+    def _take_steps(self, requests: Requests) -> int:
+        """The steps that are left, or those until a signal asks to stop; returns its number, or 0."""
         steps = step_loader(self.dataset, self.plan, self.settings, self.start, self.collate)
         numbers = range(self.start, self.plan.total_steps)
         self.bar = tqdm(numbers, "training", self.plan.total_steps, initial=self.start, unit="step", disable=rank() > 0)
         self.task.train()
-        for step, batches in zip(self.bar, steps, strict=True):
-            self._step(step, batches)
-            done, last = step + 1, step + 1 == self.plan.total_steps
-            end = last or done % self.plan.steps_per_epoch == 0
-            saving = end or done % self.settings.save_every == 0
-            if saving or done % self.settings.log_every == 0:
-                self._flush()
-            if saving and not checkpoints.all_finite(self.task):
-                self._stop(f"weights are infinite or NaN after step {step}")
-            if end:
-                self._end_epoch(step // self.plan.steps_per_epoch, last)
-            if saving:
-                self.progress.save(done)
-        path = self.settings.out / checkpoints.FINAL
-        if rank() == 0:
-            checkpoints.export(path, self.model)
-        return Result(self.model.eval(), self.history.epochs, path)
+        with closing(self.bar), closing(steps):
+            for step, batches in zip(self.bar, steps, strict=True):
+                scalars = self.stepper(step, batches)
+                self.scalars.add(step, self.optimization.lr, scalars)
+                stop = self._end_step(step + 1, requests)
+                if stop:
+                    return stop
+        return 0
 
-    def _step(self, step: int, batches: list[Any]) -> None:
-        self.optimization.start_step(step)
-        self.task.start_step(step, self.plan.total_steps, self.plan.steps_per_epoch)
-        torch.manual_seed(seeding.derived_seed(self.settings.seed, step, rank()))  # for dropout and the like
-        scalars = []
-        for part in batches[:-1]:
-            with self.task.no_sync():
-                scalars.append(self._backward(part, len(batches)))
-        scalars.append(self._backward(batches[-1], len(batches)))
-        self.optimization.step(self.task.before_optimizer)
-        self.task.end_step()
-        if self.ema is not None:
-            self.ema.update(self.task.product, step=step)
-        self.scalars.add(step, self.optimization.lr, scalars)
+    def _end_step(self, done: int, requests: Requests) -> int:
+        """Log, validate and save, if it is time; returns the number of the signal to stop for, or 0."""
+        last, step = done == self.plan.total_steps, done - 1
+        end = last or done % self.plan.steps_per_epoch == 0
+        saving = end or done % self.settings.save_every == 0
+        looking = saving or done % self.settings.log_every == 0
+        stop = self._agreed(requests.received, looking)
+        if looking or stop:
+            self._flush()
+        if (saving or stop) and not checkpoints.all_finite(self.task):
+            self._fail(f"weights are infinite or NaN after step {step}")
+        if end:
+            self._end_epoch(step // self.plan.steps_per_epoch, last)
+        if saving or stop:
+            self.progress.save(done)
+        return stop
 
-    def _backward(self, batch: Any, parts: int) -> dict[str, Tensor]:
-        """Add the gradients of one part; returns the scalars that the task gives."""
-        input, target = to_device(batch, self.device)
-        with self._autocast():
-            outputs = self.task(input, target)
-        self.optimization.backward(outputs["loss"] / parts)
-        return {name: x.detach().float() for name, x in outputs.items() if x.ndim == 0}
-
-    def _autocast(self) -> torch.autocast:
-        dtype = getattr(torch, self.settings.amp or "bfloat16")
-        return torch.autocast(self.device.type, dtype, enabled=self.settings.amp is not None)
+    def _agreed(self, received: int, looking: bool) -> int:
+        """The number of the signal that any process received. Several exchange it when they look at the losses, which
+        waits for the device anyway, and so stop after the same step."""
+        if world_size() == 1:
+            return received
+        return int(all_reduce_max(torch.tensor(received, device=self.device))) if looking else 0
 
     def _flush(self) -> None:
         """Read and write the losses since the last time; stop if one is infinite or NaN."""
@@ -146,7 +152,7 @@ class _Run:
         bad = first_bad(rows)
         self.history.add_steps(rows if bad is None else rows[: bad + 1])
         if bad is not None:
-            self._stop(f"the loss is {rows[bad]['loss']} at step {rows[bad]['step']}")
+            self._fail(f"the loss is {rows[bad]['loss']} at step {rows[bad]['step']}")
         if rows:
             self.bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}", refresh=False)
 
@@ -155,7 +161,7 @@ class _Run:
             distribute_bn(self.task.student, world_size(), reduce=True)
         metrics = {}
         if self.evaluate is not None and (last or (epoch + 1) % self.settings.eval_every == 0):
-            with torch.no_grad(), self._autocast(), evaluating(self.model) as model:
+            with torch.no_grad(), self.stepper.autocast(), evaluating(self.model) as model:
                 metrics = self.evaluate(model)
         row = self.history.end_epoch(epoch, epoch * self.plan.steps_per_epoch, metrics)
         if metrics and (self.progress.best is None or next(iter(metrics.values())) > self.progress.best):
@@ -165,7 +171,13 @@ class _Run:
         if rank() == 0:
             self.bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items() if "/" not in name))
 
-    def _stop(self, reason: str) -> None:
+    def _stopped(self, number: int) -> Stopped:
+        stopped = Stopped(number, self.progress.how_to_go_on())
+        if rank() == 0:
+            print(stopped, file=sys.stderr)  # a SystemExit that nobody catches is silent
+        return stopped
+
+    def _fail(self, reason: str) -> None:
         raise FloatingPointError(
             f"{reason}; {self.progress.last_good()}. Lower the learning rate, or limit the gradients with clip_grad"
         )

@@ -80,6 +80,14 @@ class Progress:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self.settings.out / checkpoints.LAST}, after {self.saved} steps"
 
+    def how_to_go_on(self) -> str:
+        """What to do after the run was stopped, in words."""
+        folder, total = self.settings.out, self.plan.total_steps
+        if self.saved == total:
+            return f"all {total} steps are done, and the model is in {folder / checkpoints.FINAL}"
+        done = f"{folder / checkpoints.LAST} has {self.saved} of {total} steps"
+        return f"{done}; to go on, run the same again with --resume (in Python, resume=True)"
+
     def _curve(self) -> dict[str, Any]:
         """What decides the losses."""
         return self.settings.curve() | {"processes": world_size(), "images": self.images}

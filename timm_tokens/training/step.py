@@ -1,0 +1,59 @@
+"""One step: from the batches of its accumulated parts to new weights."""
+
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from timm_tokens import seeding
+from timm_tokens.distributed import rank
+from timm_tokens.tasks import TokenTask
+from timm_tokens.training.batches import Plan, to_device
+from timm_tokens.training.optimization import Optimization
+from timm_tokens.training.settings import Settings
+
+
+class Stepper:
+    """Takes the steps of a run.
+
+    Args:
+        settings, plan: Of the run.
+        task, optimization: Trained, and what trains it.
+        ema: The model's average, if there is one.
+    """
+
+    def __init__(
+        self, settings: Settings, plan: Plan, task: TokenTask, optimization: Optimization, ema: ModelEmaV3 | None
+    ):
+        self.settings, self.plan, self.device = settings, plan, torch.device(settings.device)
+        self.task, self.optimization, self.ema = task, optimization, ema
+
+    def __call__(self, step: int, batches: list[Any]) -> list[dict[str, Tensor]]:
+        """Take a step; returns the scalars that the task gave for each part."""
+        self.optimization.start_step(step)
+        self.task.start_step(step, self.plan.total_steps, self.plan.steps_per_epoch)
+        torch.manual_seed(seeding.derived_seed(self.settings.seed, step, rank()))  # for dropout and the like
+        scalars = []
+        for part in batches[:-1]:
+            with self.task.no_sync():
+                scalars.append(self._backward(part, len(batches)))
+        scalars.append(self._backward(batches[-1], len(batches)))
+        self.optimization.step(self.task.before_optimizer)
+        self.task.end_step()
+        if self.ema is not None:
+            self.ema.update(self.task.product, step=step)
+        return scalars
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision as the settings say."""
+        dtype = getattr(torch, self.settings.amp or "bfloat16")
+        return torch.autocast(self.device.type, dtype, enabled=self.settings.amp is not None)
+
+    def _backward(self, batch: Any, parts: int) -> dict[str, Tensor]:
+        """Add the gradients of one part; returns the scalars that the task gives."""
+        input, target = to_device(batch, self.device)
+        with self.autocast():
+            outputs = self.task(input, target)
+        self.optimization.backward(outputs["loss"] / parts)
+        return {name: x.detach().float() for name, x in outputs.items() if x.ndim == 0}
