@@ -1,5 +1,6 @@
 """To end in good order when the system or the user asks for it: by SIGTERM, or by Ctrl-C, which is SIGINT."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -65,8 +66,16 @@ def listening() -> Iterator[Requests]:
         signal.raise_signal(heard.received)  # nobody stopped for it, because it came at the very end
 
 
-def ignore_signals(worker: int = 0) -> None:
-    """For the processes that load images (`worker_init_fn`): Ctrl-C and schedulers signal them, too, but they have to
-    stay until the step is done. They end with the process that they work for."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def outlast_signals(worker: int = 0) -> None:
+    """For processes that load images (`worker_init_fn`): schedulers and Ctrl-C signal them, too, but the step that is
+    to be ended may need them. They end when their parent ends or terminates them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # on Linux; elsewhere nothing tells who sent a SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from runs import Follow, run
 
-from timm_tokens.stopping import Stopped, ignore_signals, listening
+from timm_tokens.stopping import Stopped, listening, outlast_signals
 from timm_tokens.training.history import read
 
 # Python 3.12 warns of threads that a forked process doesn't have; these don't need them
@@ -64,7 +65,7 @@ def test_workers_stay_until_the_step_is_done(tmp_path):
         children = multiprocessing.active_children()
         assert len(children) == 2
         for child in children:
-            os.kill(child.pid, signal.SIGTERM)
+            subprocess.run(["kill", "-TERM", str(child.pid)], check=True)  # not by their parent, whom they obey
             os.kill(child.pid, signal.SIGINT)
         time.sleep(0.1)
         assert all(child.is_alive() for child in children)
@@ -109,11 +110,17 @@ def test_other_threads_train_without_listening(tmp_path):
     assert len(results) == 1
 
 
-def test_workers_ignore_signals_of_others():
+def test_workers_obey_their_parent_alone():
+    ready = os.pipe()
     child = os.fork()
     if child == 0:
-        ignore_signals()
-        signal.raise_signal(signal.SIGTERM)
+        outlast_signals()
         signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        os.write(ready[1], b"1")
+        time.sleep(60)
         os._exit(7)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert os.read(ready[0], 1) == b"1"
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

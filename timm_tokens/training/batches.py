@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from timm_tokens import seeding
 from timm_tokens.data.images import as_images
 from timm_tokens.distributed import rank, world_size
-from timm_tokens.stopping import ignore_signals
+from timm_tokens.stopping import outlast_signals
 from timm_tokens.training.settings import Settings
 
 
@@ -98,7 +98,7 @@ def step_loader(
         SeededDataset(dataset, settings.seed),
         batch_sampler=StepBatches(len(dataset), plan, settings, start),
         num_workers=settings.workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=outlast_signals,
         collate_fn=collate,
         pin_memory=settings.device.startswith("cuda"),
     )

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from timm_tokens.data.images import as_images
 from timm_tokens.distributed import all_reduce_sum, rank, world_size
-from timm_tokens.stopping import ignore_signals
+from timm_tokens.stopping import outlast_signals
 
 
 class Accuracy:
@@ -28,7 +28,7 @@ class Accuracy:
     def __init__(self, dataset: Dataset, batch_size: int = 64, workers: int = 0, topk: tuple[int, ...] = (1, 5)):
         self.topk = topk
         part = Subset(as_images(dataset), range(rank(), len(dataset), world_size()))
-        self.loader = DataLoader(part, batch_size, num_workers=workers, worker_init_fn=ignore_signals)
+        self.loader = DataLoader(part, batch_size, num_workers=workers, worker_init_fn=outlast_signals)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:

@@ -69,7 +69,7 @@ def train(
         Stopped: SIGTERM or SIGINT came (Ctrl-C). The step was ended and a checkpoint written; a SystemExit.
         PeerLost: Another process of the job has ended.
     """
-    with listening() as requests, together():
+    with listening() as requests, together(patience=settings.patience):
         return _Run(task, dataset, settings.scaled(world_size()), collate, evaluate).run(requests)
 
 

@@ -86,6 +86,10 @@ class Settings(Options):
                              group=_FILES)  # fmt: skip
     eval_every: int = option(1, "epochs between validations", at_least=1, group=_FILES)
     log_every: int = option(10, "optimizer steps between writing the losses to steps.csv", at_least=1, group=_FILES)
+    patience: float = option(
+        45.0, "seconds without a sign of life after which another process of the run is taken for dead, and this one "
+        "ends", above=0, rare=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,4 +113,4 @@ class Settings(Options):
 
 
 # What may change between a run and its continuation.
-FREE = {"out", "resume", "workers", "device", "save_every", "eval_every", "log_every"}
+FREE = {"out", "resume", "workers", "device", "save_every", "eval_every", "log_every", "patience"}
