@@ -170,6 +170,23 @@ def test_extreme_logits():
     torch.testing.assert_close(grad, torch.tensor([[[0.8, -0.2, -0.6]]]))
 
 
+@pytest.mark.parametrize("shift", [-30, -3000, 3000])
+@pytest.mark.parametrize("top", [3, 5])
+def test_targets_of_scores_far_from_zero(top, shift):
+    """A loss by sparse targets is that by dense ones, where every one of the 5 classes is listed and where not."""
+    values = (torch.randn(2, top, 4, 4) + shift).half()
+    indices = torch.rand(2, 5, 4, 4).argsort(1)[:, :top]
+    target = crop_token_labels(values, indices, torch.tensor([[0.0, 0, 1, 1]]).expand(2, 4), 5, 4)
+    full = torch.zeros(2, 5, 4, 4).scatter(1, indices, values.float())
+    expected = full.flatten(2).softmax(1)
+    logits = Logits(torch.randn(2, 5), torch.randn(2, 16, 5).requires_grad_())
+    loss = TokenLabelLoss(cls_weight=0.0, dense_weight=1.0)(logits, target)
+    want = F.cross_entropy(logits.tokens.mT, expected)
+    torch.testing.assert_close(loss, want)
+    got, want = (torch.autograd.grad(x, logits.tokens)[0] for x in (loss, want))
+    torch.testing.assert_close(got, want, atol=1e-7, rtol=1e-5)
+
+
 def test_a_retained_graph_gives_the_same_gradient_again():
     logits, target, labels = example()
     loss = TokenLabelLoss(ground_truth=True)(logits, target, labels)

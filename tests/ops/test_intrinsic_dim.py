@@ -49,6 +49,12 @@ def test_scale_and_offset_do_not_matter():
     )
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e20, 1e37])
+def test_squares_of_any_size_stay_in_range(scale):
+    x = torch.randn(40, 6)
+    torch.testing.assert_close(local_intrinsic_dimensionality(x * scale), local_intrinsic_dimensionality(x))
+
+
 def test_near_duplicates_are_not_lost_to_rounding():
     x = torch.randn(40, 256)
     x[1] = x[0] + 1e-5 * torch.randn(256)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.ops import roi_align
 
 from timm_tokens.ops import crop_maps, crop_token_labels, warp_token_labels
@@ -119,11 +120,41 @@ def test_in_parts_it_is_the_same(rows, monkeypatch):
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
 
 
-def test_large_scores_do_not_overflow():
-    values, indices = label_maps(2, (6, 6), 20)
-    values = values * 20  # up to 200; float32 ends at exp(88)
-    got = crop_token_labels(values, indices, random_boxes(2), 20, 4, dense=True)
-    torch.testing.assert_close(got, slow_crop(values, indices, random_boxes(2), 20, 4), atol=1e-4, rtol=1e-3)
+def slow_exact(values, indices, num_classes, size):
+    """Targets of the whole image in float64: each token averages the cells that it covers, without interpolation."""
+    full = torch.zeros(len(values), num_classes, *values.shape[2:], dtype=torch.float64)
+    full.scatter_(1, indices.long(), values.double())
+    tokens, cls = F.adaptive_avg_pool2d(full, size), full.mean((2, 3))
+    return torch.cat([cls[:, :, None], tokens.flatten(2)], 2).softmax(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("listed", [2, 5, 6])
+def test_exact_for_all_finite_scores(listed, dtype):
+    """However high or low they are, with all of the 6 classes listed and with some, in one cell or several a token."""
+    whole, flip = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(3, 4), torch.zeros(3, dtype=torch.bool)
+    for scale, shift in [(1, -8), (1, -20), (3, -100), (1, 200), (3, 3e3), (30, -6e4), (1e3, 0), (1e4, 0), (3e4, 3e4)]:
+        generator = torch.Generator().manual_seed(listed)
+        values = (torch.randn(3, listed, 4, 4, generator=generator).clamp(-1, 1) * scale + shift).to(dtype)
+        indices = torch.rand(3, 6, 4, 4, generator=generator).argsort(1)[:, :listed]
+        for size in (4, 2):
+            expected = slow_exact(values, indices, 6, size).float()
+            dense = crop_token_labels(values, indices, whole, 6, size, dense=True)
+            sparse = crop_token_labels(values, indices, whole, 6, size, flip=flip)
+            warped = warp_token_labels(values, indices, torch.eye(3).expand(3, 3, 3), 6, size, dense=True)
+            for got in (dense, sparse.dense(), warped):
+                torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4, msg=lambda m: f"{scale} {shift}: {m}")
+            assert all(x.dtype == torch.float32 for x in (sparse.cls, sparse.excess, sparse.background))
+
+
+def test_exact_at_the_end_of_float32():
+    largest = torch.finfo(torch.float32).max
+    values = torch.tensor([largest, largest, -largest]).view(1, 3, 1, 1).expand(1, 3, 7, 7)
+    indices = torch.tensor([2, 0, 1]).view(1, 3, 1, 1).expand(1, 3, 7, 7)
+    for num_classes in (3, 4):
+        got = crop_token_labels(values, indices, torch.tensor([[0.1, 0.2, 0.7, 0.5]]), num_classes, 3, dense=True)
+        expected = torch.tensor([0.5, 0, 0.5, 0])[:num_classes]
+        torch.testing.assert_close(got, expected[None, :, None].expand(1, num_classes, 10))
 
 
 @pytest.mark.parametrize("size", [1, 4, 9, 14])

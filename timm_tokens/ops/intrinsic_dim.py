@@ -34,10 +34,13 @@ def local_intrinsic_dimensionality(x: Tensor, k: int = 21) -> Tensor:
 def _squared_distances(x: Tensor) -> Tensor:
     """Squared Euclidean distances (..., M, M), infinite from a point to itself, exactly 0 between coinciding points.
 
-    r_i - 2 x_i x_j + r_j cancels where points are close, in float32 down to negative numbers: it needs float64.
+    r_i - 2 x_i x_j + r_j cancels where points are close, in float32 down to negative numbers: it needs float64. All
+    are in units of the largest coordinate, for ratios alone matter, and squares of small or large ones leave float32.
     """
     wide = x.flatten(0, -3) if x.ndim > 2 else x[None]  # (..., M, D) -> (B, M, D)
     wide = wide if wide.device.type == "mps" else wide.double()  # MPS has no float64
+    largest = torch.linalg.vector_norm(wide.detach(), torch.inf, dim=(-2, -1), keepdim=True)
+    wide = wide / largest.clamp_min(torch.finfo(x.dtype).tiny)
     norms = torch.linalg.vector_norm(wide, dim=-1).square()
     norms = norms - 4 * torch.finfo(wide.dtype).eps * norms.amax(-1, keepdim=True)  # what coincides must not part
     squared = (norms[..., :, None] + norms[..., None, :]).baddbmm_(wide, wide.mT, alpha=-2).float().clamp_min_(0)

@@ -54,7 +54,7 @@ def crop_token_labels(
     Classes that a cell does not list score 0 there.
 
     Args:
-        values: (B, top, H, W) scores before the softmax, any floating dtype; computed in float32.
+        values: (B, top, H, W) finite scores before the softmax, of any floating dtype and any size.
         indices: (B, top, H, W) integer classes of the scores in [0, K), distinct within a cell.
         boxes: (B, 4) top, left, height, width as fractions of the image, inside the image.
         num_classes: K.
@@ -93,7 +93,7 @@ def warp_token_labels(
     What the view shows from outside the image (the corners of a rotation) scores 0: all classes are equally likely.
 
     Args:
-        values: (B, top, H, W) scores before the softmax.
+        values: (B, top, H, W) finite scores before the softmax, of any floating dtype and any size.
         indices: (B, top, H, W) integer classes of the scores in [0, K), distinct within a cell.
         maps: (B, 3, 3), from (row, column, 1) in the view to the same in the image; rows and columns as fractions, from
             0 at the top left corner to 1. Compose them with `@`; `crop_maps` makes those of crops and flips.
@@ -134,16 +134,18 @@ def crop_maps(boxes: Tensor, flip: Tensor | None = None) -> Tensor:
 
 
 def _sparse_labels(values: Tensor, indices: Tensor, whole: Windows, patches: Windows, num_classes: int) -> SparseLabels:
+    values = values.to(_exact_dtype(values))
     classes, scores = _scores(values, indices, whole)
     cls = scores.new_zeros(len(values), num_classes).scatter_add_(1, classes[:, 0], scores[:, 0]).softmax(-1)
     classes, scores = _scores(values, indices, patches)
-    scores = _sum_by_class(classes.flatten(0, 1), scores.flatten(0, 1), num_classes).view_as(scores)
-    # The softmax over K classes of which all but S score 0; the shift by the largest score keeps exp from overflowing.
-    shift = scores.amax(-1, keepdim=True).clamp(min=0)
-    floor = (-shift).exp()
-    excess = scores.sub_(shift).exp_().sub_(floor)
-    total = excess.sum(-1, keepdim=True) + num_classes * floor
-    return SparseLabels(cls, classes, excess.div_(total), (floor / total).squeeze(-1))
+    excess, background = _softmax(*_sum_by_class(classes.flatten(0, 1), scores.flatten(0, 1), num_classes), num_classes)
+    return SparseLabels(cls.float(), classes, excess.float().view_as(scores), background.float().view(classes.shape[:2]))
+
+
+def _exact_dtype(values: Tensor) -> torch.dtype:
+    """float32 holds sums of half-precision scores far more finely than these are spaced; sums of others need float64."""
+    wide = values.dtype in (torch.float32, torch.float64) and values.device.type != "mps"  # MPS has no float64
+    return torch.float64 if wide else torch.float32
 
 
 def _scores(values: Tensor, indices: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
@@ -154,22 +156,36 @@ def _scores(values: Tensor, indices: Tensor, windows: Windows) -> tuple[Tensor, 
     return indices[image, windows.cells].flatten(2).long(), scores.flatten(2)
 
 
-def _sum_by_class(classes: Tensor, scores: Tensor, num_classes: int) -> Tensor:
-    """Scores (M, S) of which each class (M, S) of a row has its sum in one slot, and 0 in its others.
+def _softmax(scores: Tensor, first: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Excess (M, S) and background (M, 1) of the softmax over K classes, each counted in its `first` slot or scoring 0.
+
+    The largest score of any class is taken off before exp, and where every class has a slot no other class counts:
+    then the scores may be as low or as high as they like. Overwrites scores.
+    """
+    others = num_classes - first.sum(-1, keepdim=True)
+    largest = scores.amax(-1, keepdim=True)
+    largest = torch.where(others > 0, largest.clamp(min=0), largest)
+    floor = torch.where(others > 0, (-largest).exp(), 0)
+    masses = scores.sub_(largest).exp_().mul_(first)
+    total = masses.sum(-1, keepdim=True) + others * floor
+    return masses.sub_(floor * first).div_(total), floor / total
+
+
+def _sum_by_class(classes: Tensor, scores: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The sum of its class's scores for every slot (M, S), and which slot is the one to count its class in.
 
     They are added up on a board of few rows and all classes, which stays in the cache and is wiped slot by slot.
     """
     rows = rows_at_once(num_classes, scores.device)
     board = scores.new_zeros(min(rows, len(scores)), num_classes)
     slots = torch.arange(scores.shape[1], dtype=scores.dtype, device=scores.device).expand_as(scores)
-    sums = []
+    sums, first = [], []
     for c, x, slot in zip(*(t.split(rows) for t in (classes, scores, slots)), strict=True):
         part = board[: len(c)]
-        total = part.scatter_add_(1, c, x).gather(1, c)
-        chosen = part.scatter_(1, c, slot).gather(1, c) == slot  # of the slots of a class one was written last
-        sums.append(total.mul_(chosen))
+        sums.append(part.scatter_add_(1, c, x).gather(1, c))
+        first.append(part.scatter_(1, c, slot).gather(1, c) == slot)  # of the slots of a class, one was written last
         part.scatter_(1, c, 0.0)
-    return torch.cat(sums)
+    return torch.cat(sums), torch.cat(first)
 
 
 def _check(values: Tensor, indices: Tensor, num_classes: int, size: int | tuple[int, int]) -> tuple[int, int]:

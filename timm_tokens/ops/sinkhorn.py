@@ -38,6 +38,8 @@ def sinkhorn_assign(logits: Tensor, tau: float = 0.05, iterations: int = 3) -> T
     if iterations < 0:
         raise ValueError(f"iterations must not be negative, got {iterations}")
     log_q = (logits if logits.dtype == torch.float64 else logits.float()) / tau
+    most = torch.finfo(log_q.dtype).max / 4  # logits may be finite, and leave their type's range over tau
+    log_q.clamp_(-most, most)
     for _ in range(iterations):  # in logarithms, where no prototype and no sample can underflow to 0 / 0
         log_q = (log_q - batch_logmeanexp(log_q)).log_softmax(1)
     return log_q.softmax(1)
