@@ -16,6 +16,7 @@ from timm_tokens.cli.common import loading
 from timm_tokens.cli.common.datasets import class_names, class_targets, model_classes, open_dataset
 from timm_tokens.data import TokenLabelStore, TokenLabelWriter
 from timm_tokens.dense import dense_scores
+from timm_tokens.ops import crop_token_labels
 
 # timm's data sets and Pillow leave the closing of files to the garbage collector.
 pytestmark = [
@@ -66,7 +67,7 @@ def test_maps_are_the_best_classes_of_every_cell_of_the_whole_image(arguments, i
     summary = call("annotate", **arguments)
     store = TokenLabelStore(arguments["out"])
     assert len(store) == 15 and store.num_classes == 3
-    right, sure = 0, 0.0
+    right, sure, others = 0, 0.0, 0.0
     for file in sorted(images.rglob("*.png")):
         scores = expected_scores(weights, file)
         values, indices = store[f"{file.parent.name}/{file.stem}"]
@@ -78,9 +79,50 @@ def test_maps_are_the_best_classes_of_every_cell_of_the_whole_image(arguments, i
         right += ["ant", "bee", "cat"][int(votes.argmax())] == file.parent.name
         kept = torch.zeros(3, 2, 3).scatter(0, indices.long(), values.float())  # every cell counts the same in a whole
         sure += kept.mean((1, 2)).softmax(0)[["ant", "bee", "cat"].index(file.parent.name)].item()
-    assert summary == (15, 15, 15, pytest.approx(right / 15), pytest.approx(sure / 15, rel=1e-5))
+        others += 1 - kept.softmax(0).gather(0, indices.long()).sum(0).mean().item()
+    shares = [pytest.approx(x / 15, rel=1e-5) for x in (right, sure, others)]
+    assert summary == (15, 15, 15, *shares)
     printed = capsys.readouterr().out
     assert "15 of 15 images have a map of 2 x 3 cells, 15 of them new; the map's top class is the folder's" in printed
+
+
+def biased(weights, shift, factor, file):
+    """The annotator with other biases, and with scores that are so many times as far apart."""
+    state = torch.load(weights)
+    state["fc.weight"] *= factor
+    state["fc.bias"] += shift
+    torch.save(state, file)
+    return file
+
+
+def test_a_bias_far_below_zero_does_not_spoil_the_maps(arguments, images, weights, tmp_path, capsys):
+    """Models trained by binary cross entropy have one: classes that are not kept, and score 0, would get nearly all."""
+    arguments |= {"top_k": 1, "checkpoint": biased(weights, -10, 40, tmp_path / "low.pth")}
+    assert call("annotate", **arguments).others < 0.5
+    store, whole = TokenLabelStore(arguments["out"]), torch.tensor([[0.0, 0, 1, 1]])
+    for file in sorted(images.rglob("*.png")):
+        values, indices = store[f"{file.parent.name}/{file.stem}"]
+        target = crop_token_labels(values[None], indices[None], whole, 3, (2, 3), dense=True)[0, :, 1:]
+        own = expected_scores(arguments["checkpoint"], file).softmax(-1).flatten(0, 1).mT
+        torch.testing.assert_close(target.amax(0), own.amax(0), atol=0.02, rtol=0)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_warns_of_maps_that_say_little(arguments, weights, tmp_path, capsys):
+    unsure = arguments | {"top_k": 1, "checkpoint": biased(weights, -10, 0.1, tmp_path / "unsure.pth")}
+    summary = call("annotate", **unsure)
+    assert summary.others == pytest.approx(2 / 3, abs=0.05)
+    printed = capsys.readouterr().out
+    assert f"warning: on average {summary.others:.0%} of a cell's probability is left to the classes that" in printed
+
+
+def test_weights_are_known_by_their_values(arguments, weights, tmp_path):
+    call("annotate", **arguments)
+    weights.rename(tmp_path / "moved.pth")
+    assert call("annotate", **arguments | {"checkpoint": tmp_path / "moved.pth"}).annotated == 0
+    biased(tmp_path / "moved.pth", 1, 1, weights)
+    with pytest.raises(CommandError, match=r"holds maps with weights 'sha256:.*write to another folder"):
+        call("annotate", **arguments)
 
 
 def test_only_the_classes_of_the_folders(arguments, images, tmp_path):

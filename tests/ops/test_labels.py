@@ -143,7 +143,7 @@ def test_exact_for_all_finite_scores(listed, dtype):
             sparse = crop_token_labels(values, indices, whole, 6, size, flip=flip)
             warped = warp_token_labels(values, indices, torch.eye(3).expand(3, 3, 3), 6, size, dense=True)
             for got in (dense, sparse.dense(), warped):
-                torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4, msg=lambda m: f"{scale} {shift}: {m}")
+                torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
             assert all(x.dtype == torch.float32 for x in (sparse.cls, sparse.excess, sparse.background))
 
 

@@ -12,6 +12,7 @@ from timm_tokens.ops.relaxed import relaxed_merge, relaxed_top_k
 from timm_tokens.ops.schedule import schedule
 from timm_tokens.ops.sinkhorn import sinkhorn_assign
 from timm_tokens.ops.sparse_cross_entropy import sparse_cross_entropy
+from timm_tokens.ops.top_scores import others_share, top_scores
 
 __all__ = [
     "Information",
@@ -31,6 +32,7 @@ __all__ = [
     "mix_tokens",
     "morph",
     "morph_groups",
+    "others_share",
     "relaxed_merge",
     "relaxed_top_k",
     "schedule",
@@ -38,6 +40,7 @@ __all__ = [
     "size_bias",
     "soft_cross_entropy",
     "sparse_cross_entropy",
+    "top_scores",
     "unmerge",
     "warp_token_labels",
 ]

@@ -139,11 +139,13 @@ def _sparse_labels(values: Tensor, indices: Tensor, whole: Windows, patches: Win
     cls = scores.new_zeros(len(values), num_classes).scatter_add_(1, classes[:, 0], scores[:, 0]).softmax(-1)
     classes, scores = _scores(values, indices, patches)
     excess, background = _softmax(*_sum_by_class(classes.flatten(0, 1), scores.flatten(0, 1), num_classes), num_classes)
-    return SparseLabels(cls.float(), classes, excess.float().view_as(scores), background.float().view(classes.shape[:2]))
+    return SparseLabels(
+        cls.float(), classes, excess.float().view_as(scores), background.float().view(classes.shape[:2])
+    )
 
 
 def _exact_dtype(values: Tensor) -> torch.dtype:
-    """float32 holds sums of half-precision scores far more finely than these are spaced; sums of others need float64."""
+    """float32 holds sums of half-precision scores far more finely than these are spaced; others need float64."""
     wide = values.dtype in (torch.float32, torch.float64) and values.device.type != "mps"  # MPS has no float64
     return torch.float64 if wide else torch.float32
 

@@ -1,5 +1,6 @@
 """The machine annotator of `timm-tokens annotate`: a timm classifier, what it sees of an image, and its label maps."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import ModelOptions
 from timm_tokens.data import LabelMap
 from timm_tokens.dense import dense_scores
+from timm_tokens.ops import top_scores
 from timm_tokens.options import option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,8 +51,16 @@ class Annotator(NamedTuple):
             scores = dense_scores(self.model, images)
         if self.kept is not None:
             scores = scores[..., list(self.kept)]
-        values, indices = scores.float().topk(self.top, dim=-1)  # (B, H, W, K) -> (B, H, W, top)
+        values, indices = top_scores(scores, self.top)  # (B, H, W, K) -> (B, H, W, top)
         return LabelMap(*(x.permute(0, 3, 1, 2).cpu() for x in (values.half(), indices.int())))
+
+    def digest(self) -> str:
+        """Of the weights: the same wherever they were read from, and on every device."""
+        found = hashlib.sha256()
+        for name, value in self.model.state_dict().items():
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return f"sha256:{found.hexdigest()}"
 
 
 @dataclass(frozen=True, kw_only=True)

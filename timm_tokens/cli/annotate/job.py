@@ -38,8 +38,8 @@ def prepare(job: Job, options: AnnotatorOptions) -> None:
 def _settings(annotator: Annotator, options: AnnotatorOptions) -> dict:
     """What decides the maps: a folder holds those of one setting."""
     config = {name: annotator.config[name] for name in ("input_size", "interpolation", "mean", "std")}
-    weights = str(options.checkpoint.resolve()) if options.checkpoint else "timm's"
-    settings = {"model": options.model, "weights": weights, "top": annotator.top, "classes": annotator.num_classes}
+    settings = {"model": options.model, "weights": annotator.digest(), "top": annotator.top}
+    settings["classes"] = annotator.num_classes
     if annotator.kept is not None:
         settings["kept"] = annotator.kept
     return json.loads(json.dumps(settings | config))  # tuples become lists, as they are when read

@@ -9,7 +9,7 @@ from timm_tokens.cli.annotate.annotator import Annotator
 from timm_tokens.cli.annotate.job import Job
 from timm_tokens.cli.common.datasets import class_names, class_targets, model_classes
 from timm_tokens.data import TokenLabelStore
-from timm_tokens.ops import crop_token_labels
+from timm_tokens.ops import crop_token_labels, others_share
 
 
 class Summary(NamedTuple):
@@ -23,6 +23,7 @@ class Summary(NamedTuple):
             The top class is that with the largest mean probability over the cells, of the classes that are kept.
         confidence: mean probability of the folder's class in the whole image's class target, None likewise.
             Where it is low, the cells disagree, and training learns little from a label.
+        others: mean probability of all classes together that a cell does not keep, None without a map.
     """
 
     images: int
@@ -30,17 +31,26 @@ class Summary(NamedTuple):
     labelled: int
     agreement: float | None
     confidence: float | None
+    others: float | None
 
 
 def describe(summary: Summary, annotator: Annotator) -> str:
-    """One line about a summary."""
+    """A line about a summary, and a second one where the maps say little."""
     rows, columns = annotator.grid
     line = f"{summary.labelled} of {summary.images} images have a map of {rows} x {columns} cells, "
     line += f"{summary.annotated} of them new; "
     if summary.agreement is None:
-        return line + "their folders are not the model's classes, so agreement can't be told"
-    line += f"the map's top class is the folder's for {summary.agreement:.1%}"
-    return line + f", whose probability in the class token's target is {summary.confidence:.2f} on average"
+        line += "their folders are not the model's classes, so agreement can't be told"
+    else:
+        line += f"the map's top class is the folder's for {summary.agreement:.1%}"
+        line += f", whose probability in the class token's target is {summary.confidence:.2f} on average"
+    if summary.others is not None and summary.others > 0.5:
+        line += (
+            f"\nwarning: on average {summary.others:.0%} of a cell's probability is left to the classes that it does "
+            "not keep, and training learns little from such labels. Use an annotator that is surer of these images, "
+            "keep more classes (--top-k), or only those of the folders (--folder-classes)"
+        )
+    return line
 
 
 def summarise(job: Job, annotated: int) -> Summary:
@@ -51,20 +61,25 @@ def summarise(job: Job, annotated: int) -> Summary:
     elif targets is not None:
         classes = model_classes(class_names(job.dataset), job.annotator.model)
     share = range(job.process.rank, len(job.names), job.process.world)
-    mine, right, sure = [i for i in share if job.names[i] in store], 0, 0.0
-    for start in range(0, 0 if classes is None else len(mine), 256):
+    mine, right, sure, others = [i for i in share if job.names[i] in store], 0, 0.0, 0.0
+    for start in range(0, len(mine), 256):
         chunk = mine[start : start + 256]
         maps = [torch.stack(part) for part in zip(*(store[job.names[i]] for i in chunk), strict=True)]
+        others += float(others_share(maps[0].movedim(1, -1), job.annotator.num_classes).mean((1, 2)).sum())
+        if classes is None:
+            continue
         truth = classes[torch.tensor([targets[i] for i in chunk])]
         right += int((top_class(*maps, job.annotator.num_classes) == truth).sum())
         whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(chunk), 4)
         target = crop_token_labels(*maps, whole, job.annotator.num_classes, 1).cls
         sure += float(target.gather(1, truth[:, None]).sum())
-    annotated, labelled, right, sure = (
-        sum(job.process.gather([count])) for count in (annotated, len(mine), right, sure)
+    annotated, labelled, *sums = (
+        sum(job.process.gather([count])) for count in (annotated, len(mine), right, sure, others)
     )
-    shares = (right / labelled, sure / labelled) if classes is not None and labelled else (None, None)
-    return Summary(len(job.names), annotated, labelled, *shares)
+    right, sure, others = (x / labelled if labelled else None for x in sums)
+    if classes is None:
+        right = sure = None
+    return Summary(len(job.names), annotated, labelled, right, sure, others)
 
 
 def top_class(values: Tensor, indices: Tensor, num_classes: int) -> Tensor:
