@@ -33,8 +33,8 @@ class View(NamedTuple):
 class TokenLabelTransform:
     """timm's training augmentation, PIL image to `View`: random resized crop, flips, RandAugment, random erasing.
 
-    Arguments and defaults are those of timm's `transforms_imagenet_train`. Erasing and the colour operations of
-    RandAugment leave the label where it is.
+    Arguments and defaults are those of timm's `transforms_imagenet_train`, and `re_mode` that of its training script.
+    Erasing and the colour operations of RandAugment leave the label where it is. Images of other modes are converted.
 
     Args:
         img_size: side of the view, or (height, width).
@@ -44,11 +44,12 @@ class TokenLabelTransform:
         vflip: probability of an upside-down flip.
         auto_augment: RandAugment as timm writes it, such as "rand-m9-mstd0.5-inc1"; None for none.
         interpolation: "bicubic", "bilinear", ..., or "random", one of these two for each view.
-        mean: of the normalisation; RandAugment fills with it what comes from outside the image.
+        mean: of the normalisation, a value a channel; one value makes the views grey. RandAugment fills with it what
+            comes from outside the image.
         std: of the normalisation.
         normalize: False for uint8 images, which timm's `PrefetchLoader` normalises, and erases, itself.
         re_prob: probability of random erasing.
-        re_mode: "const", "rand" or "pixel".
+        re_mode: "pixel" fills erased boxes with noise, "rand" with one random colour, "const" with 0.
         re_count: erased boxes, at most.
 
     Raises:
@@ -69,12 +70,13 @@ class TokenLabelTransform:
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
         normalize: bool = True,
         re_prob: float = 0.0,
-        re_mode: str = "const",
+        re_mode: str = "pixel",
         re_count: int = 1,
     ):
         if re_prob and not normalize:
             raise ValueError(f"re_prob={re_prob} needs normalize=True: give it to timm's PrefetchLoader instead")
         self.size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.mode = "L" if len(mean) == 1 else "RGB"
         self.scale, self.ratio, self.hflip, self.vflip = scale, ratio, hflip, vflip
         names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
         self.interpolations = [InterpolationMode(name) for name in names]
@@ -90,6 +92,7 @@ class TokenLabelTransform:
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> View:
         """Draw one view. All of its randomness comes from the generator, or from torch's own where none is given."""
+        image = image if image.mode == self.mode else image.convert(self.mode)
         with drawn_from(generator):
             image, matrix = self._crop(image)
             if self.rand_augment is not None:

@@ -8,8 +8,9 @@ from PIL import Image
 from timm.data.auto_augment import AugmentOp, rand_augment_transform
 from torch import Tensor
 
+_POSTERIZE = {"Posterize", "PosterizeIncreasing", "PosterizeOriginal"}
 # These change colours alone.
-_IN_PLACE = {
+_IN_PLACE = _POSTERIZE | {
     "AutoContrast",
     "Brightness",
     "BrightnessIncreasing",
@@ -22,9 +23,6 @@ _IN_PLACE = {
     "GaussianBlur",
     "GaussianBlurRand",
     "Invert",
-    "Posterize",
-    "PosterizeIncreasing",
-    "PosterizeOriginal",
     "Sharpness",
     "SharpnessIncreasing",
     "Solarize",
@@ -95,6 +93,8 @@ def _run(op: AugmentOp, image: Image.Image) -> tuple[Image.Image, Tensor]:
     def note(image, *args, **kwargs):
         nonlocal drawn
         drawn = args
+        if op.name in _POSTERIZE:  # to 0 bits, an image that is all black, is what Pillow refuses
+            args = [max(bits, 1) for bits in args]
         return op.aug_fn(image, *args, **kwargs)
 
     noted = copy.copy(op)
