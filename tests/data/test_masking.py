@@ -1,8 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 
 from timm_tokens.data import block_masks, random_ratio_masks
-from timm_tokens.data.masking import _draw_blocks
+from timm_tokens.data.masking import _blocks
 
 
 def generator(seed=0):
@@ -42,7 +44,7 @@ def test_corners_are_masked_too_and_no_side_is_preferred():
 
 def test_the_rectangles_obey_their_limits():
     missing = torch.tensor([75] * 500 + [5] * 50)
-    x = _draw_blocks(missing, (14, 14), 16, (0.3, 1 / 0.3), generator())
+    x = _blocks(missing, (14, 14), 16, (0.3, 1 / 0.3), torch.rand(550, 4, generator=generator()))
     rows, columns, area = x.any(2).sum(1), x.any(1).sum(1), x.sum((1, 2))
     assert torch.equal(area, rows * columns)  # rectangles indeed
     assert 13 <= area[:500].min() < 18 and 70 < area[:500].max() <= 84  # (sqrt(75) + 1/2)^2: sides are rounded
@@ -57,6 +59,15 @@ def test_drawn_from_the_generator_alone():
     assert torch.equal(first, block_masks(75, (14, 14), 8, generator=generator(3)))
     assert not torch.equal(first, block_masks(75, (14, 14), 8, generator=generator(4)))
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("draw", [partial(block_masks, 75), random_ratio_masks])
+def test_a_generator_for_each_image_decides_its_mask_alone(draw):
+    whole = draw(grid=(14, 14), batch=6, generator=[generator(i) for i in range(6)])
+    part = draw(grid=(14, 14), batch=2, generator=[generator(4), generator(2)])
+    assert torch.equal(part, whole[[4, 2]]) and len(whole.unique(dim=0)) > 3
+    with pytest.raises(ValueError, match="one for each of the 2 images, got 3"):
+        draw(grid=(14, 14), batch=2, generator=[generator(i) for i in range(3)])
 
 
 def test_random_ratios():

@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from timm_tokens.tasks.clustering import JoinedBatchNorm, Projector, Prototypes
+from timm_tokens.tasks.clustering import Projector, Prototypes
 
 
 def test_projections_have_unit_length():
@@ -16,10 +16,3 @@ def test_prototypes_are_cosines():
     with torch.no_grad():
         prototypes.weight.mul_(3)  # their length is of no matter
     torch.testing.assert_close(prototypes(x), expected)
-
-
-def test_batch_norm_of_one_process_is_torchs():
-    own, torchs = JoinedBatchNorm(4), torch.nn.BatchNorm1d(4)
-    for x in torch.randn(3, 6, 4):
-        torch.testing.assert_close(own(x), torchs(x))
-    torch.testing.assert_close(own.state_dict(), torchs.state_dict())

@@ -1,4 +1,4 @@
-"""Two gloo processes with half of the batch each must end with the weights of one that has it all."""
+"""Two gloo processes with half of the batch each end with the weights of one that has it all, and so do two parts."""
 
 import pytest
 import timm
@@ -8,9 +8,13 @@ import torch.multiprocessing
 from gloo import on_two
 from tiny import base
 
-from timm_tokens.tasks import DTMTask, MIRATask
+import timm_tokens
+from timm_tokens.data import LabeledTarget
+from timm_tokens.models.lvvit_base import lvvit_base
+from timm_tokens.ops import crop_maps
+from timm_tokens.tasks import DTMTask, MIRATask, MTETask, TokenLabelTask
 
-STEPS = 3
+STEPS, BATCH = 3, 8
 
 
 def dtm():
@@ -23,37 +27,83 @@ def mira():
     return MIRATask(backbone, num_prototypes=20, hidden=24, width=8, frozen_epochs=1 / STEPS)
 
 
-TASKS = {"dtm": dtm, "mira": mira}
+def mira_conv():
+    backbone = timm.create_model("test_resnet", num_classes=0)
+    return MIRATask(backbone, num_prototypes=20, hidden=24, width=8, frozen_epochs=0)
+
+
+def token_label():
+    return TokenLabelTask(timm_tokens.token_label_head(base()))
+
+
+def token_label_conv():
+    """LV-ViT, whose stem has batch norm."""
+    shape = dict(img_size=32, patch_size=8, stem_width=8, embed_dim=24, depth=2, num_heads=2, num_classes=10)
+    return TokenLabelTask(timm_tokens.token_label_head(lvvit_base(**shape)))
+
+
+def mte(objective, **options):
+    model = timm_tokens.add_aux_tokens(base(num_classes=0, dynamic_img_size=True), 2, 1, kernel_size=3)
+    return MTETask(model, objective, num_prototypes=20, hidden=24, width=8, queue_size=12, frozen_epochs=0, **options)
+
+
+TASKS = {
+    "dtm": dtm,
+    "mira": mira,
+    "mira, conv net": mira_conv,
+    "token-label": token_label,
+    "token-label, LV-ViT": token_label_conv,
+    "dino": lambda: mte("dino"),
+    "dino, batch norm": lambda: mte("dino", batch_norm=True),
+    "ibot": lambda: mte("ibot"),
+    "moby": lambda: mte("moby"),
+}
+PARTS = ["dtm", "token-label"]  # whose losses have no term of the whole batch
 
 
 def batch(name, step, part):
+    """Images, or crops of them, and their targets: those of the global batch that are in part."""
     generator = torch.Generator().manual_seed(step)
-    if name == "mira":
-        return [torch.randn(8, 3, size, size, generator=generator)[part] for size in (32, 32, 16)]
-    return [torch.randn(8, 3, 32, 32, generator=generator)[part], (torch.rand(8, 16, generator=generator) < 0.4)[part]]
+
+    def draw(*shape):
+        return torch.randn(BATCH, *shape, generator=generator)
+
+    if name.startswith("token-label"):
+        indices = draw(10, 6, 6).argsort(1)[:, :3].int()
+        maps = crop_maps(draw(4).sigmoid() / 2)
+        target = LabeledTarget(torch.arange(BATCH), draw(3, 6, 6).half(), indices, maps)
+        return draw(3, 32, 32)[part], LabeledTarget(*(x[part] for x in target))
+    if name == "dtm":
+        return draw(3, 32, 32)[part], None
+    sizes = (32, 32) if name == "moby" else (32, 32, 16)
+    return [draw(3, size, size)[part] for size in sizes], None
 
 
-def trained(name, part):
+def trained(name, part, parts=1):
     """The task's state and its losses after a few steps with plain SGD, whose steps show the size of the gradients."""
     torch.manual_seed(0)
-    task, losses = TASKS[name](), []
+    task, losses = TASKS[name]().train(), []
+    task = task.double() if "conv" in name else task  # float32 differs by the order of sums alone, but visibly
     if dist.is_initialized():
         task.prepare_distributed()
-    optimizer = torch.optim.SGD(task.student.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(task.student.parameters(), lr=0.1)
     for step in range(STEPS):
         task.start_step(step, STEPS, STEPS)
         optimizer.zero_grad()
-        out = task(batch(name, step, part))
-        out["loss"].backward()
+        for some in torch.arange(BATCH)[part].chunk(parts):
+            images, target = batch(name, step, some)
+            out = task([x.double() for x in images] if "conv" in name else images, target)
+            (out["loss"] / parts).backward()
+            losses.append(out["loss"].detach())
         task.before_optimizer()
         optimizer.step()
         task.end_step()
-        losses.append(out["loss"].detach())
-    return {"losses": torch.stack(losses), **task.get_task_state()}
+    return {"losses": torch.stack(losses).unflatten(0, (STEPS, parts)).mean(1), **task.get_task_state()}
 
 
 def work(rank, folder):
-    return {name: trained(name, slice(4 * rank, 4 * rank + 4)) for name in TASKS}
+    half = slice(BATCH // 2 * rank, BATCH // 2 * (rank + 1))
+    return {name: trained(name, half) for name in TASKS}
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +111,20 @@ def two(tmp_path_factory):
     return on_two(work, tmp_path_factory.mktemp("gloo"))
 
 
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=5e-6, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_two_processes_equal_one(two, name):
-    one = trained(name, slice(None))
     first, second = (out[name] for out in two)
-    losses = one.pop("losses")
-    torch.testing.assert_close((first.pop("losses") + second.pop("losses")) / 2, losses)
-    assert first.keys() == one.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(first[key], value, atol=5e-6, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
-        assert torch.equal(first[key], second[key]), key
+    losses = (first.pop("losses") + second.pop("losses")) / 2
+    assert all(torch.equal(first[key], value) for key, value in second.items())
+    assert_same(first | {"losses": losses}, trained(name, slice(None)))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_accumulated_parts_equal_the_whole(name):
+    assert_same(trained(name, slice(None), parts=2), trained(name, slice(None)))

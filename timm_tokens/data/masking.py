@@ -1,9 +1,14 @@
 """Block-wise masks of patches: what a masked image model has to guess."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+# Of the CPU: one for the whole batch, one for each image, or torch's own
+Generator = torch.Generator | Sequence[torch.Generator] | None
+_ROUNDS = 100  # 5 to 20 do, unless nearly everything is to be masked
 
 
 def block_masks(
@@ -13,7 +18,7 @@ def block_masks(
     *,
     min_block: int | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Tensor:
     """Mask exactly `count` patches of each image, in rectangles that may overlap.
 
@@ -27,26 +32,26 @@ def block_masks(
         batch: B, where count is one number.
         min_block: The least area of a rectangle, in patches; None: a ninth of the grid, 16 of 14 x 14.
         aspect: Range of height over width.
-        generator: Of the CPU.
+        generator: Of the CPU; a sequence of them, one for each image, makes masks that do not depend on the batch.
 
     Returns:
         (B, H W) bool, True where masked, on the CPU.
 
     Raises:
-        ValueError: If a count is not in [0, H W], or B is not given once.
+        ValueError: If a count is not in [0, H W], B is not given once, or there is not a generator for each image.
 
     Source: BEiT (arXiv 2106.08254), algorithm 1.
     """
     counts = _counts(count, batch, grid[0] * grid[1])
     min_block = (min(grid) // 3) ** 2 if min_block is None else min_block
     mask = torch.zeros(len(counts), grid[0] * grid[1], dtype=torch.bool)
-    for _ in range(100):  # 5 to 20 do, unless nearly everything is to be masked
+    for drawn in _uniform(len(counts), (_ROUNDS, 4), generator).unbind(1):
         missing = counts - mask.sum(1)
         if not missing.any():
             return mask
-        block = _draw_blocks(missing, grid, min_block, aspect, generator).flatten(1) & ~mask
+        block = _blocks(missing, grid, min_block, aspect, drawn).flatten(1) & ~mask
         mask |= block & (block.cumsum(1) <= missing[:, None])
-    order = torch.rand(mask.shape, generator=generator).masked_fill_(mask, 2).argsort(1).argsort(1)
+    order = _uniform(len(mask), mask.shape[1:], generator).masked_fill_(mask, 2).argsort(1).argsort(1)
     return mask | (order < (counts - mask.sum(1))[:, None])
 
 
@@ -58,7 +63,7 @@ def random_ratio_masks(
     prob: float = 0.5,
     min_block: int | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Tensor:
     """`block_masks` of a different share of each image: with probability `prob` uniform in `ratio`, otherwise none.
 
@@ -74,20 +79,25 @@ def random_ratio_masks(
         raise ValueError(f"ratio must be a range within [0, 1], low first, got {ratio}")
     if not 0 <= prob <= 1:
         raise ValueError(f"prob must be in [0, 1], got {prob}")
-    share, chosen = torch.rand(2, batch, generator=generator)
+    share, chosen = _uniform(batch, (2,), generator).unbind(1)
     counts = (ratio[0] + (ratio[1] - ratio[0]) * share) * (chosen < prob) * (grid[0] * grid[1])
     return block_masks(counts.round().long(), grid, min_block=min_block, aspect=aspect, generator=generator)
 
 
-def _draw_blocks(
-    missing: Tensor,
-    grid: tuple[int, int],
-    min_block: int,
-    aspect: tuple[float, float],
-    generator: torch.Generator | None,
+def _uniform(batch: int, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Numbers (B, *shape) in [0, 1); with a generator for each image, an image's are from its own."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.rand(batch, *shape, generator=generator)
+    if len(generator) != batch:
+        raise ValueError(f"give one generator, or one for each of the {batch} images, got {len(generator)}")
+    return torch.stack([torch.rand(shape, generator=own) for own in generator])
+
+
+def _blocks(
+    missing: Tensor, grid: tuple[int, int], min_block: int, aspect: tuple[float, float], drawn: Tensor
 ) -> Tensor:
-    """One rectangle an image, (B, H, W) bool, of min_block to `missing` (B,) patches."""
-    area, shape, down, right = torch.rand(4, len(missing), generator=generator)
+    """One rectangle an image, (B, H, W) bool, of min_block to `missing` (B,) patches, by numbers (B, 4) in [0, 1)."""
+    area, shape, down, right = drawn.unbind(1)
     area = missing.clamp(max=min_block) + (missing - min_block).clamp(min=0) * area
     shape = (math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * shape).exp()
     sides = (area * shape).sqrt(), (area / shape).sqrt()

@@ -1,4 +1,4 @@
-"""The head of clustering methods: a projector with batch norm over all processes, and prototypes of unit length.
+"""The head of clustering methods: a projector with batch norm over the global batch, and prototypes of unit length.
 
 Shapes: B samples, C features, D projected, K prototypes.
 """
@@ -7,29 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_tokens.distributed import all_reduce_sum_with_gradient, world_size
-
-
-class JoinedBatchNorm(nn.BatchNorm1d):
-    """Batch norm of (B, C) with the statistics of all processes' batches together, on any device.
-
-    torch's SyncBatchNorm is for GPUs alone. On one process this is nn.BatchNorm1d, and its state is the same.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
-            return super().forward(x)
-        x = x.float()
-        sums = all_reduce_sum_with_gradient(torch.cat([x.sum(0), x.new_full((1,), len(x))]))
-        count = sums[-1]
-        mean = sums[:-1] / count
-        centred = x - mean
-        variance = all_reduce_sum_with_gradient(centred.square().sum(0)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+from timm_tokens.tasks.batch_norm import GlobalBatchNorm
 
 
 class Projector(nn.Sequential):
@@ -38,10 +16,10 @@ class Projector(nn.Sequential):
     def __init__(self, features: int, hidden: int = 2048, width: int = 256) -> None:
         super().__init__(
             nn.Linear(features, hidden, bias=False),  # the batch norm has one
-            JoinedBatchNorm(hidden),
+            GlobalBatchNorm(hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, hidden, bias=False),
-            JoinedBatchNorm(hidden),
+            GlobalBatchNorm(hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, width),
         )

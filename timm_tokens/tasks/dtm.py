@@ -8,7 +8,7 @@ from typing import Any
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from timm_tokens import blocks, seeding
+from timm_tokens import blocks
 from timm_tokens.data.masking import block_masks
 from timm_tokens.losses import DTMLoss
 from timm_tokens.tasks.task import TokenTask
@@ -41,7 +41,7 @@ class DTMTask(TokenTask):
 
         task = DTMTask(timm.create_model("vit_base_patch16_224", num_classes=0), teacher)
 
-    The draw of a step is the same on all processes, so that they have equal work.
+    The morphing of a step is the same on all processes, so that they have equal work.
 
     Args:
         student: A timm ViT that can be driven, or a TokenViT; `product` is the plain ViT, trained.
@@ -99,8 +99,8 @@ class DTMTask(TokenTask):
         images, mask = (input, self._draw_masks(input)) if isinstance(input, Tensor) else input
         self._check_grid(images)
         tokens = self.trainable_module(images, mask)
-        drawn = seeding.generator(self.seed, self.step)  # without the rank: the same on all processes
-        loss = self.criterion(tokens, self.teacher(images), mask if self.masked_only else None, generator=drawn)
+        counted = mask if self.masked_only else None
+        loss = self.criterion(tokens, self.teacher(images), counted, generator=self.step_generator())
         return {"loss": loss}
 
     def _check_grid(self, images: Tensor) -> None:
@@ -113,7 +113,8 @@ class DTMTask(TokenTask):
             )
 
     def _draw_masks(self, images: Tensor) -> Tensor:
-        mask = block_masks(self.masked, self.grid, len(images), generator=self.generator())
+        generators = self.sample_generators(len(images))
+        mask = block_masks(self.masked, self.grid, len(images), generator=generators)
         return mask.to(images.device, non_blocking=True)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from timm_tokens.tasks.clustering import JoinedBatchNorm
+from timm_tokens.tasks.batch_norm import GlobalBatchNorm
 
 
 class DINOHead(nn.Sequential):
@@ -25,7 +25,7 @@ class DINOHead(nn.Sequential):
 
     def __init__(self, features: int, hidden: int = 2048, width: int = 256, batch_norm: bool = False) -> None:
         layers = [nn.Linear(features, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, width)]
-        norms = [[JoinedBatchNorm(hidden)] if batch_norm else [] for _ in range(2)]
+        norms = [[GlobalBatchNorm(hidden)] if batch_norm else [] for _ in range(2)]
         super().__init__(layers[0], *norms[0], nn.GELU(), layers[1], *norms[1], nn.GELU(), layers[2])
         for layer in layers:
             trunc_normal_(layer.weight, std=0.02)
@@ -43,7 +43,7 @@ class MoBYHead(nn.Sequential):
 
     def __init__(self, features: int, hidden: int = 4096, width: int = 256) -> None:
         first = nn.Linear(features, hidden, bias=False)  # the batch norm has one
-        super().__init__(first, JoinedBatchNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, width))
+        super().__init__(first, GlobalBatchNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])

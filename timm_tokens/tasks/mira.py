@@ -55,8 +55,8 @@ class MIRATask(TokenTask):
 
     The teacher is a moving average of the student's backbone and projector, and compares with the student's own
     prototypes; its batch norms use the batch. Pseudo-labels are made over the batches of all processes together, and
-    the projector's batch norms see them together, too. A backbone's own batch norms do not: see
-    `timm.layers.convert_sync_batchnorm`.
+    the batch norms see them together, too; on GPUs those of the backbone after `timm.layers.convert_sync_batchnorm`,
+    which the trainer calls.
 
     Args:
         backbone: Any timm model, a conv net or a ViT, with num_classes=0; a ViT with dynamic_img_size=True if crops

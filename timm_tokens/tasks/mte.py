@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_tokens import blocks, seeding
+from timm_tokens import blocks
 from timm_tokens.data import random_ratio_masks
-from timm_tokens.distributed import batch_mean, rank, world_size
+from timm_tokens.distributed import batch_mean
 from timm_tokens.losses import IBOTPatchLoss, MTELoss, MTETerms
 from timm_tokens.tasks.encoder import token_counts
 from timm_tokens.tasks.objectives import OBJECTIVES, make_loss, make_student, token_backbone, token_names
@@ -166,17 +166,11 @@ class MTETask(TokenTask):
         return {f"{what}/{name}": row[i] for what, row in rows.items() for i, name in enumerate(self.names)}
 
     def _draw_mask(self, crops: list[Tensor]) -> Tensor:
-        """(global_crops B, N) on the CPU: this process's part of what is drawn for the joined batch."""
-        batch, backbone = len(crops[0]), self.student.encoder.backbone
-        self._draws += 1
-        generator = seeding.generator(self.seed, self.step, self._draws)
-        grid, masks = blocks.grid_size(backbone.base, crops[0].shape[-2:]), []
-        for _ in range(self.global_crops):
-            joined = random_ratio_masks(
-                batch * world_size(), grid, ratio=self.mask_ratio, prob=self.mask_prob, generator=generator
-            )
-            masks.append(joined[batch * rank() : batch * (rank() + 1)])
-        return torch.cat(masks)
+        """(global_crops B, N) on the CPU."""
+        generators = self.sample_generators(len(crops[0]))
+        grid = blocks.grid_size(self.student.encoder.backbone.base, crops[0].shape[-2:])
+        options = dict(ratio=self.mask_ratio, prob=self.mask_prob, generator=generators)
+        return torch.cat([random_ratio_masks(len(generators), grid, **options) for _ in range(self.global_crops)])
 
     def _check(self, crops: list[Tensor]) -> list[Tensor]:
         least, most = max(2, self.global_crops), 2 if self.objective == "moby" else 10**6

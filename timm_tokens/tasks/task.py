@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_tokens import seeding
-from timm_tokens.distributed import rank
+from timm_tokens.distributed import rank, world_size
+from timm_tokens.tasks.batch_norm import make_batch_norms_global
 
 
 class TokenTask(TrainingTask):
@@ -30,7 +31,9 @@ class TokenTask(TrainingTask):
       Call `self.trainable_module(...)`; reach for its parts (weights, `momentum`, ...) through `self.student`.
     * What a later step depends on (teacher, centres, queues) is a submodule or a buffer of the task, so that it is in
       its state dict, and is the same on every process. Values from `start_step` are plain floats, set anew each step.
-    * Randomness comes from `self.generator()`, or from torch's global generators, which the trainer seeds every step.
+    * Randomness comes from `self.sample_generators()` where each image has a draw of its own, from
+      `self.step_generator()` where the batch has one, from `self.generator()` where processes may differ, or from
+      torch's global generators, which the trainer seeds every step on each process.
 
     `train()` and `eval()` reach the trainable module alone; teachers and losses stay as the task made them.
 
@@ -47,7 +50,7 @@ class TokenTask(TrainingTask):
     def __init__(self, trainable_module: nn.Module, *, seed: int = 0) -> None:
         super().__init__(verbose=False)
         self.trainable_module = trainable_module
-        self.seed, self.step, self._draws = seed, 0, 0
+        self.seed, self.step, self._draws, self._parts = seed, 0, 0, 0
 
     def forward(self, input: Tensor | list[Tensor], target: Any = None) -> dict[str, Tensor]:
         """The loss of one batch.
@@ -79,7 +82,7 @@ class TokenTask(TrainingTask):
 
     def start_step(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Before step 0 <= step < total_steps: set what is scheduled. Call this one first: super().start_step(...)."""
-        self.step, self._draws = step, 0
+        self.step, self._draws, self._parts = step, 0, 0
 
     def before_optimizer(self) -> None:
         """Gradients are complete: cancel some of them, or clip them in a way that the trainer doesn't know."""
@@ -91,6 +94,23 @@ class TokenTask(TrainingTask):
         """A new generator on the CPU for this step on this process: another at each call, the same in a resumed run."""
         self._draws += 1
         return seeding.generator(self.seed, self.step, rank(), self._draws)
+
+    def step_generator(self) -> torch.Generator:
+        """A new generator on the CPU for this step, the same on all processes and for all parts of its batch."""
+        return seeding.generator(self.seed, self.step)
+
+    def sample_generators(self, batch: int) -> list[torch.Generator]:
+        """New generators on the CPU, one for each of the images of this part, by their place in the global batch.
+
+        So an image's draws are the same on however many processes, and in however many parts, the batch is computed.
+        Each call in a step is for the next part.
+
+        Args:
+            batch: How many images this process has in this part, as many as every other.
+        """
+        first = (self._parts * world_size() + rank()) * batch
+        self._parts += 1
+        return [seeding.generator(self.seed, self.step, -1, place) for place in range(first, first + batch)]
 
     def train(self, mode: bool = True) -> "TokenTask":
         self.training = mode
@@ -104,7 +124,9 @@ class TokenTask(TrainingTask):
     # The rest is the protocol of timm's own training script, of timm 1.0.31; 1.0.26 has less of it and never calls it.
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "TokenTask":
-        """Wrap the trainable module in DistributedDataParallel."""
+        """Wrap the trainable module in DistributedDataParallel; batch norms, which see the global batch, before."""
+        if next(self.trainable_module.parameters()).device.type == "cpu":  # on GPUs timm's convert_sync_batchnorm does
+            make_batch_norms_global(self)
         options = {"find_unused_parameters": self.find_unused_parameters} | ddp_kwargs
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **options)
         return self

@@ -1,5 +1,6 @@
 """Training of classifiers with a label for every patch (Jiang et al., NeurIPS 2021, arXiv 2104.10858)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,7 +26,9 @@ class TokenLabelTask(TokenTask):
     Args:
         model: A TokenViT with a token-label head, or any timm classifier.
         loss: None: `TokenLabelLoss()`. Its smoothing holds for ordinary classifiers, too.
-        mix: Whether to mix the patches of two images in a random box (MixToken); a new box every step and process.
+        mix: Whether to mix the patches of two images in a random box (MixToken). Partners are neighbours in the batch,
+            the first and the second, the third and the fourth, ..., and a step has one box. So on several processes, or
+            in accumulated parts, that hold an even number of images each, it is what it is for the whole batch at once.
         num_classes: Of the labels, to be checked against the model's; None: not checked.
         seed: Of the run.
 
@@ -63,13 +66,28 @@ class TokenLabelTask(TokenTask):
             output = self.trainable_module(input)
             loss = F.cross_entropy(output.float(), target, label_smoothing=self.loss.smoothing)
             return {"loss": loss, "output": output.detach()}
-        grid = blocks.grid_size(self.student.base, input.shape[-2:])
-        box = draw_mix_box(grid, self.generator()) if self.mix and self.training else None
+        if not (self.mix and self.training):
+            return self._dense(input, target, None)
+        order = mirrored_neighbours(len(input)).to(input.device, non_blocking=True)
+        target = LabeledTarget(*(x[order] for x in target)) if labelled else target[order]
+        out = self._dense(input[order], target, draw_mix_box(self._grid(input), self.step_generator()))
+        return out | {"output": torch.empty_like(out["output"]).index_copy_(0, order, out["output"])}
+
+    def _dense(self, input: Tensor, target: LabeledTarget | Tensor, box: Tensor | None) -> dict[str, Tensor]:
         logits = self.trainable_module(input, dense=True, box=box)
-        truth = target.label if labelled else None
-        if labelled:
-            target = warp_token_labels(target.values, target.indices, target.map, logits.cls.shape[1], grid)
+        truth = None
+        if isinstance(target, LabeledTarget):
+            truth, classes = target.label, logits.cls.shape[1]
+            target = warp_token_labels(target.values, target.indices, target.map, classes, self._grid(input))
         return {"loss": self.loss(logits, target, truth, box), "output": logits.cls.detach()}
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return blocks.grid_size(self.student.base, images.shape[-2:])
+
+
+def mirrored_neighbours(batch: int) -> Tensor:
+    """The order (B,) of a batch in which its flip exchanges neighbours: 0, 2, 4, ..., 5, 3, 1."""
+    return torch.cat([torch.arange(0, batch, 2), torch.arange(1, batch, 2).flip(0)])
 
 
 def _has_unused(model: TokenViT) -> bool:
