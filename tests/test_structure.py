@@ -13,7 +13,7 @@ ALLOWED = {  # what may import what, inside the package
     "distributed": set(),
     "losses": {"losses", "ops", "distributed"},
     "fewshot": {"fewshot", "ops", "distributed"},
-    "data": {"data", "ops", "seeding"},
+    "data": {"data", "ops", "seeding", "files"},
     "probing": {"probing", "ops"},
     "blocks": set(),
     "keys": {"blocks"},

@@ -6,12 +6,14 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from timm_tokens.data import (
     LabelMap,
     TokenLabelStore,
     TokenLabelWriter,
     image_id,
+    label_shard,
     label_writer,
     pack_labels,
     unpack_labels,
@@ -70,6 +72,13 @@ def test_unicode_names_and_large_classes(tmp_path):
     assert torch.equal(TokenLabelStore(tmp_path)["Köln/Dom_ß"].indices, big.indices)
 
 
+def test_maps_in_any_memory_layout(tmp_path):
+    values, indices = label(0)
+    with TokenLabelWriter(tmp_path, 100) as writer:
+        writer.add(NAMES[0], *(x.permute(1, 2, 0).contiguous().permute(2, 0, 1) for x in (values, indices)))
+    check(TokenLabelStore(tmp_path), NAMES[:1])
+
+
 def test_bytes_on_disk(tmp_path):
     names = [f"n01440764/n01440764_{i}" for i in range(200)]
     with TokenLabelWriter(tmp_path, 1000, shard_size=128) as writer:
@@ -98,13 +107,13 @@ def test_pickles_small_and_reads_in_workers(tmp_path):
 # --- crashes ---
 
 
-def run_killed(folder, function, call, half=False):
+def run_killed(folder, module, function, call, half=False):
     """Write in a process of its own that is killed at the given call of a function; the names that add returned for."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            write_until_killed(folder, function, call, half, write)
+            write_until_killed(folder, module, function, call, half, write)
         finally:
             os._exit(1)
     os.close(write)
@@ -113,8 +122,8 @@ def run_killed(folder, function, call, half=False):
         return pipe.read().split()
 
 
-def write_until_killed(folder, function, call, half, pipe):
-    real, calls = getattr(label_writer, function), []
+def write_until_killed(folder, module, function, call, half, pipe):
+    real, calls = getattr(module, function), []
 
     def kill(*args, **kwargs):
         calls.append(args)
@@ -124,7 +133,7 @@ def write_until_killed(folder, function, call, half, pipe):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
-    setattr(label_writer, function, kill)
+    setattr(module, function, kill)
     writer = TokenLabelWriter(folder, 100, shard_size=5)
     for name in NAMES[:13]:
         writer.add(name, *label(int(name.rpartition("_")[2])))
@@ -134,17 +143,18 @@ def write_until_killed(folder, function, call, half, pipe):
 
 @needs_fork
 @pytest.mark.parametrize(
-    ("function", "call", "half", "finished"),
+    ("module", "function", "call", "half", "finished"),
     [
-        ("_write_shard", 99, False, 13),  # between two images
-        ("save_file", 2, True, 9),  # within a shard
-        ("_publish", 1, False, 4),  # a shard written, not named
-        ("_publish", 2, False, 4),  # a shard named, not in the index
-        ("_sync", 1, False, 4),
+        (label_writer, "write_shard", 99, False, 13),  # between two images
+        (label_shard, "save_file", 2, True, 9),  # within a shard
+        (os, "fsync", 3, False, 4),  # a shard written, not named; the first index, before, takes two
+        (label_writer, "write_index", 2, False, 4),  # a shard named, not in the index
+        (label_writer, "write_index", 1, False, 0),
+        (os, "fsync", 5, False, 4),
     ],
 )
-def test_a_killed_run_loses_nothing(tmp_path, function, call, half, finished):
-    names = run_killed(tmp_path, function, call, half)
+def test_a_killed_run_loses_nothing(tmp_path, module, function, call, half, finished):
+    names = run_killed(tmp_path, module, function, call, half)
     assert names == NAMES[:finished]
     if (tmp_path / "index.json").exists():
         before = TokenLabelStore(tmp_path)
@@ -156,12 +166,13 @@ def test_a_killed_run_loses_nothing(tmp_path, function, call, half, finished):
     assert len(recovered) in (finished, finished + 1)  # one more where the kill came after its journal entry
     check(recovered, NAMES[: len(recovered)])
     check(write(tmp_path, NAMES, shard_size=5), NAMES)
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
 @needs_fork
 @pytest.mark.parametrize("cut", [1, 20, 300])
 def test_a_torn_journal_loses_the_torn_record_alone(tmp_path, cut):
-    run_killed(tmp_path, "_write_shard", 99)
+    run_killed(tmp_path, label_writer, "write_shard", 99)
     journal = tmp_path / "part-00000.journal"
     journal.write_bytes(journal.read_bytes()[:-cut])
     with TokenLabelWriter(tmp_path, 100) as writer:
@@ -217,6 +228,33 @@ def test_parts_fill_one_store_and_may_change_in_number(tmp_path):
         part.close()
     check(TokenLabelStore(tmp_path), NAMES[:16])
     check(write(tmp_path, NAMES, part=7), NAMES)
+
+
+def test_parts_of_other_shapes_are_refused(tmp_path):
+    first, second = (TokenLabelWriter(tmp_path, 100, part=part) for part in range(2))
+    first.add(NAMES[0], *label(0))
+    with pytest.raises(ValueError, match=r"'class1/image_1' has shape \(5, 6, 8\), the others in .* \(5, 6, 7\)"):
+        second.add(NAMES[1], *label(1, shape=(5, 6, 8)))
+    second.add(NAMES[1], *label(1))
+    for part in (first, second):
+        part.close()
+    check(TokenLabelStore(tmp_path), NAMES[:2])
+    with pytest.raises(ValueError, match="100 classes, got num_classes=10"):
+        TokenLabelWriter(tmp_path, 10, part=2)
+
+
+def test_shards_of_other_shapes_are_refused(tmp_path):
+    write(tmp_path / "other", NAMES[:3])
+    with TokenLabelWriter(tmp_path / "labels", 100, part=1) as writer:
+        writer.add("a/b_7", *label(7, shape=(5, 6, 8)))
+    index = json.loads((tmp_path / "labels" / "index.json").read_text())
+    index["shards"] += json.loads((tmp_path / "other" / "index.json").read_text())["shards"]
+    (tmp_path / "labels" / "index.json").write_text(json.dumps(index))
+    shard = next((tmp_path / "other").glob("*.safetensors"))
+    (tmp_path / "labels" / shard.name).write_bytes(shard.read_bytes())
+    for read in (lambda: len(TokenLabelStore(tmp_path / "labels")), lambda: TokenLabelWriter(tmp_path / "labels", 100)):
+        with pytest.raises(ValueError, match=rf"{shard.name} holds maps of .* \(5, 6, 7\), the store's .* \(5, 6, 8\)"):
+            read()
 
 
 # --- the published layout ---
@@ -293,7 +331,7 @@ def test_bad_published_files(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (label(0, shape=(5, 6, 6)), r"'bad' has shape \[5, 6, 6\], the others in .* \[5, 6, 7\]"),
+        (label(0, shape=(5, 6, 6)), r"'bad' has shape \(5, 6, 6\), the others in .* \(5, 6, 7\)"),
         (LabelMap(torch.zeros(5, 6, 7), torch.zeros(5, 6, 8).int()), r"'bad': values and indices must both be"),
         (LabelMap(torch.zeros(SHAPE), torch.zeros(SHAPE)), "'bad': classes must be integers, got torch.float32"),
         (LabelMap(torch.zeros(SHAPE), torch.full(SHAPE, 100)), r"'bad': classes must be in \[0, 100\), got 100 to 100"),
@@ -339,6 +377,56 @@ def test_damaged_stores(tmp_path):
         TokenLabelStore(tmp_path)
 
 
+def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path):
+    write(tmp_path, NAMES, shard_size=10)
+    path = sorted(tmp_path.glob("*.safetensors"))[1]
+    whole, generator = path.read_bytes(), torch.Generator().manual_seed(0)
+    for place in [0, 9, *range(40, 400, 20), *torch.randint(400, len(whole), (40,), generator=generator).tolist()]:
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=path.name):
+            dict(TokenLabelStore(tmp_path))
+    path.write_bytes(whole)
+    check(TokenLabelStore(tmp_path), NAMES)
+
+
+def test_a_damaged_map_is_named_and_costs_no_other(tmp_path):
+    write(tmp_path, NAMES)
+    path = next(tmp_path.glob("*.safetensors"))
+    data, damaged = bytearray(path.read_bytes()), label(3).values.numpy().tobytes()
+    data[data.index(damaged)] ^= 8
+    path.write_bytes(data)
+    store = TokenLabelStore(tmp_path)
+    assert torch.equal(store[NAMES[2]].values, label(2).values)
+    with pytest.raises(ValueError, match=rf"label of image '{NAMES[3]}' in .*{path.name} is damaged: copy the file"):
+        store[NAMES[3]]
+
+
+def test_a_resumed_run_does_not_bless_a_damaged_shard(tmp_path):
+    write(tmp_path, NAMES)
+    path = next(tmp_path.glob("*.safetensors"))
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"class0/image_0", b"class0/image_9"))
+    with pytest.raises(ValueError, match=f"{path.name} can't be read .its digest is not that in the index"):
+        TokenLabelWriter(tmp_path, 100)
+    path.write_bytes(data)
+    TokenLabelWriter(tmp_path, 100).close()
+    check(TokenLabelStore(tmp_path), NAMES)
+
+
+def test_stores_without_digests_are_read(tmp_path):
+    """As they were written before there were any."""
+    write(tmp_path, NAMES)
+    path, index = next(tmp_path.glob("*.safetensors")), json.loads((tmp_path / "index.json").read_text())
+    tensors = {name: x.clone() for name, x in load_file(path).items() if name != "checksums"}
+    save_file(tensors, path, metadata={"format": index["format"]})
+    index["shards"] = [{"file": path.name, "bytes": path.stat().st_size}]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    check(TokenLabelStore(tmp_path), NAMES)
+    check(write(tmp_path, ["class9/image_23"]), [*NAMES, "class9/image_23"])
+
+
 def test_damaged_classes_name_the_image(tmp_path):
     write(tmp_path, NAMES)
     index = json.loads((tmp_path / "index.json").read_text())
@@ -360,6 +448,78 @@ def test_other_damaged_indexes(tmp_path):
     (tmp_path / "index.json").unlink()
     write(tmp_path, [])  # a writer makes a lost index again
     check(TokenLabelStore(tmp_path), NAMES)
+
+
+def test_a_malformed_index_names_the_file(tmp_path):
+    write(tmp_path, NAMES)
+    path, good = tmp_path / "index.json", json.loads((tmp_path / "index.json").read_text())
+    shard = good["shards"][0]
+    contents = [b"\xff\xfe{", b"[" * 100_000, b"null", b"[]", b"3", b'"index"', b"{}"]
+    changes = [{"num_classes": x} for x in (None, "100", 0, -1, True, 1.5, [100])]
+    changes += [{"shape": x} for x in ([5, 6], [5, 6, "7"], [5, 6, -7], "5, 6, 7", {}, [5, 6, 7, 8])]
+    changes += [{"shards": x} for x in (None, {}, "all", [None], ["a"], [[]], [{}], [3])]
+    changes += [{"shards": [shard | {"file": x}]} for x in (None, 3, "", "labels", *OUTSIDE)]
+    changes += [{"shards": [shard | {"file": x + ".safetensors"}]} for x in OUTSIDE]
+    changes += [{"shards": [shard | {"bytes": x}]} for x in (None, "1", -1, 1.5, True)]
+    changes += [{"shards": [shard | {"digest": x}]} for x in (3, [], {})]
+    for content in contents + [json.dumps(good | change).encode() for change in changes]:
+        path.write_bytes(content)
+        for read in (TokenLabelStore, lambda folder: TokenLabelWriter(folder, 100)):
+            with pytest.raises(ValueError, match=r"index\.json"):
+                read(tmp_path)
+    path.write_text(json.dumps(good))
+    check(TokenLabelStore(tmp_path), NAMES)
+
+
+# --- names that are paths elsewhere ---
+
+OUTSIDE = ["../x", "/tmp/x", "a/../../x", "a\\b", "..\\x", "a/\0", "C:/x", "c:x"]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "", ".", "..", "a/", "/", "a//b", "./a", "a/.", "a/..", "\\\\host\\x"])
+def test_ids_that_leave_the_folder(tmp_path, name):
+    with TokenLabelWriter(tmp_path / "labels", 100) as writer:
+        with pytest.raises(ValueError, match="must be a relative path such as 'class/image', without"):
+            writer.add(name, *label(0))
+        writer.add("...a:b/..c d", *label(1))  # odd, but inside
+    assert len(TokenLabelStore(tmp_path / "labels")) == 1
+    publish(tmp_path / "files" / "inside", NAMES[:1])
+    publish(tmp_path / "files", ["x_0"])
+    files = TokenLabelStore(tmp_path / "files" / "inside")
+    assert name not in files and "../x_0" not in files
+    with pytest.raises(KeyError, match="no label for image"):
+        files["../x_0"]
+
+
+@pytest.mark.parametrize("name", ["../outside_1", "/tmp/outside_1", "a/../../outside_1", "..\\outside_1"])
+def test_foreign_stores_are_not_unpacked_elsewhere(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(label_writer, "check_image_id", lambda name: name)
+    write(tmp_path / "labels", [name])
+    monkeypatch.undo()
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with pytest.raises(ValueError, match="must be a relative path"):
+        unpack_labels(tmp_path / "labels", tmp_path / "a" / "b")
+    with pytest.raises(ValueError, match="must be a relative path"):
+        pack_labels(tmp_path / "labels", tmp_path / "again", 100)
+    assert not list(tmp_path.rglob("*outside_1*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes links")
+def test_links_lead_nowhere(tmp_path):
+    write(tmp_path / "labels", NAMES)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / "class1").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"class1.* would be outside .*out, by a link in it"):
+        unpack_labels(tmp_path / "labels", tmp_path / "out")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    (tmp_path / "link").symlink_to(tmp_path / "labels")
+    check(TokenLabelStore(tmp_path / "link"), NAMES)  # the folder itself may be anywhere
+    shard = next((tmp_path / "labels").glob("*.safetensors"))
+    shard.rename(tmp_path / "elsewhere" / shard.name)
+    shard.symlink_to(tmp_path / "elsewhere" / shard.name)
+    with pytest.raises(ValueError, match=rf"{shard.name} is a link to .*elsewhere.*, outside its folder"):
+        TokenLabelStore(tmp_path / "labels")
 
 
 def test_bad_writer_arguments(tmp_path):

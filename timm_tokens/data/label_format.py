@@ -1,11 +1,14 @@
 """What a stored label map is: one image's, its checks, and the published layout of one `.pt` file an image."""
 
+import re
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
 from timm.data import is_img_extension
 from torch import Tensor
+
+from timm_tokens.files import replacing
 
 # The published layout keeps classes in half precision, exact up to here.
 _LARGEST_HALF_CLASS = 2048
@@ -26,6 +29,26 @@ def image_id(filename: str | Path) -> str:
     """
     path = PurePosixPath(Path(filename).as_posix())
     return str(path.with_suffix("") if is_img_extension(path.suffix.lower()) else path)
+
+
+def is_image_id(name: str) -> bool:
+    """Whether a name is a relative path that stays inside its folder, on every system: no "..", backslash or drive."""
+    odd = "\\" in name or "\0" in name or re.match("[A-Za-z]:", name)
+    return not odd and not any(part in ("", ".", "..") for part in name.split("/"))
+
+
+def check_image_id(name: str) -> str:
+    """The name, or a ValueError.
+
+    Raises:
+        ValueError: a label of this name would not stay inside its folder.
+    """
+    if not is_image_id(name):
+        raise ValueError(
+            f"image id {name!r} must be a relative path such as 'class/image', without '..', empty parts, backslashes "
+            "and drive letters, so that its label stays inside the store's folder: rename the image"
+        )
+    return name
 
 
 def check_label_map(name: str, label: LabelMap, num_classes: int | None) -> LabelMap:
@@ -81,7 +104,5 @@ def write_label_file(path: str | Path, label: LabelMap, name: str | None = None)
             f"label map of {name or str(path)!r}: the .pt layout keeps classes in half precision, exact up to "
             f"{_LARGEST_HALF_CLASS}, got {int(label.indices.max())}: keep it in a TokenLabelStore"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(torch.stack([label.values.half(), label.indices.half()]), part)
-    part.replace(path)
+    with replacing(path) as partial:
+        torch.save(torch.stack([label.values.half(), label.indices.half()]), partial)

@@ -1,22 +1,14 @@
 """Read label maps by image: from memory-mapped shards, or from the published layout of one `.pt` file an image."""
 
-import hashlib
-import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from timm_tokens.data.label_format import LabelMap, check_label_map, read_label_file
-
-INDEX = "index.json"
-FORMAT = "timm-tokens label store"
-VERSION = 1
+from timm_tokens.data.label_format import LabelMap, check_label_map, is_image_id, read_label_file
+from timm_tokens.data.label_index import INDEX, read_index, shard_path
+from timm_tokens.data.label_shard import Shard, load_shard, name_key
 
 
 class TokenLabelStore(Mapping[str, LabelMap]):
@@ -25,6 +17,10 @@ class TokenLabelStore(Mapping[str, LabelMap]):
     A folder with an index holds shards: safetensors files of thousands of maps each. They are memory-mapped when first
     read, separately in every process, so that a store is cheap to open, to pickle and to hand to many workers, and the
     system's page cache is shared by all. Ids are found by hash, in 16 bytes an image; the id itself is then compared.
+
+    Nothing that has changed on the disk is read unnoticed, and nothing is read for that alone: the files' sizes are
+    checked when the store is opened, the digests of their headers, ids and checksums when a process first reads it, and
+    the checksum of a map when that is read.
 
     A folder without one is read as the published layout, `<class folder>/<image>.pt`.
 
@@ -37,8 +33,8 @@ class TokenLabelStore(Mapping[str, LabelMap]):
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it that is a label.
-        ValueError: the index or a shard is damaged, or the labels are over another number of classes; on reading, a
-            label is damaged or has a class outside [0, K); names the image.
+        ValueError: the index or a shard is damaged, names the file; the labels are over another number of classes; on
+            reading, a label is damaged or has a class outside [0, K), names the image.
         KeyError: on reading, an image has no label.
     """
 
@@ -46,10 +42,11 @@ class TokenLabelStore(Mapping[str, LabelMap]):
         self.folder = Path(folder)
         self._shards = self._keys = self._places = None
         index = read_index(self.folder)
-        self.num_classes = num_classes if index is None else index["num_classes"]
+        self.num_classes = num_classes if index is None else index.num_classes
         if num_classes not in (None, self.num_classes):
             raise ValueError(f"the labels in {self.folder} are over {self.num_classes} classes, not {num_classes}")
-        self._files = index and [check_shard(self.folder, shard) for shard in index["shards"]]
+        self._shape = index and index.shape
+        self._files = index and [(shard_path(self.folder, entry), entry.digest) for entry in index.shards]
         if index is None and next(self.folder.rglob("*.pt"), None) is None:
             raise FileNotFoundError(f"no label store in {self.folder}: it holds neither {INDEX} nor .pt files")
 
@@ -62,8 +59,7 @@ class TokenLabelStore(Mapping[str, LabelMap]):
                 f"no label for image {name!r} in {self.folder}, of {len(self)}: annotate it, or leave it out"
             )
         shard, row = place
-        # Copies: a view would keep the whole shard's mapping alive, and pickle it.
-        label = LabelMap(shard.values[row].clone(), shard.indices[row].clone())
+        label = shard.label(row)
         low, high = (int(x) for x in label.indices.aminmax())
         if low < 0 or high >= self.num_classes:  # found here, and not as an illegal access on a GPU
             raise ValueError(
@@ -74,7 +70,7 @@ class TokenLabelStore(Mapping[str, LabelMap]):
 
     def __contains__(self, name: object) -> bool:
         if self._files is None:
-            return self._path(str(name)).is_file()
+            return is_image_id(str(name)) and self._path(str(name)).is_file()
         return self._find(str(name)) is not None
 
     def __iter__(self) -> Iterator[str]:
@@ -99,12 +95,14 @@ class TokenLabelStore(Mapping[str, LabelMap]):
         return self.folder / f"{name}.pt"
 
     def _read_file(self, name: str) -> LabelMap:
+        if not is_image_id(name):
+            raise KeyError(f"no label for image {name!r}: it is no path inside {self.folder}")
         try:
             return check_label_map(name, read_label_file(self._path(name), name), self.num_classes)
         except FileNotFoundError:
             raise KeyError(f"no label for image {name!r}: there is no {self._path(name)}") from None
 
-    def _find(self, name: str) -> tuple["Shard", int] | None:
+    def _find(self, name: str) -> tuple[Shard, int] | None:
         self._open()
         key = name_key(name)
         at = bisect_left(self._keys, key)
@@ -113,14 +111,16 @@ class TokenLabelStore(Mapping[str, LabelMap]):
         shard, row = self._locate(self._places[at])
         return (shard, row) if shard.name(row) == name else None
 
-    def _locate(self, place: int) -> tuple["Shard", int]:
+    def _locate(self, place: int) -> tuple[Shard, int]:
         return self._shards[place >> 32], place & 0xFFFFFFFF
 
     def _open(self) -> None:
         """Map the shards and sort the keys, once a process."""
         if self._shards is not None:
             return
-        shards = [load_shard(path) for path in self._files]
+        shards = [load_shard(path, digest) for path, digest in self._files]
+        for shard in shards:
+            check_shape(shard, self._shape or tuple(shards[0].values.shape[1:]))
         keys = [shard.keys for shard in shards]
         places = [(i << 32) + torch.arange(len(key)) for i, key in enumerate(keys)]
         none = torch.empty(0, dtype=torch.int64)
@@ -132,58 +132,15 @@ class TokenLabelStore(Mapping[str, LabelMap]):
         self._shards = shards
 
 
-class Shard(NamedTuple):
-    """A shard of n maps: `values` and `indices` (n, top, H, W), `keys` (n,) and the joined names with their ends."""
+def check_shape(shard: Shard, shape: tuple[int, ...]) -> None:
+    """Refuse a shard whose maps are not of the store's shape.
 
-    values: Tensor
-    indices: Tensor
-    keys: Tensor
-    names: memoryview
-    name_ends: memoryview
-
-    def name(self, row: int) -> str:
-        """The image id of a row."""
-        return bytes(self.names[self.name_ends[row] : self.name_ends[row + 1]]).decode()
-
-
-def name_key(name: str) -> int:
-    """A 64-bit key of an image id, the same on every machine and in every run."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def load_shard(path: Path) -> Shard:
-    """Memory-map one shard."""
-    try:
-        tensors = load_file(path)
-        views = {name: memoryview(tensors.pop(name).numpy()) for name in ("names", "name_ends")}
-        return Shard(**tensors, **views)
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"label shard {path} can't be read ({error}): delete it and annotate again") from error
-
-
-def read_index(folder: Path) -> dict | None:
-    """The index of a store; None if there is none."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no label store in {folder}: there is no such folder")
-    try:
-        index = json.loads((folder / INDEX).read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{folder / INDEX} is damaged ({error}): delete it and run the writer again") from error
-    if index.get("format") != FORMAT or index.get("version") != VERSION:
+    Raises:
+        ValueError: names the shard.
+    """
+    found = tuple(shard.values.shape[1:])
+    if found != shape:
         raise ValueError(
-            f"{folder / INDEX} must be of format {FORMAT!r}, version {VERSION}, "
-            f"got {index.get('format')!r}, version {index.get('version')}"
+            f"label shard {shard.path} holds maps of (top, H, W) = {found}, the store's others are {shape}: the "
+            "maps of a store have one shape, so write these to another folder"
         )
-    return index
-
-
-def check_shard(folder: Path, shard: dict) -> Path:
-    """The path of a shard in the index, whole by its size."""
-    path = folder / shard["file"]
-    if not path.is_file():
-        raise ValueError(f"label shard {path} is in the index but missing: copy it again, or delete {INDEX} and resume")
-    if path.stat().st_size != shard["bytes"]:
-        raise ValueError(f"label shard {path} must be {shard['bytes']} bytes, got {path.stat().st_size}: copy it again")
-    return path

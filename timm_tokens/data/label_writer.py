@@ -1,17 +1,16 @@
 """Write label maps into shards, so that a run can be killed at any time and resumed without loss."""
 
-import json
-import os
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_tokens.data.label_format import LabelMap, check_label_map, write_label_file
+from timm_tokens.data.label_format import LabelMap, check_image_id, check_label_map, write_label_file
+from timm_tokens.data.label_index import Index, ShardEntry, read_index, write_index
 from timm_tokens.data.label_journal import LabelJournal
-from timm_tokens.data.label_store import FORMAT, INDEX, VERSION, TokenLabelStore, load_shard, name_key, read_index
+from timm_tokens.data.label_shard import directory_digest, load_shard, name_key, write_shard
+from timm_tokens.data.label_store import TokenLabelStore, check_shape
+from timm_tokens.files import remove_partials, replacing
 
 
 class TokenLabelWriter:
@@ -19,7 +18,8 @@ class TokenLabelWriter:
 
     Every map goes to a journal at once. When `shard_size` maps are there they become a shard: written beside, synced,
     renamed, entered in the index; only then is the journal emptied. So after a kill at any point the next writer
-    continues with every map that `add` had returned for, and no file is ever half a shard. All maps have one shape.
+    continues with every map that `add` had returned for, and no file is ever half a shard. All maps have one shape, and
+    ids are relative paths that stay inside a folder.
 
         with TokenLabelWriter(folder, num_classes=1000) as writer:
             for name, image in images:
@@ -51,24 +51,25 @@ class TokenLabelWriter:
             raise BlockingIOError(
                 f"another writer is at work on part {part} of {self.folder}: wait for it, or give each its own part"
             ) from None
+        self._journal = LabelJournal(self.folder / f"part-{part:05d}.journal")
         try:
             self._resume()
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
 
     def add(self, name: str, values: Tensor, indices: Tensor) -> None:
         """Store the label map of one image: values (top, H, W) scores, indices (top, H, W) classes. Safe on return.
 
         Raises:
-            ValueError: the map is not valid, has another shape than the others, or the image has one already.
+            ValueError: the map or the id is not valid, the map has another shape than the others, those of other parts
+                too, or the image has one already.
         """
+        check_image_id(name)
         label = check_label_map(name, LabelMap(values.cpu(), indices.cpu()), self.num_classes)
-        shape = list(label.values.shape)
-        if self._shape not in (None, shape):
-            raise ValueError(f"label map of {name!r} has shape {shape}, the others in {self.folder} {self._shape}")
         if name in self:
             raise ValueError(f"image {name!r} has a label in {self.folder} already: ask `name in writer` before")
+        self._agree(name, tuple(label.values.shape))
         self._journal.append(name, label)
         self._keep(name, label)
         if len(self._pending) >= self.shard_size:
@@ -84,10 +85,11 @@ class TokenLabelWriter:
         """Make a shard of the maps that wait in the journal, and enter it in the index."""
         if self._pending:
             path = self.folder / f"labels-{self.part:05d}-{self._next:05d}.safetensors"
-            _write_shard(path, self._pending)
+            with replacing(path) as partial:
+                write_shard(partial, self._pending)
             self._next += 1
             self._pending = {}
-        self._write_index()
+        self._write_index(self._shape)
         self._journal.clear()
 
     def close(self) -> None:
@@ -109,36 +111,55 @@ class TokenLabelWriter:
         self._lock.release()
 
     def _resume(self) -> None:
-        index = read_index(self.folder) or {"num_classes": self.num_classes, "shape": None}
-        if index["num_classes"] != self.num_classes:
-            raise ValueError(
-                f"{self.folder} holds labels for {index['num_classes']} classes, got num_classes={self.num_classes}: "
-                "write to another folder"
-            )
-        self._shape, self._done, self._pending = index["shape"], set(), {}
+        remove_partials(self.folder)
+        index = self._read_index()
+        self._shape, self._done, self._pending = index.shape, set(), {}
+        digests = {entry.file: entry.digest for entry in index.shards}
         for path in _shards(self.folder):
-            shard = load_shard(path)
+            shard = load_shard(path, digests.get(path.name))
             self._done.update(shard.keys.tolist())
-            self._shape = list(shard.values.shape[1:])
+            self._shape = self._shape or tuple(shard.values.shape[1:])
+            check_shape(shard, self._shape)
         own = [path.stem for path in _shards(self.folder) if path.name.startswith(f"labels-{self.part:05d}-")]
         self._next = 1 + max((int(stem.rsplit("-", 1)[1]) for stem in own), default=-1)
-        self._journal = LabelJournal(self.folder / f"part-{self.part:05d}.journal")
         for name, label in self._journal.recover():
             if name not in self:  # a kill between the shard and the emptied journal leaves both
+                self._agree(name, tuple(label.values.shape))
                 self._keep(name, label)
 
     def _keep(self, name: str, label: LabelMap) -> None:
-        self._shape = list(label.values.shape)
         self._pending[name] = label
         self._done.add(name_key(name))
 
-    def _write_index(self) -> None:
-        with FileLock(self.folder / ".index.lock"):  # the parts share the index
-            shards = [{"file": path.name, "bytes": path.stat().st_size} for path in _shards(self.folder)]
-            index = {"format": FORMAT, "version": VERSION, "num_classes": self.num_classes, "shape": self._shape}
-            part = self.folder / f"{INDEX}.part"
-            part.write_text(json.dumps(index | {"shards": shards}, indent=1))
-            _publish(part, self.folder / INDEX)
+    def _agree(self, name: str, shape: tuple[int, int, int]) -> None:
+        """Refuse a map of another shape than the others'; the first of all parts decides, in the index."""
+        if self._shape is None:
+            self._shape = self._write_index(shape).shape
+        if shape != self._shape:
+            raise ValueError(f"label map of {name!r} has shape {shape}, the others in {self.folder} {self._shape}")
+
+    def _read_index(self) -> Index:
+        index = read_index(self.folder) or Index(self.num_classes, None, ())
+        if index.num_classes != self.num_classes:
+            raise ValueError(
+                f"{self.folder} holds labels for {index.num_classes} classes, got num_classes={self.num_classes}: "
+                "write to another folder"
+            )
+        return index
+
+    def _write_index(self, shape: tuple[int, int, int] | None) -> Index:
+        """Enter all shards in the index, which the parts share; the digests that are there are kept."""
+        with FileLock(self.folder / ".index.lock"):
+            index = self._read_index()
+            known = {entry.file: entry for entry in index.shards}
+            shards = [known.get(path.name) or _entry(path) for path in _shards(self.folder)]
+            index = Index(self.num_classes, index.shape or shape, tuple(shards))
+            write_index(self.folder, index)
+        return index
+
+
+def _entry(path: Path) -> ShardEntry:
+    return ShardEntry(path.name, path.stat().st_size, directory_digest(path))
 
 
 def flush_journals(folder: str | Path, num_classes: int) -> None:
@@ -171,42 +192,25 @@ def unpack_labels(source: str | Path, folder: str | Path) -> TokenLabelStore:
     """Convert labels into the published layout, `<folder>/<image id>.pt`.
 
     Raises:
-        ValueError: a class is over 2048, which half precision can't hold; names the image.
+        ValueError: a class is over 2048, which half precision can't hold, or an image id leads out of the folder; names
+            the image.
     """
     for name, label in TokenLabelStore(source).items():
-        write_label_file(Path(folder) / f"{name}.pt", label, name)
+        write_label_file(_inside(Path(folder), name), label, name)
     return TokenLabelStore(folder)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Where the label of an image goes in a folder: nowhere else, whatever links are there.
+
+    Raises:
+        ValueError: it would leave the folder.
+    """
+    path = folder / f"{check_image_id(name)}.pt"
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} would be outside {folder}, by a link in it: write to another folder")
+    return path
 
 
 def _shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("labels-*.safetensors"))
-
-
-def _write_shard(path: Path, labels: dict[str, LabelMap]) -> None:
-    encoded = [name.encode() for name in labels]
-    part = path.with_name(path.name + ".part")
-    tensors = {
-        "values": torch.stack([label.values for label in labels.values()]),
-        "indices": torch.stack([label.indices for label in labels.values()]),
-        "keys": torch.tensor([name_key(name) for name in labels]),
-        "names": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
-        "name_ends": torch.tensor([0, *map(len, encoded)]).cumsum(0),
-    }
-    save_file(tensors, part, metadata={"format": FORMAT})
-    _publish(part, path)
-
-
-def _publish(part: Path, path: Path) -> None:
-    """Give a written file its name, once it is on the disk."""
-    _sync(part)
-    part.replace(path)
-    if os.name == "posix":  # elsewhere a folder can't be opened
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,7 +13,8 @@ from timm_tokens.cli.common.processes import Process
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions
 from timm_tokens.data import TokenLabelWriter, flush_journals
-from timm_tokens.data.label_store import INDEX
+from timm_tokens.data.label_format import check_image_id
+from timm_tokens.data.label_index import INDEX
 from timm_tokens.files import replacing
 
 
@@ -29,6 +30,8 @@ class Job(NamedTuple):
 
 def prepare(job: Job, options: AnnotatorOptions) -> None:
     """Make the folder ready for all processes: nothing of another annotator, all that is done in shards."""
+    for name in job.names:
+        check_image_id(name)
     if job.process.rank == 0:
         _keep(job.out, _settings(job.annotator, options))
         flush_journals(job.out, job.annotator.num_classes)
