@@ -1,6 +1,7 @@
 """Self-distillation with no labels (DINO, arXiv 2104.14294)."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class DINOLoss(nn.Module):
 
     def compare(self, student: Tensor, targets: Mapping[int, Tensor]) -> Tensor:
         """Cross entropies (B, T) of one view's logits (B, T, K), summed over targets, (B, 1, K) or (B, T, K) each."""
-        return soft_cross_entropy(student, sum(targets.values()), self.tau_student)
+        return soft_cross_entropy(student, reduce(torch.add, targets.values()), self.tau_student)
 
     def assignments(self, targets: Sequence[Tensor]) -> list[Tensor]:
         """Targets as probabilities: what entropy and agreement are measured on."""

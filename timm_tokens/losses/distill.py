@@ -4,7 +4,9 @@ Shapes: B images, N tokens, K classes, C channels.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
+import torch
 from torch import Tensor, nn
 
 
@@ -42,10 +44,10 @@ class DistillLoss(nn.Module):
         Returns:
             For logits KL(teacher || student), for features 1 - cosine, averaged over the kinds; over tokens, too.
         """
-        if isinstance(student, Tensor):
+        if isinstance(student, Tensor) and isinstance(teacher, Tensor):
             return _per_image(logit_divergence(student, teacher))
         kinds = [_per_image(feature_distance(x, y)) for x, y in zip(student, teacher, strict=True)]
-        return sum(kinds) / len(kinds)
+        return reduce(torch.add, kinds) / len(kinds)
 
 
 def _per_image(x: Tensor) -> Tensor:

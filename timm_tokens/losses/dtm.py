@@ -150,9 +150,10 @@ class DTMLoss(nn.Module):
             schedules: Instead of the loss's own.
             generator: Of the CPU, for the draws.
         """
-        if schedules is None:
-            drawn = self.rounds is None
-            schedules = [self._draw(student.shape[1], generator) for _ in range(self.draws)] if drawn else [self.rounds]
+        if schedules is None and self.rounds is not None:
+            schedules = [self.rounds]
+        elif schedules is None:
+            schedules = [self._draw(student.shape[1], generator) for _ in range(self.draws)]
         return dtm_loss(
             student,
             teacher,

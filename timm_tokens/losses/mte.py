@@ -121,9 +121,9 @@ class MTELoss(nn.Module):
 
 
 @torch.no_grad()
-def _watch(assignments: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _watch(views: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Entropy, marginal entropy and agreement of assignments (B, T, K), over all views, samples and processes."""
-    assignments = torch.cat(list(assignments))
+    assignments = torch.cat(list(views))
     first = assignments.argmax(-1)  # (B, T)
     same = (first[:, :, None] == first[:, None, :]).float().sum(2) - 1  # other tokens that agree
     others = first.shape[1] - 1

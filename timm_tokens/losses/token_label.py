@@ -83,7 +83,7 @@ class TokenLabelLoss(nn.Module):
         """
         _check(logits, target)
         smoothing, num_classes = self.smoothing, logits.cls.shape[1]
-        if _is_image_target(target):
+        if isinstance(target, Tensor) and target.ndim < 3:  # one for the whole image
             cls = _probabilities(target, num_classes, smoothing)
             tokens = _broadcast_cross_entropy(logits.tokens, cls)
         else:
@@ -123,10 +123,6 @@ def _probabilities(target: Tensor, num_classes: int, smoothing: float) -> Tensor
     if target.ndim == 1:
         target = F.one_hot(target, num_classes)
     return target.float() * (1 - smoothing) + smoothing / num_classes
-
-
-def _is_image_target(target: SparseLabels | Tensor) -> bool:
-    return isinstance(target, Tensor) and target.ndim < 3
 
 
 def _require(labels: Tensor | None, batch: int) -> Tensor:

@@ -72,7 +72,7 @@ def _solve(log_p: Tensor, anchor: Tensor, beta: float, iterations: int) -> Tenso
     """The fixed point by two matrix-vector products an iteration. Overwrites log_p (B, K)."""
     count = batch_size(log_p)
     # As a batch of products, because BLAS leaves one on one thread. (B, K) -> (8, B / 8, K)
-    p = log_p.exp_().unflatten(0, (8 if log_p.shape[0] % 8 == 0 else 1, -1))
+    p = torch.unflatten(log_p.exp_(), 0, (8 if log_p.shape[0] % 8 == 0 else 1, -1))
     constant = ((1 - beta) * (anchor - _log_range(beta, p.shape[2]) / 2)).exp()
     weight = anchor.exp()
     for _ in range(iterations + 1):  # the first gives the mean of the softmax, where the fixed point starts

@@ -30,7 +30,8 @@ def soft_cross_entropy(logits: Tensor, target: Tensor, tau: float = 1.0) -> Tens
             "logits must be (B, T, K), and target (B, T, K) or (B, 1, K), "
             f"got {tuple(logits.shape)} and {tuple(target.shape)}"
         )
-    return _SoftCrossEntropy.apply(logits, target.detach(), tau)
+    losses: Tensor = _SoftCrossEntropy.apply(logits, target.detach(), tau)
+    return losses
 
 
 class _SoftCrossEntropy(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Depthwise convolution by several large kernels a channel, with a weight gradient that CPUs are fast at."""
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def depthwise_convs(x: Tensor, kernels: Tensor) -> tuple[Tensor, ...]:
         )
     if not torch.is_grad_enabled():  # there torch 2.6 can't compile a function with a gradient of its own
         return tuple(_conv(x, kernel) for kernel in kernels)
-    return _DepthwiseConvs.apply(x, kernels)
+    maps: tuple[Tensor, ...] = _DepthwiseConvs.apply(x, kernels)
+    return maps
 
 
 class _DepthwiseConvs(torch.autograd.Function):
@@ -42,8 +44,8 @@ class _DepthwiseConvs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, kernels = ctx.saved_tensors
         flipped = kernels.flip(-2, -1).to(grads[0].dtype)
-        of_x = sum(_conv(grad, kernel) for grad, kernel in zip(grads, flipped, strict=True))
-        parts = zip(x.split(CHANNELS, 1), *(grad.split(CHANNELS, 1) for grad in grads), strict=True)
+        of_x = reduce(torch.add, (_conv(grad, kernel) for grad, kernel in zip(grads, flipped, strict=True)))
+        parts = zip(*(torch.split(part, CHANNELS, 1) for part in (x, *grads)), strict=True)
         of_kernels = torch.cat([_of_kernels(part, torch.stack(given), kernels.shape[-1]) for part, *given in parts], 1)
         return of_x.to(x.dtype), of_kernels.to(kernels.dtype)
 

@@ -131,8 +131,9 @@ def relaxed_merge(
     r = mergeable(r, effective, num_prefix_tokens)
     if not r:
         return x, size, effective
-    options = dict(num_prefix_tokens=num_prefix_tokens, tau1=tau1, tau2=tau2, candidates=candidates)
-    assignment = relaxed_match(metric, r, effective, **options)
+    assignment = relaxed_match(
+        metric, r, effective, num_prefix_tokens=num_prefix_tokens, tau1=tau1, tau2=tau2, candidates=candidates
+    )
     x, size, _ = relaxed_apply(assignment, x, size, effective, num_prefix_tokens)
     return x, size, effective - r
 

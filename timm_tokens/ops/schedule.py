@@ -46,7 +46,7 @@ def _inflected(r: int, inflection: float, depth: int) -> tuple[int, ...]:
     return tuple(int(first + step * block) for block in range(depth))
 
 
-def _count(value: int) -> int:
+def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"r must be an int, a pair (int, float inflection) or a sequence of ints, got {value!r}")
     if value < 0:

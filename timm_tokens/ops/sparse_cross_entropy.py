@@ -31,7 +31,8 @@ def sparse_cross_entropy(logits: Tensor, classes: Tensor, excess: Tensor, backgr
         (B, N) float32, in nats. Not differentiable twice, nor with respect to the targets.
     """
     rows = logits.flatten(0, 1), classes.flatten(0, 1), excess.flatten(0, 1).float(), background.flatten().float()
-    return _SparseCrossEntropy.apply(*rows).view(background.shape)
+    losses: Tensor = _SparseCrossEntropy.apply(*rows)
+    return losses.view(background.shape)
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
@@ -59,7 +60,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
 
 def _parts(*tensors: Tensor) -> Any:
     rows = rows_at_once(tensors[0].shape[1], tensors[0].device)
-    return zip(*(x.split(rows) for x in tensors), strict=True)
+    return zip(*(torch.split(x, rows) for x in tensors), strict=True)
 
 
 def _log_probabilities(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
