@@ -41,7 +41,7 @@ def _squared_distances(x: Tensor) -> Tensor:
     wide = wide if wide.device.type == "mps" else wide.double()  # MPS has no float64
     largest = torch.linalg.vector_norm(wide.detach(), torch.inf, dim=(-2, -1), keepdim=True)
     wide = wide / largest.clamp_min(torch.finfo(x.dtype).tiny)
-    norms = torch.linalg.vector_norm(wide, dim=-1).square()
+    norms: Tensor = torch.linalg.vector_norm(wide, dim=-1).square()
     norms = norms - 4 * torch.finfo(wide.dtype).eps * norms.amax(-1, keepdim=True)  # what coincides must not part
     squared = (norms[..., :, None] + norms[..., None, :]).baddbmm_(wide, wide.mT, alpha=-2).float().clamp_min_(0)
     squared.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)

@@ -73,7 +73,7 @@ def crop_token_labels(
         raise ValueError(f"boxes must be (B, 4) with B = {len(values)}, one a label map, got {tuple(boxes.shape)}")
     if flip is not None and (flip.shape != (len(values),) or flip.dtype != torch.bool):
         raise ValueError(f"flip must be bool of shape ({len(values)},), got {flip.dtype} {tuple(flip.shape)}")
-    grid = values.shape[-2:]
+    grid = values.shape[-2], values.shape[-1]
     whole, patches = crop_windows(boxes, None, grid, (1, 1)), crop_windows(boxes, flip, grid, size)
     labels = _sparse_labels(values, indices, whole, patches, num_classes)
     return labels.dense() if dense else labels
@@ -110,7 +110,7 @@ def warp_token_labels(
     size = _check(values, indices, num_classes, size)
     if maps.shape != (len(values), 3, 3):
         raise ValueError(f"maps must be (B, 3, 3) with B = {len(values)}, one a label map, got {tuple(maps.shape)}")
-    grid = values.shape[-2:]
+    grid = values.shape[-2], values.shape[-1]
     whole, patches = warp_windows(maps, grid, (1, 1)), warp_windows(maps, grid, size)
     labels = _sparse_labels(values, indices, whole, patches, num_classes)
     return labels.dense() if dense else labels
@@ -130,7 +130,8 @@ def crop_maps(boxes: Tensor, flip: Tensor | None = None) -> Tensor:
     if flip is not None:
         left, width = torch.where(flip, left + width, left), torch.where(flip, -width, width)
     zero, one = torch.zeros_like(top), torch.ones_like(top)
-    return torch.stack([height, zero, top, zero, width, left, zero, zero, one], -1).unflatten(-1, (3, 3))
+    rows = [height, zero, top, zero, width, left, zero, zero, one]
+    return torch.stack(rows, -1).view(*top.shape, 3, 3)
 
 
 def _sparse_labels(values: Tensor, indices: Tensor, whole: Windows, patches: Windows, num_classes: int) -> SparseLabels:
@@ -182,7 +183,7 @@ def _sum_by_class(classes: Tensor, scores: Tensor, num_classes: int) -> tuple[Te
     board = scores.new_zeros(min(rows, len(scores)), num_classes)
     slots = torch.arange(scores.shape[1], dtype=scores.dtype, device=scores.device).expand_as(scores)
     sums, first = [], []
-    for c, x, slot in zip(*(t.split(rows) for t in (classes, scores, slots)), strict=True):
+    for c, x, slot in zip(*(torch.split(t, rows) for t in (classes, scores, slots)), strict=True):
         part = board[: len(c)]
         sums.append(part.scatter_add_(1, c, x).gather(1, c))
         first.append(part.scatter_(1, c, slot).gather(1, c) == slot)  # of the slots of a class, one was written last
@@ -197,7 +198,7 @@ def _check(values: Tensor, indices: Tensor, num_classes: int, size: int | tuple[
         )
     if indices.is_floating_point():
         raise ValueError(f"indices must be integers, got {indices.dtype}: convert them with .int()")
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if min(size) < 1 or num_classes < 1:
-        raise ValueError(f"size and num_classes must be at least 1, got {size} and {num_classes}")
-    return size
+    rows, columns = (size, size) if isinstance(size, int) else size
+    if min(rows, columns, num_classes) < 1:
+        raise ValueError(f"size and num_classes must be at least 1, got {(rows, columns)} and {num_classes}")
+    return rows, columns
