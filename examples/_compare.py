@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+import _data
 import torch
 import torch.nn.functional as F
 from _data import open_images
@@ -44,22 +45,15 @@ class Score(NamedTuple):
 
 def digits(size: int) -> Images:
     """scikit-learn's 1797 handwritten digits, grey; a quarter of each class is to report on."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    source = load_digits()  # 8 x 8, from 0 to 16
-    images = torch.from_numpy(source.images).float()[:, None] * (255 / 16)
-    images = F.interpolate(images, (size, size), mode="bilinear").round().byte()
-    labels = torch.from_numpy(source.target)
-    rows = train_test_split(range(len(labels)), test_size=0.25, random_state=0, stratify=labels)
-    return Images(*(Part(images[part], labels[part]) for part in rows))
+    parts = _data.digits(size, test_size=0.25)
+    return Images(*(Part((255 * images[:, None]).round().byte(), labels) for images, labels in parts))
 
 
 def folders(root: Path, size: int) -> Images:
     """The images in root/train/<class>/ and root/val/<class>/, cut to squares and resized once.
 
     Raises:
-        InputError: If a folder is missing, or has no images.
+        CommandError: If a folder is missing, or has no images.
     """
     return Images(*(_read_folder(root / name, size) for name in ("train", "val")))
 

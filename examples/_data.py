@@ -1,20 +1,27 @@
 """Where the examples' images come from: scikit-learn's digits, or any folder of images."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from timm_tokens.cli import CommandError
 from timm_tokens.data import Images, input_config, input_transform, open_folder, unreadable
 
 
-class InputError(Exception):
-    """Something the user gave can't be used; the message is one line that says what, and what to do."""
+def run_example(name: str, run: Callable[[Any], Any], args: Any) -> int:
+    """Run an example; what the user can mend is one line, and the exit code 2."""
+    try:
+        run(args)
+    except CommandError as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 class Data(NamedTuple):
@@ -44,28 +51,36 @@ class Moving(Dataset):
         return list(zip(moved, self.labels[indices], strict=True))
 
 
-def digits(size: int) -> Data:
-    """scikit-learn's 1797 handwritten digits as (1, size, size) in [-1, 1]; half of each class is to report on."""
+def digits(size: int, test_size: float = 0.5) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """scikit-learn's 1797 handwritten digits: images (N, size, size) in [0, 1] and labels (N,), to learn from and, with
+    the share `test_size` of each class, to report on."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     source = load_digits()  # 8 x 8, from 0 to 16
-    images = F.interpolate(torch.from_numpy(source.images).float()[:, None] / 8 - 1, (size, size), mode="bilinear")
+    images = F.interpolate(torch.from_numpy(source.images).float()[:, None] / 16, (size, size), mode="bilinear")[:, 0]
     labels = torch.from_numpy(source.target)
-    train, val = train_test_split(range(len(labels)), test_size=0.5, random_state=0, stratify=labels)
-    return Data(Moving(images[train], labels[train]), TensorDataset(images[val], labels[val]))
+    rows = train_test_split(range(len(labels)), test_size=test_size, random_state=0, stratify=labels)
+    train, val = ((images[part], labels[part]) for part in rows)
+    return train, val
+
+
+def moving_digits(size: int) -> Data:
+    """Digits as (1, size, size) in [-1, 1], those to learn from moved a little, anew every time."""
+    (train, labels), (val, val_labels) = digits(size)
+    return Data(Moving(2 * train[:, None] - 1, labels), TensorDataset(2 * val[:, None] - 1, val_labels))
 
 
 def image_folder(root: Path, model: nn.Module) -> Data:
     """The images in root/train/<class>/ and root/val/<class>/, transformed as the model expects.
 
     Raises:
-        InputError: If a folder is missing or has no images, or the two differ in classes.
+        CommandError: If a folder is missing or has no images, or the two differ in classes.
     """
     train, val, config = open_images(root / "train"), open_images(root / "val"), input_config(model)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
-        raise InputError(f"{root}: train/ and val/ must have the same classes, but only one of them has {odd}")
+        raise CommandError(f"{root}: train/ and val/ must have the same classes, but only one of them has {odd}")
     train.transform = input_transform(config, is_training=True, scale=(0.35, 1.0), color_jitter=None)
     val.transform = input_transform(config)
     return Data(train, val)
@@ -75,15 +90,15 @@ def open_images(path: Path) -> Images:
     """The images in path/<class>/; those that can't be read, and other files, are left out and named.
 
     Raises:
-        InputError: If there is no such folder, or no image in it.
+        CommandError: If there is no such folder, or no image in it.
     """
     if not path.is_dir():
-        raise InputError(f"no folder {path}: --data-dir must have train/<class>/ and val/<class>/ with images")
+        raise CommandError(f"no folder {path}: --data-dir must have train/<class>/ and val/<class>/ with images")
     try:
         images = open_folder(path)
         images = images.without(unreadable(images))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
+        raise CommandError(f"{path}: {error}") from None
     for line in images.notes():
         print(f"{path}: {line}", file=sys.stderr)
     return images
@@ -93,10 +108,3 @@ def samples(data: Data, count: int) -> Tensor:
     """So many images of val/, from all over it, as one batch."""
     count = min(count, len(data.val))
     return torch.stack([data.val[i * len(data.val) // count][0] for i in range(count)])
-
-
-def imagenet_indices(model: nn.Module, classes: list[str]) -> list[int] | None:
-    """The model's outputs that the folders stand for, if it has an ImageNet head and they are named by WordNet ids."""
-    subset = infer_imagenet_subset(model)
-    names = ImageNetInfo(subset).label_names() if subset else []
-    return [names.index(name) for name in classes] if set(classes) <= set(names) else None

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _data import InputError
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
+
+from timm_tokens.cli import CommandError
 
 VOID = 255  # pixels that count neither in the loss nor in the score
 
@@ -20,17 +21,6 @@ class Scenes(NamedTuple):
 
     images: Tensor
     masks: Tensor
-
-
-def digits_apart() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """scikit-learn's digits (N, 8, 8) in [0, 1] with their labels (N,): half to learn from, half to report on."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    source = load_digits()
-    images, labels = torch.from_numpy(source.images).float() / 16, torch.from_numpy(source.target)
-    train, val = train_test_split(range(len(labels)), test_size=0.5, random_state=0, stratify=labels)
-    return (images[train], labels[train]), (images[val], labels[val])
 
 
 def scatter_digits(digits: Tensor, labels: Tensor, count: int, side: int, generator: torch.Generator) -> Scenes:
@@ -73,11 +63,11 @@ def scene_folders(root: Path, hold_out: bool) -> tuple[Scenes, Scenes]:
     DIR/train_masks and DIR/val with DIR/val_masks. Without val, or with `hold_out`, the last fifth of train by name.
 
     Raises:
-        InputError: If a folder, or an image's mask, is missing, or the images have several sizes.
+        CommandError: If a folder, or an image's mask, is missing, or the images have several sizes.
     """
     folders = _pair(root, "train")
     if folders is None:
-        raise InputError(f"--data-dir {root} needs images/train/ and masks/train/ (or train/ and train_masks/)")
+        raise CommandError(f"--data-dir {root} needs images/train/ and masks/train/ (or train/ and train_masks/)")
     train, folders = _read(*folders), _pair(root, "val")
     if folders is not None and not hold_out:
         return train, _read(*folders)
@@ -102,14 +92,14 @@ def _read(images: Path, masks: Path) -> Scenes:
     pictures, classes = [], []
     for path in tqdm([p for p in sorted(images.iterdir()) if p.is_file()], f"reading {images}"):
         if path.stem not in names:
-            raise InputError(f"{path} has no mask {path.stem}.png in {masks}")
+            raise CommandError(f"{path} has no mask {path.stem}.png in {masks}")
         try:
             with Image.open(path) as image, Image.open(names[path.stem]) as mask:
                 pictures.append(pil_to_tensor(image.convert("RGB")))
                 classes.append(torch.from_numpy(np.array(mask)).to(torch.uint8))
         except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"can't read {path} or its mask: {str(error).splitlines()[0]}") from None
+            raise CommandError(f"can't read {path} or its mask: {str(error).splitlines()[0]}") from None
     sizes = {tuple(x.shape[-2:]) for x in pictures} | {tuple(x.shape) for x in classes}
     if len(sizes) != 1:
-        raise InputError(f"images and masks in {images} must all have one size, and masks one channel; got {sizes}")
+        raise CommandError(f"images and masks in {images} must all have one size, and masks one channel; got {sizes}")
     return Scenes(torch.stack(pictures), torch.stack(classes))

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _data import InputError
-from _scenes import digit_rows, digits_apart
+from _data import digits, run_example
+from _scenes import digit_rows
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -91,13 +91,7 @@ class Row(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print(f"captioning: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_example("captioning", run, parse(argv))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -115,7 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> list[Row]:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    train, val = ((*part, generator) for part in digits_apart())
+    train, val = ((*part, generator) for part in digits(8))
     vit = VisionTransformer(
         img_size=(32, 16 * LENGTH), patch_size=4, in_chans=1, embed_dim=96, depth=6, num_heads=3, num_classes=0,
         class_token=False, global_pool="avg", fc_norm=False,
@@ -128,12 +122,12 @@ def run(args: argparse.Namespace) -> list[Row]:
     learned = timm_tokens.apply_dtem_merging(vit, r=sorted(args.r)[len(args.r) // 2]).freeze_base()
     what = f"the merging, r = {learned.merger.r}"
     fit(learned, decoder, learned.merger.parameters(), train, args.merge_steps, args, what)
-    images, digits = digit_rows(*val[:2], 500, LENGTH, generator)
+    images, truth = digit_rows(*val[:2], 500, LENGTH, generator)
     rows = []
     for r in [0, *args.r]:
         for metric, model in (("keys", keys), ("learned", learned)):
             model.eval().merger.r = r
-            rows.append(report(model, decoder.eval(), images, digits, r, metric))
+            rows.append(report(model, decoder.eval(), images, truth, r, metric))
     save(rows, args.out)
     return rows
 

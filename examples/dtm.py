@@ -18,14 +18,15 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import timm
 import torch
 from _compare import Images, Part, Score, digits, finish, folders, hold_out, normalised, note, outputs, supervised
-from _data import InputError
-from timm.models import VisionTransformer, load_state_dict
+from _data import run_example
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from timm_tokens.cli.common.models import make_model
+from timm_tokens.cli.options import ModelOptions
 from timm_tokens.losses import DTMLoss
 from timm_tokens.probing import linear_probe
 from timm_tokens.tasks import DTMTask
@@ -50,13 +51,7 @@ UNTRAINED = "no pre-training"
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print(f"dtm: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_example("dtm", run, parse(argv))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -125,15 +120,8 @@ def digits_teacher(args: argparse.Namespace, images: Images) -> nn.Module:
 
 
 def folder_teacher(args: argparse.Namespace) -> nn.Module:
-    if args.teacher_checkpoint and not args.teacher_checkpoint.is_file():
-        raise InputError(f"no file {args.teacher_checkpoint}")
-    try:
-        teacher = timm.create_model(args.teacher, pretrained=args.teacher_checkpoint is None)
-        if args.teacher_checkpoint:
-            teacher.load_state_dict(load_state_dict(str(args.teacher_checkpoint)))
-    except Exception as error:  # torch, safetensors, pickle and the hub each raise their own
-        raise InputError(f"can't use the teacher {args.teacher}: {' '.join(str(error).split())[:400]}") from None
-    return teacher
+    given = {"model": args.teacher, "checkpoint": args.teacher_checkpoint}
+    return make_model(ModelOptions(**given, pretrained=args.teacher_checkpoint is None))
 
 
 class Remembered(nn.Module):

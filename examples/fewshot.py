@@ -17,29 +17,24 @@ from timm_tokens.cli.fewshot.report import table
 from timm_tokens.fewshot import compare
 
 
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """1797 handwritten digits of 8 x 8 pixels: features (N, 64), labels (N,)."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return torch.tensor(data.data, dtype=torch.float32), torch.tensor(data.target)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="folder with one folder of images a class")
-    parser.add_argument("--model", default="vit_tiny_patch16_224")
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--pretrained", action="store_true")
-    parser.add_argument("--episodes", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data-dir", type=Path, help="folder with one folder of images for each class")
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="any timm model, with --data-dir")
+    parser.add_argument("--checkpoint", type=Path, help="file with the weights of the model")
+    parser.add_argument("--pretrained", action="store_true", help="use timm's pretrained weights")
+    parser.add_argument("--episodes", "--steps", type=int, default=200, help="episodes to classify (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("fewshot"), help="for the features and the table of images")
     args = parser.parse_args(arguments)
     names = ["nearest_centroid", "bd_cspn"]
     if args.data_dir:  # this is what the command `timm-tokens fewshot` does
         call("fewshot", **vars(args), classifiers=names, workers=0, plot=False)
         return
-    features, labels = digits()
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    features, labels = torch.tensor(data.data, dtype=torch.float32), torch.tensor(data.target)
     results = []
     for shots in (1, 5):
         generator = torch.Generator().manual_seed(args.seed)

@@ -18,14 +18,15 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import timm
 import torch
 from _compare import Images, Part, Score, digits, finish, folders, hold_out, note, outputs
 from _crops import batch_crops
-from _data import InputError
+from _data import run_example
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from timm_tokens.cli.common.models import make_model
+from timm_tokens.cli.options import ModelOptions
 from timm_tokens.data import Crop
 from timm_tokens.losses import MIRALoss
 from timm_tokens.ops import sinkhorn_assign
@@ -43,13 +44,7 @@ UNTRAINED = "no training"
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print(f"mira: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_example("mira", run, parse(argv))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -101,10 +96,7 @@ class InMemoryTask(MIRATask):
 def make_task(args: argparse.Namespace, images: Images, labels: dict, seed: int) -> InMemoryTask:
     torch.manual_seed(seed)
     channels = images.train.images.shape[1]
-    try:
-        backbone = timm.create_model(args.model, num_classes=0, in_chans=channels)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"can't use --model {args.model}: {error}") from None
+    backbone = make_model(ModelOptions(model=args.model), num_classes=0, in_chans=channels)
     backbone = backbone.to(memory_format=torch.channels_last)  # faster convolutions on a CPU
     task = InMemoryTask(
         backbone, num_prototypes=args.prototypes, hidden=args.hidden, width=args.width,

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import torch
 from _compare import Images, Score, digits, finish, folders, hold_out, normalised, outputs, save
 from _crops import batch_crops
-from _data import InputError
+from _data import run_example
 from timm.models import VisionTransformer
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -34,13 +34,7 @@ from timm_tokens.training import Settings, train
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print(f"mte: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_example("mte", run, parse(argv))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

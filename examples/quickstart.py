@@ -11,35 +11,32 @@ picture of what was merged, and the trained merger go to --out.
 
 import argparse
 import csv
-import difflib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
-from _data import Data, InputError, digits, image_folder, imagenet_indices, samples
+from _data import Data, image_folder, moving_digits, run_example, samples
 from _measure import Row, report
-from safetensors.torch import load_file, save_file
-from timm.models import VisionTransformer, load_state_dict
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import timm_tokens
 from timm_tokens import TokenViT, drawing
+from timm_tokens.cli import CommandError, call
+from timm_tokens.cli.common import checks
+from timm_tokens.cli.common.datasets import model_classes
+from timm_tokens.cli.common.models import make_model
+from timm_tokens.cli.errors import explained
+from timm_tokens.cli.options import ModelOptions
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_example("quickstart", run, parse(argv))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -56,8 +53,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="of training the merging; default: 1e-3 (digits: 5e-3)")
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="device to compute on (default: cuda if there is one, else cpu)")
+    parser.add_argument("--speed-rounds", type=positive, default=5, help="rounds that measure a full-size ViT's speed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     return parser.parse_args(argv)
 
 
@@ -68,37 +66,38 @@ def positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"--out {args.out} is a file: give a folder")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"can't use --device {args.device}: {str(error).splitlines()[0]}") from None
+    checks.folder(args.out)
+    args.device = checks.device(args.device)
     torch.manual_seed(args.seed)
     vit, data = folder_job(args) if args.data_dir else digits_job(args)
-    learned = timm_tokens.apply_dtem_merging(vit, r=0).freeze_base()
+    with explained():
+        learned = timm_tokens.apply_dtem_merging(vit, r=0, weights=args.merger).freeze_base()
     rs = sorted(set(args.r or default_rs(learned, samples(data, 1).to(args.device))))
     learned.merger.r = args.train_r or (rs[-2] if len(rs) > 1 else rs[0])
     training_free = timm_tokens.apply_dtem_merging(vit, metric="keys")
-    if args.merger:
-        load_merger(learned, args.merger)
-    else:
+    if not args.merger:
         parameters = learned.merger.parameters()
         train(learned.train(), parameters, data, args, args.epochs, f"the merging, r={learned.merger.r}", args.lr)
     rows = report(learned.eval(), training_free.eval(), data, [0, *rs], args.batch_size, args.workers)
     print_table(rows, len(data.val))
     save(learned, rows, data, args)
+    if not args.data_dir:
+        print("\nThe digits' ViT is too small to gain speed. What merging gives a full-size one on this machine:\n")
+        call(
+            "bench", model="deit_small_patch16_224", r=(8, 12, 16), batch_size=(8,), rounds=args.speed_rounds,
+            memory=False, device=args.device,
+        )  # fmt: skip
 
 
 def digits_job(args: argparse.Namespace) -> tuple[nn.Module, Data]:
     """A small ViT, trained from scratch on the digits."""
     if args.merger or args.checkpoint:
-        raise InputError("--merger and --checkpoint need --data-dir: the digits' ViT is trained anew each time")
+        raise CommandError("--merger and --checkpoint need --data-dir: the digits' ViT is trained anew each time")
     # Chosen on a third of train/, held out: embeddings that start as the keys need a large rate to leave them in few
     # steps, and have more to learn where more is merged, of digits that the ViT does not know by heart.
     args.lr, args.epochs = args.lr or 5e-3, args.epochs or 11
     args.r = args.r or [8, 12, 16, 20, 24]
-    data = digits(size=32)
+    data = moving_digits(size=32)
     shape = dict(img_size=32, patch_size=4, in_chans=1, embed_dim=64, depth=4, num_heads=2, num_classes=10)
     # It averages its patches: a class token would have read them all before much is merged.
     vit = VisionTransformer(**shape, class_token=False, global_pool="avg").to(args.device)
@@ -109,36 +108,19 @@ def digits_job(args: argparse.Namespace) -> tuple[nn.Module, Data]:
 def folder_job(args: argparse.Namespace) -> tuple[nn.Module, Data]:
     """The user's ViT, with a head that fits the user's classes."""
     args.lr, args.epochs = args.lr or 1e-3, args.epochs or 3
-    vit = create_model(args.model, args.checkpoint).to(args.device)
+    given = ModelOptions(model=args.model, checkpoint=args.checkpoint, pretrained=args.checkpoint is None)
+    vit = make_model(given).to(args.device)
+    with explained():
+        timm_tokens.apply_dtem_merging(vit)  # refused now rather than after reading the images
     data = image_folder(args.data_dir, vit)
-    indices = imagenet_indices(vit, data.train.classes)
-    if indices is not None:
-        for images in data:
-            images.dataset.target_transform = indices.__getitem__
-        print(f"The folders are ImageNet classes: accuracy is among all {vit.num_classes} of them.")
-    elif vit.num_classes != len(data.train.classes):
+    indices = model_classes(data.train.classes, vit)
+    if indices is None:
         fit_head(vit, data, args)
+    elif vit.num_classes != len(data.train.classes):
+        for images in data:
+            images.dataset.target_transform = indices.tolist().__getitem__
+        print(f"The folders are ImageNet classes: accuracy is among all {vit.num_classes} of them.")
     return vit, data
-
-
-def create_model(name: str, checkpoint: Path | None) -> nn.Module:
-    """timm's model of this name, refused if its tokens can't be merged; a checkpoint says how many classes it has."""
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise InputError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
-    if checkpoint and not checkpoint.is_file():
-        raise InputError(f"no file {checkpoint}: --checkpoint must be a .safetensors or .pth file")
-    try:
-        state = load_state_dict(str(checkpoint)) if checkpoint else {}
-        classes = {"num_classes": len(state["head.weight"])} if "head.weight" in state else {}
-        vit = timm.create_model(name, pretrained=checkpoint is None, **classes)
-        if checkpoint:
-            vit.load_state_dict(state)
-        timm_tokens.apply_dtem_merging(vit)
-    except Exception as error:  # torch, safetensors, pickle and the hub each raise their own
-        remedy = f"{checkpoint} as {name}" if checkpoint else f"{name} (--checkpoint FILE gives weights from a file)"
-        raise InputError(f"can't use {remedy}: {' '.join(str(error).split())[:400]}") from None
-    return vit
 
 
 def fit_head(vit: nn.Module, data: Data, args: argparse.Namespace) -> None:
@@ -153,13 +135,6 @@ def default_rs(model: TokenViT, image: Tensor) -> list[int]:
     """8, 12, 16 and 20 for 12 blocks of 196 patches; as large a part of the patches for other models."""
     most = model.token_groups(image).numel() / len(model.base.blocks)
     return [max(1, round(share * most)) for share in (0.5, 0.73, 0.98, 1.22)]
-
-
-def load_merger(model: TokenViT, path: Path) -> None:
-    try:
-        model.merger.load_state_dict(load_file(path))
-    except Exception as error:  # no such file, not safetensors, or of another model
-        raise InputError(f"--merger {path} doesn't fit: {' '.join(str(error).split())[:400]}") from None
 
 
 def train(
@@ -220,7 +195,7 @@ def save(learned: TokenViT, rows: Sequence[Row], data: Data, args: argparse.Name
         "groups.png": drawing.draw_groups((images - low) / (high - low).clamp_min(1e-6), groups),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    save_file(learned.merger.state_dict(), args.out / "merger.safetensors")
+    timm_tokens.save_merger(learned, args.out / "merger.safetensors")
     with (args.out / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])
     for name, figure in figures.items():

@@ -22,18 +22,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
-from _data import InputError
-from _scenes import VOID, Scenes, digits_apart, scatter_digits, scene_folders
-from timm.models import VisionTransformer, load_state_dict
+from _data import digits, run_example
+from _scenes import VOID, Scenes, scatter_digits, scene_folders
+from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_tokens
 from timm_tokens import TokenViT
+from timm_tokens.cli.common.models import make_model
+from timm_tokens.cli.options import ModelOptions
 
 
 class MaskDecoder(nn.Module):
@@ -90,13 +91,7 @@ class Row(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print(f"segmentation: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_example("segmentation", run, parse(argv))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -137,12 +132,12 @@ def run(args: argparse.Namespace) -> list[Row]:
 def digits_job(args: argparse.Namespace) -> tuple[Scenes, Scenes, Segmenter]:
     """A small ViT, trained together with its decoders."""
     generator = torch.Generator().manual_seed(args.seed)
-    (digits, labels), (val_digits, val_labels) = digits_apart()
+    (glyphs, labels), (val_glyphs, val_labels) = digits(8)
     if args.hold_out:
-        held = len(digits) // 5
-        val_digits, val_labels, digits, labels = digits[:held], labels[:held], digits[held:], labels[held:]
-    train = scatter_digits(digits, labels, 3000, 64, generator)
-    val = scatter_digits(val_digits, val_labels, 200, 64, generator)
+        held = len(glyphs) // 5
+        val_glyphs, val_labels, glyphs, labels = glyphs[:held], labels[:held], glyphs[held:], labels[held:]
+    train = scatter_digits(glyphs, labels, 3000, 64, generator)
+    val = scatter_digits(val_glyphs, val_labels, 200, 64, generator)
     vit = VisionTransformer(
         img_size=64, patch_size=4, in_chans=1, embed_dim=96, depth=6, num_heads=3, num_classes=0, global_pool="avg",
         class_token=False, fc_norm=False,
@@ -161,14 +156,8 @@ def folder_job(args: argparse.Namespace) -> tuple[Scenes, Scenes, Segmenter]:
     """The user's ViT, frozen, with decoders trained on its features."""
     train, val = scene_folders(args.data_dir, args.hold_out)
     size = tuple(train.images.shape[-2:])
-    try:
-        vit = timm.create_model(args.model, pretrained=args.checkpoint is None, num_classes=0, img_size=size)
-        if args.checkpoint:
-            weights = load_state_dict(str(args.checkpoint))
-            weights = timm.models.vision_transformer.checkpoint_filter_fn(weights, vit)
-            vit.load_state_dict({name: w for name, w in weights.items() if not name.startswith("head.")})
-    except Exception as error:  # timm, torch and the hub each raise their own
-        raise InputError(f"can't use --model {args.model} at {size}: {' '.join(str(error).split())[:300]}") from None
+    given = ModelOptions(model=args.model, checkpoint=args.checkpoint, pretrained=args.checkpoint is None)
+    vit = make_model(given, num_classes=0, img_size=size)
     num_classes = int(train.masks[train.masks != VOID].max()) + 1
     model = Segmenter(vit.requires_grad_(False).eval(), num_classes)
     # The frozen features of each image and of its mirror image are computed once.

@@ -19,14 +19,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from _data import digits, run_example
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.utils import ParseKwargs
 
 from timm_tokens import drawing
-from timm_tokens.cli import CommandError, call
+from timm_tokens.cli import call
 from timm_tokens.data import TokenLabelStore
 
 ARMS = {"classes alone": None, "token labels": {}}  # None: without labels; else the settings beside them
@@ -39,13 +38,7 @@ Curve = dict[int, float]  # accuracy after so many epochs
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        run(args)
-    except CommandError as error:
-        print(f"token_labels: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_example("token_labels", run, parse(argv))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,7 +56,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--val-split", default="val", help="folder to report on; choose settings on another")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", action="store_true", help="also without MixToken, and with the true classes")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of each training (default: 30)")
+    parser.add_argument("--steps", type=int, help="steps of each training, instead of epochs (default: by --epochs)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--scale", type=float, nargs=2, default=(0.5, 1.0), help="range of a crop's area")
@@ -77,7 +71,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    shared = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "scale": tuple(args.scale)}
+    shared = {
+        "epochs": args.epochs,
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "scale": tuple(args.scale),
+    }
     shared |= {"workers": args.workers, "device": args.device, "resume": True, "aa": "", "re_prob": 0.0}
     shared |= {"eval_every": max(1, args.epochs // 10)}
     if not args.data_dir:
@@ -114,14 +114,12 @@ def digits_job(args: argparse.Namespace, shared: dict[str, Any]) -> None:
 
 
 def write_digits(folder: Path) -> Path:
-    """scikit-learn's 1797 digits as train/<class>/ and val/<class>/; a quarter of each class is to report on."""
-    source = load_digits()  # 8 x 8, from 0 to 16
-    train, val = train_test_split(range(len(source.target)), test_size=0.25, random_state=0, stratify=source.target)
-    for split, chosen in (("train", train), ("val", val)):
-        for i in chosen[:DIGITS]:
-            path = folder / split / str(source.target[i]) / f"{i}.png"
+    """scikit-learn's digits as train/<class>/ and val/<class>/; a quarter of each class is to report on."""
+    for split, (images, labels) in zip(("train", "val"), digits(24, test_size=0.25), strict=True):
+        for i, (image, label) in enumerate(zip(images[:DIGITS], labels, strict=False)):
+            path = folder / split / str(int(label)) / f"{i:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((source.images[i] * 255 / 16).astype("uint8")).resize((24, 24)).save(path)
+            Image.fromarray((255 * image).round().byte().numpy()).save(path)
     return folder
 
 

@@ -82,8 +82,8 @@ def test_folders(example, name, folder, tmp_path):
     [
         ("dtm", ["--data-dir", "gone"], "dtm: .*gone/train"),
         ("mira", ["--data-dir", "gone"], "mira: .*gone/train"),
-        ("dtm", ["--data-dir", "{folder}", "--teacher-checkpoint", "gone.pth"], "dtm: no file gone.pth"),
-        ("mira", ["--data-dir", "{folder}", "--model", "nothing"], "mira: can't use --model nothing"),
+        ("dtm", ["--data-dir", "{folder}", "--teacher-checkpoint", "gone.pth"], "dtm: no checkpoint file gone.pth"),
+        ("mira", ["--data-dir", "{folder}", "--model", "nothing"], "mira: timm has no model 'nothing'"),
     ],
 )
 def test_bad_options_are_one_line(example, folder, capsys, name, options, message):
