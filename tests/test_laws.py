@@ -66,8 +66,9 @@ def test_a_token_of_size_two_equals_the_token_twice(family):
     for i, block in enumerate(base.blocks):
         rope = {} if ropes is None else {"rope": blocks.rope_rows(ropes[i], rows)}
         twice_rope = {} if ropes is None else {"rope": blocks.rope_rows(ropes[i], twice_rows)}
-        tokens = blocks.attend(block, tokens, blocks.read(block, tokens), attn_mask=size_bias(size), **rope)
-        tokens = blocks.feed(block, tokens)
+        halves = blocks.halves(block)
+        tokens = halves.attend(block, tokens, halves.read(block, tokens), attn_mask=size_bias(size), **rope)
+        tokens = halves.feed(block, tokens)
         twice = block(twice, **twice_rope)
     close(tokens, twice[:, :-1])
     if pooling.pools_by_size(base):

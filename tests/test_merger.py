@@ -68,7 +68,7 @@ def test_embeddings_start_as_the_average_keys(family):
     for block, embed in zip(base.blocks, learned.merger.embed, strict=True):
         y = torch.randn(2, 7, 48)
         if isinstance(block.attn.k_norm, torch.nn.Identity):
-            torch.testing.assert_close(embed(y), mean_keys(block, y), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(embed(y), mean_keys(block.attn, y), atol=1e-5, rtol=1e-5)
     if family != "vit_qk_norm":
         torch.testing.assert_close(learned(x), keys(x), atol=1e-4, rtol=1e-4)
 
@@ -83,7 +83,7 @@ def test_keys_are_those_of_the_attention(family, monkeypatch):
     )
     block.attn(y)
     expected = torch.cat(seen, dim=1).mean(dim=1)
-    torch.testing.assert_close(mean_keys(block, y), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mean_keys(block.attn, y), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_default_width_is_a_head_and_twice_that_for_wide_models():

@@ -80,6 +80,11 @@ def sharded(model, names=("attn", "mlp")):
     return fully_shard(model, mesh=mesh)
 
 
+def sharded_base(model):
+    fully_shard(model.base, mesh=init_device_mesh("cpu", (WORLD,)))
+    return model
+
+
 SCENARIOS = {
     "ddp-end_to_end": lambda: DistributedDataParallel(prepared("end_to_end")),
     "ddp-modular": lambda: DistributedDataParallel(prepared("modular")),
@@ -87,7 +92,10 @@ SCENARIOS = {
     "fsdp-modular": lambda: sharded(prepared("modular")),
     "fsdp-keys": lambda: sharded(prepared("end_to_end", metric="keys"), ["mlp"]),
     "fsdp-keys_of_wrapped": lambda: sharded(prepared("end_to_end", metric="keys")),
-    "fsdp-whole_blocks": lambda: sharded(prepared("end_to_end"), [""]),
+    "fsdp-keys_of_layers": lambda: sharded(prepared("end_to_end", metric="keys"), ["attn.qkv", "mlp"]),
+    "fsdp-whole_blocks_learned": lambda: sharded(prepared("end_to_end"), [""]),
+    "fsdp-whole_blocks_keys": lambda: sharded(prepared("end_to_end", metric="keys"), [""]),
+    "fsdp-base": lambda: sharded_base(prepared("end_to_end")),
     "ddp-unused": lambda: DistributedDataParallel(prepared("modular", r=[3])),
     "ddp-find_unused": lambda: DistributedDataParallel(prepared("modular", r=[3]), find_unused_parameters=True),
     "ddp-aux_unused": lambda: DistributedDataParallel(with_aux()),
@@ -158,19 +166,25 @@ def test_ddp_with_auxiliary_tokens_that_class_logits_do_not_need(results):
 
 
 @needs_fsdp
-def test_fsdp_trains_with_keys_if_it_leaves_the_attentions_out(results):
-    assert_trained([result["fsdp-keys"] for result in results], trained(prepared("end_to_end", metric="keys")))
+@pytest.mark.parametrize("scenario", ["keys", "keys_of_wrapped", "keys_of_layers"])
+def test_fsdp_trains_with_keys(results, scenario):
+    expected = trained(prepared("end_to_end", metric="keys"))
+    assert_trained([result[f"fsdp-{scenario}"] for result in results], expected)
 
 
 @needs_fsdp
-@pytest.mark.parametrize(
-    ("scenario", "advice"),
-    [("whole_blocks", "wrap its attn and mlp"), ("keys_of_wrapped", "wrap the MLPs and the whole model only")],
-)
-def test_fsdp_around_the_wrong_modules_is_an_error_that_says_what_to_wrap(results, scenario, advice):
+@pytest.mark.parametrize("metric", ["learned", "keys"])
+def test_fsdp_trains_whole_blocks(results, metric):
+    """FSDP2 works by the block's hooks, which fire also where its tokens merge."""
+    expected = trained(prepared("end_to_end", metric=metric))
+    assert_trained([result[f"fsdp-whole_blocks_{metric}"] for result in results], expected)
+
+
+@needs_fsdp
+def test_fsdp_around_the_base_alone_is_an_error_that_says_what_to_wrap(results):
     for result in results:
-        assert result[f"fsdp-{scenario}"].startswith("TypeError")
-        assert advice in result[f"fsdp-{scenario}"]
+        assert result["fsdp-base"].startswith("TypeError")
+        assert "wrap the TokenViT instead of its base" in result["fsdp-base"]
 
 
 @pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile], ids=["checkpoint_wrapper", "compile"])

@@ -27,7 +27,9 @@ class Embedded(NamedTuple):
     ropes: list[Tensor] | None
 
 
-class _Halves(NamedTuple):
+class Halves(NamedTuple):
+    """The two halves of a block."""
+
     read: Callable[[Any, Tensor], Tensor]  # what the attention reads
     attend: Callable[..., Tensor]  # (block, x, read, **attention arguments): the attention half, residual included
     feed: Callable[[Any, Tensor], Tensor]  # the MLP half, residual included
@@ -37,17 +39,17 @@ def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
     return x if gamma is None else gamma * x
 
 
-_PRE_NORM = _Halves(
+_PRE_NORM = Halves(
     read=lambda block, x: block.norm1(x),
     attend=lambda block, x, y, **kw: x + block.drop_path1(block.ls1(block.attn(y, **kw))),
     feed=lambda block, x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
 )
-_POST_NORM = _Halves(
+_POST_NORM = Halves(
     read=lambda block, x: x,
     attend=lambda block, x, y, **kw: x + block.drop_path1(block.norm1(block.attn(y, **kw))),
     feed=lambda block, x: x + block.drop_path2(block.norm2(block.mlp(x))),
 )
-_EVA = _Halves(
+_EVA = Halves(
     read=lambda block, x: block.norm1(x),
     attend=lambda block, x, y, **kw: x + block.drop_path1(_scaled(block.gamma_1, block.attn(y, **kw))),
     feed=lambda block, x: x + block.drop_path2(_scaled(block.gamma_2, block.mlp(block.norm2(x)))),
@@ -103,7 +105,15 @@ def embed(base: nn.Module, images: Tensor, edit: Callable[[Tensor], Tensor] | No
     """Patches, position embedding, prefix tokens, patch dropout, norm: everything before the first block.
 
     `edit` changes the patches (B, N, C) before they get their position embedding.
+
+    Raises:
+        TypeError: If FSDP2 wraps the base itself.
     """
+    if hasattr(type(base), "unshard"):  # a method that FSDP2 gives to what it wraps
+        raise TypeError(
+            f"FSDP wraps {name(base)}, which is called module by module, past the wrapper; "
+            "wrap the TokenViT instead of its base"
+        )
     if isinstance(base, NaFlexVit):
         return _embed_naflex(base, images, edit)
     x = base.patch_embed(images)
@@ -181,29 +191,32 @@ def rope_rows(rope: Tensor, rows: Tensor | None) -> Tensor:
     )
 
 
-def read(block: nn.Module, x: Tensor) -> Tensor:
-    """What the block's attention reads: x (B, N, C), normed where the block norms first.
+def halves(block: nn.Module) -> Halves:
+    """How the block is called in halves, so that its tokens can change in between.
 
     Raises:
-        TypeError: If the block is wrapped by now: to call it in halves would go past the wrapper.
+        TypeError: If the block is wrapped or its forward replaced by now: what calls its halves goes past that.
     """
-    halves = _HALVES.get(type(block).forward)
-    if halves is None or hasattr(block, "unshard"):  # a method that FSDP2 gives to what it wraps
+    found, own = _HALVES.get(type(block).forward), block.__dict__
+    if found is None or "forward" in own:
         raise TypeError(
             f"{name(block)} is a wrapped block, but a block whose tokens merge is called in two halves, past the "
             "wrapper; wrap its attn and mlp, or the whole model"
         )
-    return halves.read(block, x)
+    if block._compiled_call_impl is not None:
+        raise TypeError(
+            f"{name(block)}.compile() was called, but a block whose tokens merge is called in two halves, past what "
+            "was compiled; compile its attn and mlp, or the whole model"
+        )
+    return found
 
 
-def attend(block: nn.Module, x: Tensor, y: Tensor, **attention: Tensor | None) -> Tensor:
-    """The attention half of the block on x (B, N, C), given y = read(block, x)."""
-    return _HALVES[type(block).forward].attend(block, x, y, **attention)
-
-
-def feed(block: nn.Module, x: Tensor) -> Tensor:
-    """The MLP half of the block on x (B, N, C)."""
-    return _HALVES[type(block).forward].feed(block, x)
+def placement(base: nn.Module) -> dict[str, Any]:
+    """The device and dtype that the base computes in; quantised weights don't say."""
+    for tensor in (*base.parameters(), *base.buffers()):
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            return {"device": tensor.device, "dtype": tensor.dtype}
+    raise TypeError(f"{name(base)} has no weights in floating point, which say what type its tokens have")
 
 
 def stem(base: nn.Module) -> nn.Module:

@@ -7,11 +7,12 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from timm_tokens import blocks
+from timm_tokens import blocks, hooks
 from timm_tokens.ops import mix_tokens, size_bias
 from timm_tokens.ops.matching import Matching
 from timm_tokens.ops.relaxed import RelaxedMatching
 from timm_tokens.parts import AuxTokens, TokenMerger
+from timm_tokens.parts.merger import unmerge_all
 
 Trace: TypeAlias = list[Matching | RelaxedMatching]  # what was merged, in order
 
@@ -110,6 +111,7 @@ def encode(
                 f"{' and '.join(limits)} can't say what auxiliary tokens may attend to; call with aux=False"
             )
     stream, prefix, recompute = Stream(x, num_aux, effective=own), base.num_prefix_tokens, base.grad_checkpointing
+    watched = merger is not None and merger.watched
     # At batch size 1, Python and small operations take most of the time: nothing is looked up twice in this loop.
     for i, block in enumerate(base.blocks):
         if i == depth:
@@ -121,6 +123,8 @@ def encode(
             trace.append(matching)
         if on_block is not None:
             on_block(i, stream.x, trace)
+        if watched:
+            merger.unmerged[i](unmerge_all(trace, stream.split(stream.x)[0]))
     return stream, trace
 
 
@@ -145,17 +149,24 @@ def _block(
             f"{' and '.join(limits)} can't say what merged tokens may attend to, and block {i} merges {r}; set "
             "model.merger.r = 0, or call model.base"
         )
-    y = blocks.read(block, x)
-    # chosen before the attention, while y is in the caches
-    choice = merger.choose(i, block, stream.split(y)[0] if num_aux else y, r, effective, prefix)
-    x = blocks.attend(block, x, y, **attention)
-    if num_aux:
-        x, extra = stream.split(x)
-    x, size, effective, matching = merger(choice, x, size, r, effective, prefix)
-    if num_aux:
-        x = torch.cat([x, extra], dim=1)
+    halves, merges = blocks.halves(block), []
+
+    def forward(x: Tensor, **attention: Tensor | None) -> Tensor:
+        """What the block does, with merging between its halves."""
+        y = halves.read(block, x)
+        # chosen before the attention, while y is in the caches
+        choice = merger.choose(i, block, stream.split(y)[0] if num_aux else y, r, effective, prefix)
+        x = halves.attend(block, x, y, **attention)
+        if num_aux:
+            x, extra = stream.split(x)
+        merged = merger(choice, x, size, r, effective, prefix)
+        merges.append(merged)
+        return halves.feed(block, torch.cat([merged.x, extra], dim=1) if num_aux else merged.x)
+
+    x = hooks.call(block, forward, (x,), attention) if hooks.is_hooked(block) else forward(x, **attention)
+    _, size, effective, matching = merges[-1]
     rows = None if rope is None else _kept_rows(rows, matching, prefix)
-    return Stream(blocks.feed(block, x), num_aux, effective, size, rows), matching
+    return Stream(x, num_aux, effective, size, rows), matching
 
 
 def _attention(

@@ -78,8 +78,9 @@ class Costs:
 def _block_cost(i: int, block: nn.Module, width: int, merger: TokenMerger | None) -> BlockCost:
     if merger is None:
         return BlockCost(*_per_token_and_pair(block, width), 0, 0, 0)
-    token, pair = _per_token_and_pair(lambda x: blocks.attend(block, x, blocks.read(block, x)), width)
-    feed = count(lambda x: blocks.feed(block, x), 1, width)
+    halves = blocks.halves(block)
+    token, pair = _per_token_and_pair(lambda x: halves.attend(block, x, halves.read(block, x)), width)
+    feed = count(lambda x: halves.feed(block, x), 1, width)
     metric = count(lambda x: merger.compared_by(i, block, x), 1, width)
     compared = merger.compared_by(i, block, torch.empty(1, 1, width, device="meta")).shape[-1]
     return BlockCost(token, pair, feed, metric, compared)
@@ -114,7 +115,8 @@ def on_meta(model: M) -> M:
             memo[id(module)] = nn.Linear(module.in_features, module.out_features, device="meta")
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             memo[id(hooks)] = type(hooks)()
-    for tensor in chain(model.parameters(), model.buffers()):
+    loose = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    for tensor in chain(model.parameters(), model.buffers(), loose):
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
@@ -122,6 +124,7 @@ def on_meta(model: M) -> M:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Whether the module is a linear map whose weights are no ordinary parameters."""
-    linear = hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children())
-    return linear and not any(weight.is_floating_point() for weight in module.parameters())
+    """Whether the module is a linear map whose weights are not numbers in floating point, and holds no other."""
+    linear, *inside = (hasattr(m, "in_features") and hasattr(m, "out_features") for m in module.modules())
+    weight = getattr(module, "weight", None)
+    return linear and not any(inside) and not (isinstance(weight, Tensor) and weight.is_floating_point())

@@ -1,48 +1,104 @@
-"""The keys of a block's attention, which tokens are compared by: training-free, and at the start of training."""
+"""The keys of a block's attention, which tokens are compared by: training-free, and at the start of training.
 
-from timm.layers import DiffAttention
+What a module computes is obtained by calling it. Its weights are read instead only where nothing could tell: a plain
+linear map without hooks, whose average over heads is one small linear map.
+"""
+
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from timm_tokens.blocks import name
-
-
-def mean_keys(block: nn.Module, y: Tensor) -> Tensor:
-    """The attention's keys of y = read(block, x), averaged over heads: (B, N, C) -> (B, N, head_dim)."""
-    if isinstance(block.attn.k_norm, nn.Identity):  # the average of linear maps is one small linear map
-        return nn.functional.linear(y, *mean_projection(block, block.attn.head_dim))
-    weight, bias, heads = _key_projection(block.attn)
-    return block.attn.k_norm(nn.functional.linear(y, weight, bias).unflatten(-1, (heads, -1))).mean(dim=2)
+from timm_tokens.hooks import before
 
 
-def mean_projection(block: nn.Module, width: int) -> tuple[Tensor | None, Tensor | None]:
+def mean_keys(attn: nn.Module, y: Tensor) -> Tensor:
+    """The attention's keys of what it reads, averaged over heads: (B, N, C) -> (B, N, head_dim)."""
+    if attn._forward_pre_hooks:  # which may change what the attention reads; FSDP2's gathers its weights
+        y = before(attn, (y,), {})[0][0]
+    width, norm = attn.head_dim, attn.k_norm
+    if type(norm) is nn.Identity and not _has_hooks(norm):
+        weights = _weights(attn)
+        if weights is not None:
+            weight, bias = weights
+            return linear(y, _mean(weight, 1, width), None if bias is None else _mean(bias, 1, width))
+    keys = _keys(attn, y).unflatten(-1, (-1, width)).transpose(1, 2)  # (B, heads, N, head_dim), as the norm wants them
+    return norm(keys).mean(dim=1)
+
+
+@torch.no_grad()
+def mean_projection(attn: nn.Module, unit: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
     """Weight (E, C) and bias (E,) that make the keys, averaged over as many groups of heads as give E = width channels.
 
-    The bias is None if the keys have none; the weight, too, if the heads can't be grouped to that width.
+    Where the keys are not made by a plain linear map, the map is read off what becomes of the unit vectors.
+
+    Args:
+        attn: The attention.
+        unit: (C, C) the unit vectors, of the type and on the device that the attention takes.
+        width: E.
+
+    Returns:
+        None if the heads can't be grouped to that width.
     """
-    weight, bias, heads = _key_projection(block.attn)
-    groups, rest = divmod(width, block.attn.head_dim)
-    if rest or heads % groups:
-        return None, None
-
-    def mean(w: Tensor) -> Tensor:
-        return w.unflatten(0, (groups, heads // groups, -1)).mean(dim=1).flatten(0, 1)
-
-    return mean(weight), None if bias is None else mean(bias)
+    weight, bias = _weights(attn) or _probed(attn, unit)
+    groups, rest = divmod(width, attn.head_dim)
+    if rest or len(weight) // attn.head_dim % groups:
+        return None
+    mean_bias = weight.new_zeros(width) if bias is None else _mean(bias, groups, attn.head_dim)
+    return _mean(weight, groups, attn.head_dim), mean_bias
 
 
-def _key_projection(attn: nn.Module) -> tuple[Tensor, Tensor | None, int]:
-    """The weight and bias that make the keys, and how many heads they have.
+def _mean(weight: Tensor, groups: int, head_dim: int) -> Tensor:
+    """Rows of all heads, averaged over the heads of each group: (heads * head_dim, ...) -> (groups * head_dim, ...)."""
+    return weight.unflatten(0, (groups, -1, head_dim)).mean(dim=1).flatten(0, 1)
 
-    Raises:
-        TypeError: If FSDP2 wraps the attention, which keeps its weights sharded outside its forward.
-    """
-    if hasattr(attn, "unshard"):
-        raise TypeError(
-            f"{name(attn)} is wrapped, but its keys are computed from its weights without calling it; "
-            "wrap the MLPs and the whole model only, or merge by learned embeddings"
-        )
-    heads = 2 * attn.num_heads if isinstance(attn, DiffAttention) else getattr(attn, "num_kv_heads", attn.num_heads)
+
+def _keys(attn: nn.Module, y: Tensor) -> Tensor:
+    """The keys of all heads, before their norm, by the calls that the attention makes: (B, N, heads * head_dim)."""
     if attn.qkv is None:
-        return attn.k_proj.weight, attn.k_proj.bias, heads
-    bias = attn.qkv.bias  # EvaAttention keeps its biases apart, and has none on the keys
-    return attn.qkv.weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1], heads
+        return attn.k_proj(y)
+    bias = getattr(attn, "k_bias", None)  # EvaAttention keeps its biases apart
+    reads_weight = bias is not None and not attn.qkv_bias_separate  # past the module, as this then must
+    keys = (linear(y, attn.qkv.weight) if reads_weight else attn.qkv(y)).chunk(3, dim=-1)[1]
+    return keys if bias is None else keys + bias
+
+
+def _weights(attn: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and bias that make the keys; None where reading them is not the same as calling the module."""
+    if attn.qkv is None:
+        return (attn.k_proj.weight, attn.k_proj.bias) if _is_plain(attn.k_proj) else None
+    qkv, bias = attn.qkv, getattr(attn, "k_bias", None)
+    reads_weight = bias is not None and not attn.qkv_bias_separate
+    if not (_is_ordinary(qkv.weight) if reads_weight else _is_plain(qkv)):
+        return None
+    if bias is None and qkv.bias is not None:
+        bias = qkv.bias.chunk(3)[1]
+    return qkv.weight.chunk(3)[1], bias
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer is nothing but its weights: no adapter, quantisation, hook or the like."""
+    if type(layer) is not nn.Linear or _has_hooks(layer) or "forward" in layer.__dict__:
+        return False
+    return _is_ordinary(layer.weight)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _is_ordinary(weight: object) -> bool:
+    """Whether this is a tensor and no subclass that computes in its own way, as quantised and sharded ones are."""
+    return isinstance(weight, Tensor) and not hasattr(type(weight), "__tensor_flatten__")
+
+
+def _probed(attn: nn.Module, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """The affine map that makes the keys, from the keys of 0 and of the unit vectors (C, C), without dropout."""
+    training = [module for module in attn.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        keys = _keys(attn, torch.cat([torch.zeros_like(unit[:1]), unit]).unsqueeze(0))[0]  # (1 + C, heads * head_dim)
+    finally:
+        for module in training:
+            module.training = True
+    return (keys[1:] - keys[0]).T, keys[0]

@@ -6,6 +6,8 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from timm_tokens import blocks
+
 PUBLISHED_HEAD = "aux_head"  # the token-label head in published checkpoints
 
 
@@ -57,8 +59,8 @@ def after_loading(model: nn.Module, incompatible: Any) -> None:
     fresh = model._unset or (load["assigns"] and on_meta(model))
     if not (load["known"] and fresh) or any(weight.is_meta for weight in model.base.parameters()):
         return
+    _compute_buffers(model.base)  # first, as embeddings start from all that makes the keys
     initialise_parts(model, set(load["kept"].values()))
-    _compute_buffers(model.base)
     model._unset = False
     names = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if names and not incompatible.missing_keys:
@@ -75,7 +77,7 @@ def initialise_parts(model: nn.Module, kept: set[str] | None = None) -> None:
     Args:
         kept: Names of those weights that get new values; None: all.
     """
-    weights = next(model.base.parameters())
+    options = blocks.placement(model.base)
     for name, part in model.parts.items():
         own = {} if part is None else part.state_dict()
         wanted = set(own) if kept is None else {key for key in own if f"{name}.{key}" in kept}
@@ -83,12 +85,12 @@ def initialise_parts(model: nn.Module, kept: set[str] | None = None) -> None:
             continue
         loaded = {key: value.clone() for key, value in own.items() if key not in wanted}
         if on_meta(part):
-            part.to_empty(device=weights.device).to(weights.dtype)
+            part.to_empty(device=options["device"]).to(options["dtype"])
         part.reset_parameters(*(() if part is not model.merger else (model.base,)))
         part.load_state_dict(loaded, strict=False)
     if model.mask_token is not None and (kept is None or "mask_token" in kept):
         if model.mask_token.is_meta:
-            model.mask_token = nn.Parameter(weights.new_empty(model.mask_token.shape))
+            model.mask_token = nn.Parameter(torch.empty(model.mask_token.shape, **options))
         trunc_normal_(model.mask_token, std=0.02)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from timm_tokens import blocks, loading, saving
+from timm_tokens import blocks, loading, saving, tracing
 
 
 def _of_base(name: str) -> property:
@@ -42,6 +42,7 @@ class TimmProtocol:
     set_input_size, get_patch_size = map(_of_base, ("set_input_size", "get_patch_size"))
     set_grad_checkpointing, load_pretrained = map(_of_base, ("set_grad_checkpointing", "load_pretrained"))
     fix_init_weight = _of_base("fix_init_weight")
+    __prepare_scriptable__ = tracing.refuse_scripting
 
     def _init_protocol(self) -> None:
         cfg = dict(getattr(self.base, "pretrained_cfg", None) or {})
@@ -99,8 +100,9 @@ class TimmProtocol:
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """One entry a block: module, num_chs, reduction."""
-        return [info | {"module": f"base.{info['module']}"} for info in self.base.feature_info]
+        """One entry per block: module (where merging blocks give un-merged tokens to hooks), num_chs, reduction."""
+        place = "base.blocks." if self.merger is None else "merger.unmerged."
+        return [info | {"module": place + info["module"].removeprefix("blocks.")} for info in self.base.feature_info]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -157,7 +159,8 @@ class TimmProtocol:
         """
         self.base.reset_classifier(num_classes, global_pool)
         if self.head is not None:
-            self.head = self.head.resized(num_classes) if num_classes else None
+            options = blocks.placement(self.base)
+            self.head = self.head.resized(num_classes).to(**options) if num_classes else None
 
     @property
     def set_distilled_training(self) -> Callable[..., None]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_tokens import blocks, features, pooling
+from timm_tokens import blocks, features, pooling, tracing
 from timm_tokens.driver import Trace, encode, limited, patch_edit
 from timm_tokens.features import MergedTokens, Tokens
 from timm_tokens.flops import Costs, on_meta
@@ -27,8 +27,7 @@ class TokenViT(TimmProtocol, nn.Module):
     The base stays a working plain ViT at `.base`; its weights are shared, its class and forward are untouched. Without
     parts the outputs are the base's. Use `apply_dtem_merging`, `add_aux_tokens` and `token_label_head` to build one.
 
-    FSDP must wrap the attentions and MLPs (or the whole model), not the blocks: a block whose tokens merge is called in
-    two halves. With metric="keys" it must leave out the attentions, too: their weights are read from outside. DDP needs
+    Hooks of the base's modules fire as in the base, and FSDP2 may wrap blocks, layers and the whole model. DDP needs
     find_unused_parameters=True or static_graph=True where parameters get no gradient: embeddings of blocks that merge
     nothing, and auxiliary tokens where only class logits are asked for.
 
@@ -57,8 +56,7 @@ class TokenViT(TimmProtocol, nn.Module):
         self.head = head
         self.mask_token = None
         if mask_token:
-            weights = next(base.parameters())
-            self.mask_token = nn.Parameter(weights.new_empty(base.embed_dim))
+            self.mask_token = nn.Parameter(torch.empty(base.embed_dim, **blocks.placement(base)))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
         self._frozen = False
         self._init_protocol()
@@ -93,6 +91,7 @@ class TokenViT(TimmProtocol, nn.Module):
         Raises:
             ValueError: If the arguments don't fit each other, the model's parts or the images.
         """
+        tracing.refuse_symbols(images)
         self._check_call(dense, box, tokens)
         edit = None
         if box is not None or mask is not None:

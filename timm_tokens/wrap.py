@@ -198,9 +198,8 @@ def _with_part(model: nn.Module, mask_token: bool = False, **part: nn.Module) ->
     base = model if had is None else had.base
     parts = ({} if had is None else had.parts) | part
     blocks.check(base, merging=parts.get("merger") is not None)
-    weights = next(base.parameters())
     for new in part.values():
-        new.to(weights)
+        new.to(**blocks.placement(base))
     built = TokenViT(base, **parts, mask_token=mask_token)
     if had is not None:
         built._frozen = had._frozen

@@ -78,7 +78,7 @@ class TokenLabelHead(nn.Module):
     def resized(self, num_classes: int) -> "TokenLabelHead":
         """A new head for another number of classes, beside a base whose classifier has as many."""
         head = TokenLabelHead(self.tokens.in_features, **self.config | {"num_classes": num_classes})
-        return head.to(self.tokens.weight).train(self.training)
+        return head.train(self.training)
 
     def forward(self, cls: Tensor, patches: Tensor, size: Tensor | None = None) -> Tensor:
         """Logits (B, K) from the class token's (B, K) and patch tokens (B, N, C), which may stand for several patches.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from timm_tokens import keys
+from timm_tokens import blocks, keys
 from timm_tokens.ops import bipartite_match, merge, schedule
 from timm_tokens.ops.matching import Matching, mergeable, take
 from timm_tokens.ops.relaxed import RelaxedMatching, relaxed_apply, relaxed_match, relaxed_unmerge
@@ -71,25 +71,28 @@ class TokenMerger(nn.Module):
         self.metric, self.candidates, self.tau1, self.tau2, self.prop_attn = metric, candidates, tau1, tau2, prop_attn
         head_dim = base.blocks[0].attn.head_dim
         self.embed_dim = embed_dim or head_dim * (2 if base.embed_dim >= 1024 else 1)
+        # what watches features by forward hooks sees block i's tokens here, un-merged; called only if someone watches
+        self.unmerged = nn.ModuleList(nn.Identity() for _ in base.blocks)
         self.embed = None
         if metric == "learned":
-            weights = next(base.parameters())
-            layers = (nn.Linear(base.embed_dim, self.embed_dim, device=weights.device) for _ in base.blocks)
+            options = blocks.placement(base)
+            layers = (nn.Linear(base.embed_dim, self.embed_dim, device=options["device"]) for _ in base.blocks)
             self.embed = nn.ModuleList(layers)
             self.reset_parameters(base)
-            self.to(weights)
+            self.to(**options)
         self.r = r
 
     @torch.no_grad()
     def reset_parameters(self, base: nn.Module) -> None:
         """Start the embeddings as the keys of the base's attention, averaged over as many groups of heads as fit."""
+        unit = torch.eye(base.embed_dim, **blocks.placement(base))
         for embed, block in zip(self.embed or (), base.blocks, strict=False):
-            weight, bias = keys.mean_projection(block, self.embed_dim)
-            if weight is None:  # no whole number of heads: a random start
+            start = keys.mean_projection(block.attn, unit, self.embed_dim)
+            if start is None:  # no whole number of heads: a random start
                 embed.reset_parameters()
                 continue
-            embed.weight.copy_(weight)
-            embed.bias.zero_() if bias is None else embed.bias.copy_(bias)
+            embed.weight.copy_(start[0])
+            embed.bias.copy_(start[1])
 
     @property
     def r(self) -> int | Sequence[int] | tuple[int, float]:
@@ -114,7 +117,7 @@ class TokenMerger(nn.Module):
 
     def truncate(self, depth: int) -> None:
         """Keep the first `depth` blocks only."""
-        self.schedule, self.depth = self.schedule[:depth], depth
+        self.schedule, self.depth, self.unmerged = self.schedule[:depth], depth, self.unmerged[:depth]
         if self.embed is not None:
             self.embed = self.embed[:depth]
 
@@ -161,13 +164,18 @@ class TokenMerger(nn.Module):
         return Merged(x, size, effective - r, matching)
 
     @property
+    def watched(self) -> bool:
+        """Whether any of `unmerged` has a forward hook."""
+        return any(place._forward_hooks for place in self.unmerged)
+
+    @property
     def relaxed(self) -> bool:
         """Whether tokens hand over parts of themselves instead of being merged outright."""
         return self.training and self.embed is not None
 
     def compared_by(self, index: int, block: nn.Module, y: Tensor) -> Tensor:
         """What the tokens of block `index` are compared by: (B, N, E), given y (B, N, C) that its attention reads."""
-        return keys.mean_keys(block, y) if self.embed is None else self.embed[index](y)
+        return keys.mean_keys(block.attn, y) if self.embed is None else self.embed[index](y)
 
 
 def groups(trace: Sequence[Matching]) -> Tensor:
