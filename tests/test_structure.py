@@ -41,6 +41,7 @@ ALLOWED = {  # what may import what, inside the package
     "outputs": set(),
     "recipes": set(),
     "options": set(),
+    "startup": set(),
     "stopping": set(),
     "peers": {"distributed", "stopping"},
     "tasks": {"tasks", "vit", "wrap", "outputs", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},

@@ -3,12 +3,15 @@
 Importing this registers the package's models with timm.
 """
 
-from timm_tokens import data, fewshot, losses, models, ops, parts, probing, tasks
-from timm_tokens.hub import push_merger_to_hub
-from timm_tokens.merger_file import save_merger
-from timm_tokens.parts import DenseLogits
-from timm_tokens.vit import MergedTokens, Tokens, TokenViT
-from timm_tokens.wrap import add_aux_tokens, apply_dtem_merging, token_label_head
+from timm_tokens.startup import prints_help_alone
+
+if not prints_help_alone():
+    from timm_tokens import data, fewshot, losses, models, ops, parts, probing, tasks
+    from timm_tokens.hub import push_merger_to_hub
+    from timm_tokens.merger_file import save_merger
+    from timm_tokens.parts import DenseLogits
+    from timm_tokens.vit import MergedTokens, Tokens, TokenViT
+    from timm_tokens.wrap import add_aux_tokens, apply_dtem_merging, token_label_head
 
 __version__ = "0.1.0"
 

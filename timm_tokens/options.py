@@ -107,6 +107,8 @@ def converted(name: str, kind: Kind, value: Any) -> Any:
 
 def _one(name: str, wanted: type, value: Any) -> Any:
     if wanted in (Path, str) and isinstance(value, str | Path):
+        if "\0" in str(value):
+            raise ValueError(f"{name} must be free of null characters, got {str(value)!r}")
         return wanted(value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

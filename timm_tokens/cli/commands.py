@@ -7,7 +7,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from timm_tokens.cli.errors import CommandError, explained
+from timm_tokens.cli.errors import CommandError, explained, flush
 from timm_tokens.cli.parser import Parser, build, flags, parse
 
 # Command `name` is the module `timm_tokens.cli.<name>`, with dots for spaces and underscores for dashes, and has
@@ -38,11 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((name for name in (" ".join(argv[:2]), *argv[:1]) if name in COMMANDS), None)
     try:
-        if command is None:
-            _table(argv)
-        else:
-            _run(command, argv[len(command.split()) :])
+        try:
+            _table(argv) if command is None else _run(command, argv[len(command.split()) :])
+        finally:
+            flush()
     except CommandError as error:
+        if "--traceback" in argv:
+            raise
         line = " ".join(str(error).split())  # messages that pass on another library's may have several
         print(f"timm-tokens{f' {command}' if command else ''}: error: {line}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
 """What the user has to change: the one place that knows which errors are such, and how the command words them."""
 
-import pickle
+import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -23,18 +24,33 @@ def explained(flags: Mapping[str, str] | None = None) -> Iterator[None]:
         yield
     except CommandError:
         raise
-    except mendable() as error:
+    except Exception as error:
+        if not mendable(error):
+            raise
         raise CommandError(_in_options(_message(error), flags or {})) from error
 
 
-def mendable() -> tuple[type[Exception], ...]:
-    """Errors that are the user's to mend: of the operating system, of values and types that do not fit, of files that
-    are no checkpoints, of memory that does not suffice, of losses that are not finite."""
-    import torch  # not above: the command's own help does without it
-    from safetensors import SafetensorError
+def flush() -> None:
+    """Write out what was printed, so that a full disk is an error and not a remark of Python's at its exit.
 
-    memory = (MemoryError, torch.OutOfMemoryError)
-    return (OSError, ValueError, TypeError, FloatingPointError, SafetensorError, pickle.UnpicklingError, *memory)
+    Raises:
+        CommandError: It can't be written; what is left of it is dropped.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise CommandError(f"can't print: {error.strerror}") from error
+
+
+def mendable(error: Exception) -> bool:
+    """Whether an error is the user's to mend: of the operating system, of values and types that do not fit, of a loss
+    that is not finite, of memory or a disk that does not suffice. Any other is a fault of this package."""
+    if isinstance(error, OSError | ValueError | TypeError | FloatingPointError | MemoryError):
+        return True
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # by their names: torch takes seconds to import
+    said = ("allocate memory", "out of memory", "PytorchStreamWriter", "inline_container", "DataLoader worker")
+    return "SafetensorError" in kinds or ("RuntimeError" in kinds and any(words in str(error) for words in said))
 
 
 def _message(error: Exception) -> str:

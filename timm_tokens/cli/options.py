@@ -17,7 +17,11 @@ class ModelOptions(Options):
         None, "file with the model's weights, .safetensors or .pth (default: none)", metavar="FILE"
     )
     img_size: int | None = option(
-        None, "side of the square images in pixels (default: the model's own)", at_least=1, aliases=("--image-size",)
+        None,
+        "side of the square images in pixels (default: the model's own)",
+        at_least=1,
+        at_most=16384,
+        aliases=("--image-size",),
     )
     model_kwargs: dict[str, Any] = option(
         {}, "further arguments of timm.create_model, such as depth=6 embed_dim=192", rare=True

@@ -42,6 +42,7 @@ def parse(command: str, of: type[Options], argv: Sequence[str], description: str
     given = vars(make_parser(command, of, description).parse_intermixed_args(argv[:1] if rest else argv))
     if rest:
         given[rest] = argv[1:]
+    given.pop("traceback", None)  # see `main`
     path, name = given.pop("config", None), given.get("recipe")
     if path and name:
         raise CommandError("give --config or --recipe, not both: the options of a run hold those of its recipe")
@@ -69,7 +70,7 @@ def build(of: type[Options], values: dict[str, Any]) -> Options:
     for name in values.keys() - known.keys():
         raise CommandError(f"there is no option {name!r}: there are {', '.join(sorted(known))}")
     for name, each in known.items():
-        if each.default is each.default_factory is MISSING and values.get(name) is None:
+        if required(each) and values.get(name) is None:
             raise CommandError(f"{flag(each)} is missing: {each.metadata['help']}")
     with explained(flags(of)):
         return of(**values)
@@ -78,6 +79,11 @@ def build(of: type[Options], values: dict[str, Any]) -> Options:
 def flags(of: type[Options]) -> dict[str, str]:
     """How the command line writes each option, by its name in Python."""
     return {each.name: flag(each) for each in fields(of)}
+
+
+def required(each: Field) -> bool:
+    """Whether an option must be given."""
+    return each.default is each.default_factory is MISSING
 
 
 def flag(each: Field) -> str:
@@ -92,7 +98,11 @@ def read_config(path: Path, command: str) -> dict[str, Any]:
         CommandError: There is no such file, or it is of another command.
     """
     with explained():
-        kept = json.loads(path.read_text())
+        text = path.read_text()
+    try:
+        kept = json.loads(text)
+    except ValueError:
+        kept = None
     if not isinstance(kept, dict) or kept.get("command") != command:
         raise CommandError(f"{path} does not hold the options of timm-tokens {command}")
     return {name: value for name, value in kept.items() if name != "command"}
@@ -112,6 +122,9 @@ def write_config(folder: Path, command: str, options: Options) -> None:
 def make_parser(command: str, of: type[Options], description: str | None = None) -> Parser:
     """A parser whose namespace holds what is given and nothing else."""
     parser, hints = Parser(f"timm-tokens {command}", description), get_type_hints(of)
+    places = [each.name.upper() for each in fields(of) if each.metadata.get("positional")]
+    needed = [f"{flag(each)} {each.name.upper()}" for each in fields(of) if required(each)]
+    parser.usage = " ".join([parser.prog, *places, *(x for x in needed if x.split()[1] not in places), "[options]"])
     for title, members in grouped(of).items():
         group = parser.add_argument_group(title)
         for each in members:
@@ -121,6 +134,8 @@ def make_parser(command: str, of: type[Options], description: str | None = None)
         "--config", type=Path, default=SUPPRESS, metavar="FILE",
         help=f"take the options from the {CONFIG} of an earlier run; options on the command line win (default: none)",
     )  # fmt: skip
+    words = "show where in the code an error comes from, to report a fault"
+    rare.add_argument("--traceback", action="store_true", default=SUPPRESS, help=words)
     if "recipe" in hints:
         switch = {"action": "store_true", "default": SUPPRESS}
         rare.add_argument("--list-recipes", **switch, help="list the recipes of this objective, and exit")
@@ -158,8 +173,9 @@ def _add(group: Any, each: Field, hint: Any) -> None:
         reads["nargs"] = holds.count or "+"
     names = [flag(each), *metadata.get("aliases", ())]
     if metadata.get("positional"):
-        place = reads | {"nargs": "?", "metavar": each.name.upper(), "help": described(each)}
-        group.add_argument(place.pop("dest"), **place)
+        # Left as text: argparse would convert even the mark that it is not given.
+        place = {"nargs": "?", "default": SUPPRESS, "metavar": each.name.upper(), "help": described(each)}
+        group.add_argument(each.name, **place)
     else:
         group.add_argument(names.pop(0), **reads, help=described(each))
     for name in names:
@@ -179,6 +195,8 @@ def _add_switch(group: Any, each: Field) -> None:
 def described(each: Field) -> str:
     """An option's help with its default, where that is not said in words."""
     words, default = each.metadata["help"].replace("%", "%%"), each.default
+    if required(each):
+        return f"{words} (required)"
     if default is MISSING or default is None or isinstance(default, bool):
         return words
     words = re.sub(r" \(default: .*\)$", "", words)  # what None would mean

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import torch
 from PIL import Image
@@ -9,6 +10,9 @@ from timm.data.auto_augment import AugmentOp, rand_augment_transform
 from torch import Tensor
 
 _POSTERIZE = {"Posterize", "PosterizeIncreasing", "PosterizeOriginal"}
+# timm passes over what it does not know.
+_PART = re.compile(r"t\w+|(m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?")
+
 # These change colours alone.
 _IN_PLACE = _POSTERIZE | {
     "AutoContrast",
@@ -68,7 +72,14 @@ class TrackedRandAugment:
     def __init__(self, config: str, hparams: dict):
         if config.split("-")[0] != "rand":
             raise ValueError(f"auto_augment must be a RandAugment, 'rand-...', for labels to follow, got {config!r}")
+        odd = [part for part in config.split("-")[1:] if not _PART.fullmatch(part)]
+        if odd:
+            raise ValueError(f"auto_augment takes parts such as m9, n2, p0.5, mstd0.5, mmax10, inc1, got {odd[0]!r}")
         augment = rand_augment_transform(config, dict(hparams))
+        if not 1 <= augment.num_layers <= len(augment.ops):
+            raise ValueError(
+                f"auto_augment must have from 1 to {len(augment.ops)} operations (n) an image, got {config!r}"
+            )
         unknown = sorted({op.name for op in augment.ops} - _IN_PLACE - _AFFINE.keys())
         if unknown:
             known = sorted(_IN_PLACE | _AFFINE.keys())

@@ -76,7 +76,7 @@ class AnnotatorOptions(ModelOptions):
     )
     img_size: tuple[int, ...] | None = option(
         None, "side of the images in pixels, or height and width (default: the model's own)",
-        at_least=1, aliases=("--image-size",),
+        at_least=1, at_most=16384, aliases=("--image-size",),
     )  # fmt: skip
     folder_classes: bool = option(
         False, "label with the classes that the folders are named after alone (n01440764), in the folders' order"

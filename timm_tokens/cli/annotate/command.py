@@ -51,6 +51,8 @@ def run(options: Options) -> Summary:
     checks.folder(options.out)
     if not (options.dataset or options.data_dir):
         raise CommandError("DATASET is missing: a folder with one folder of images for each class")
+    if options.data_dir and options.dataset and Path(options.dataset).exists():
+        raise CommandError(f"DATASET {options.dataset} is a folder already: leave out --data-dir")
     with joined(options.device) as process:
         dataset = open_dataset(options.dataset or options.data_dir, options.data_dir, options.split)
         folders = (class_names(dataset) or []) if options.folder_classes else None

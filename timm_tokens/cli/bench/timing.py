@@ -41,8 +41,6 @@ class MachineOptions(ModelOptions, DeviceOptions):
 def build(machine: MachineOptions, setting: Setting) -> nn.Module:
     """The model of a setting: the base, or merging r tokens a block, on the machine's device."""
     model = models.plain(models.make_model(machine))
-    if machine.img_size is not None:
-        models.check_size(model, machine.img_size)
     if setting.r is not None:
         model = models.merged(model, setting.r, machine.metric)
         model.freeze_base(setting.step == "modular")

@@ -1,11 +1,9 @@
 """Checkpoint files: read, and loaded into models that they fit, with one clear line for what can't be."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -22,10 +20,13 @@ def read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CommandError(f"no checkpoint file {path}")
     try:
-        return timm.models.load_state_dict(str(path))
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        state = timm.models.load_state_dict(str(path))
+    except Exception as error:  # whatever zip files, pickles and other content raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CommandError(f"{path} can't be read as a checkpoint (.safetensors, .pth): {reason}") from error
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CommandError(f"{path} is no checkpoint: it holds {type(state).__name__} and not named weights")
+    return state
 
 
 def identity(path: Path) -> str:
@@ -83,10 +84,7 @@ def load_features(model: nn.Module, name: str, path: Path) -> None:
     Raises:
         CommandError: If it holds no weights, or they don't fit.
     """
-    try:
-        missing = timm.models.load_checkpoint(model, str(path), strict=False).missing_keys
-    except (RuntimeError, OSError) as error:
-        raise CommandError(f"{path} doesn't fit {name}: {error}") from error
+    missing, _ = _fill(model, read(path), path, strict=False)
     if missing:
         raise CommandError(f"{path} lacks {len(missing)} weights of {name}, such as {missing[0]}")
 

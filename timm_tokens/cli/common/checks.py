@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -14,22 +15,32 @@ def device(name: str | None) -> str:
     Raises:
         CommandError: There is no such device.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # torch says "not compiled with" by an assertion
         raise CommandError(f"can't use --device {name}: {(str(error).splitlines() or [''])[0]}") from error
     return name
 
 
 def folder(path: Path) -> None:
-    """Refuse a file's name for the folder of results.
+    """Refuse a folder of results that can't be made or written to, before any work is done for it.
 
     Raises:
-        CommandError: There is a file of this name.
+        CommandError: There is a file of this name, or it can't be written to.
     """
     if path.exists() and not path.is_dir():
         raise CommandError(f"--out {path} is a file: give a folder")
+    _try(next(above for above in (path, *path.absolute().parents) if above.exists()), path)
+
+
+def _try(folder: Path, path: Path) -> None:
+    try:
+        with TemporaryDirectory(dir=folder):
+            return
+    except OSError as error:
+        raise CommandError(f"can't write to --out {path}: {error.strerror}") from error
 
 
 def plot(wanted: bool, remedy: str = "or leave --plot out") -> None:

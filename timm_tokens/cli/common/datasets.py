@@ -16,7 +16,7 @@ from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import ImageOptions
 
 _VALIDATION = ("val", "valid", "validation", "eval", "test")
-_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
+_NAMED = "or a data set of timm with its prefix, such as torch/cifar10"
 
 
 def open_dataset(data: str | Path, root: str | Path | None = None, split: str = "train") -> Dataset:
@@ -33,12 +33,15 @@ def open_dataset(data: str | Path, root: str | Path | None = None, split: str = 
     """
     if Path(data).exists():
         return create("", data, split)
-    if str(data).split("/")[0].lower() not in _PREFIXES:
-        raise CommandError(
-            f"no folder {data}: give a folder with one folder of images a class, "
-            "or a data set of timm with its prefix, such as torch/cifar10"
-        )
+    if not _has_name(str(data)):
+        raise CommandError(f"no folder {data}: give a folder with one folder of images a class, {_NAMED}")
     return create(str(data), root, split)
+
+
+def _has_name(data: str) -> bool:
+    """Whether it is the name of a data set, and not a folder's; timm would take any other name for no name at all."""
+    prefix, _, name = data.partition("/")
+    return bool(name) and prefix.lower() in ("torch", "hfds", "hfids", "tfds", "wds")
 
 
 def open_split(options: ImageOptions, split: str, class_map: dict[str, int] | None = None) -> Dataset:
@@ -52,7 +55,9 @@ def open_split(options: ImageOptions, split: str, class_map: dict[str, int] | No
     root, numbered = options.data_dir, {"class_map": class_map}
     if not options.dataset:
         root = _split_folder(root, split)
-    elif class_map is not None and "/" in options.dataset:
+    elif not _has_name(options.dataset):
+        raise CommandError(f"no data set {options.dataset}: give none, for the images in --data-dir, {_NAMED}")
+    elif class_map is not None:
         numbered = {}  # its classes are numbered already
     return create(options.dataset, root, split, search_split=False, **numbered)
 

@@ -134,6 +134,8 @@ def _make(options: FeatureOptions) -> nn.Module:
     net = models.create(name, pretrained=options.pretrained, num_classes=0, **options.model_kwargs)
     if options.checkpoint:
         checkpoints.load_features(net, name, options.checkpoint)
+    if size is not None:
+        models.check_size(net, size)
     if size is not None and hasattr(net, "set_input_size"):
         net.set_input_size(img_size=(size, size))
     if not options.r:

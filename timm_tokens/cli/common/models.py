@@ -28,8 +28,8 @@ def create(name: str | None, **kwargs: Any) -> nn.Module:
         raise CommandError(f"timm has no model {name!r}{f'; close are {chr(44).join(close)}' if close else ''}")
     try:
         return timm.create_model(name, **kwargs)
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise CommandError(f"timm can't make {name!r}: {error}") from error
+    except Exception as error:  # its arguments are the user's, and models meet those that don't fit in many ways
+        raise CommandError(f"timm can't make {name!r}: {error or type(error).__name__}") from error
 
 
 def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
@@ -47,12 +47,16 @@ def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
         kwargs["pretrained_cfg_overlay"] = checkpoints.as_pretrained(name, path, state)
     kwargs |= {"pretrained": options.pretrained or path is not None} | options.model_kwargs
     sized = {} if options.img_size is None else {"img_size": options.img_size}
+    if sized.keys() & options.model_kwargs.keys():
+        raise CommandError("give the image size by --img-size or in --model-kwargs, not both")
     try:
         model = create(name, **kwargs | sized)
     except CommandError as error:
-        if not sized or "img_size" not in str(error):
+        if not sized or "unexpected keyword argument 'img_size'" not in str(error):
             raise
         model = create(name, **kwargs)  # a conv net: takes any size
+    if sized:
+        check_size(model, options.img_size)
     if state is not None and not model.state_dict().keys() & state.keys():
         raise CommandError(f"{path} has no weight of {name}: is it of another model?")
     return model
@@ -67,7 +71,7 @@ def make_backbone(options: ModelOptions, **kwargs: Any) -> nn.Module:
     try:
         return make_model(options, num_classes=0, dynamic_img_size=True, **kwargs)
     except CommandError as error:
-        if "dynamic_img_size" not in str(error):
+        if "unexpected keyword argument 'dynamic_img_size'" not in str(error):
             raise
         return make_model(options, num_classes=0, **kwargs)
 

@@ -98,7 +98,7 @@ def _label(options: Options) -> tuple[LabelMap, int]:
     folder, store = options.labels, TokenLabelStore(options.labels)
     parts = image_id(options.image.absolute()).strip("/").split("/")
     ends = ["/".join(parts[i:]) for i in range(len(parts))]  # the longest first
-    found = options.name or next((end for end in ends if end in store), None)
+    found = next((end for end in ends if end in store), None) if options.name is None else options.name
     if found is None:
         like = next(iter(store), None)
         raise CommandError(f"no label for {options.image} in {folder}, whose ids are like {like!r}: give --id")

@@ -52,6 +52,7 @@ def check_picture(path: Path) -> None:
         raise CommandError(f"can't write a picture as {path}: end its name in {', '.join(FORMATS)}")
     if path.is_dir():
         raise CommandError(f"can't write a picture as {path}: it is a folder")
+    checks.folder(path.parent)
 
 
 def as_seen(model: nn.Module, photo: Image.Image) -> tuple[Tensor, Tensor]:

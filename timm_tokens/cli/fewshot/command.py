@@ -6,7 +6,7 @@
 OUT gets fewshot.csv, fewshot.png and the features, which a second run takes from there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from timm_tokens.cli.common.features import FeatureOptions, cached_features, loa
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.fewshot.report import draw, table, write_csv
 from timm_tokens.cli.options import ImageOptions, LoadingOptions
-from timm_tokens.cli.parser import write_config
+from timm_tokens.cli.parser import flag, write_config
 from timm_tokens.fewshot import CLASSIFIERS, ESFR, Comparison, compare
 from timm_tokens.options import option
 
@@ -58,6 +58,9 @@ def run(options: Options) -> list[Comparison]:
     checks.plot(options.plot, "or pass --no-plot")
     if bool(options.features) == bool(options.model and options.data_dir):
         raise CommandError("pass either --features FILE, or --model NAME with --data-dir FOLDER")
+    for each in (*fields(FeatureOptions), *fields(ImageOptions)):
+        if options.features and getattr(options, each.name) not in (each.default, {}):
+            raise CommandError(f"--features are ready-made: leave out {flag(each)}")
     checks.folder(options.out)
     device = checks.device(options.device)
     if options.features:

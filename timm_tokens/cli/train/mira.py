@@ -11,16 +11,15 @@ to 0 in a collapse.
 from dataclasses import dataclass
 from functools import partial
 
-from timm.data import resolve_model_data_config
-
 from timm_tokens import options as base
 from timm_tokens.cli.common.datasets import open_split
-from timm_tokens.cli.common.models import check_size, make_backbone
-from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, local_size, make_student
+from timm_tokens.cli.common.models import make_backbone
+from timm_tokens.cli.train.crops import CropOptions, crop_sides
+from timm_tokens.cli.train.objective import Objective, launch, make_student
 from timm_tokens.data import MultiCrop, swav_crops
 from timm_tokens.losses import MIRALoss
 from timm_tokens.ops import sinkhorn_assign
-from timm_tokens.options import option
+from timm_tokens.options import changed, option
 from timm_tokens.tasks import MIRATask
 from timm_tokens.training import Result
 
@@ -49,20 +48,12 @@ class ClusterOptions(base.Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CropOptions(base.Options):
-    """Crops."""
-
-    local_crops: int = option(6, "number of local crops, beside two global ones", at_least=0)
-    local_size: int | None = option(
-        None, "side of local crops in pixels (default: 96 where --img-size is 224)", at_least=1
-    )
-    global_scale: tuple[float, float] = option((0.14, 1.0), "range of a global crop's area", above=0, at_most=1)
-    local_scale: tuple[float, float] = option((0.05, 0.14), "range of a local crop's area", above=0, at_most=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(ClusterOptions, CropOptions, TrainOptions):
+class Options(ClusterOptions, CropOptions):
     """MIRA."""
+
+    local_crops: int = changed(CropOptions, "local_crops", 6)
+    global_scale: tuple[float, float] = changed(CropOptions, "global_scale", (0.14, 1.0))
+    local_scale: tuple[float, float] = changed(CropOptions, "local_scale", (0.05, 0.14))
 
 
 def run(options: Options) -> Result:
@@ -81,10 +72,7 @@ def build(options: Options) -> Objective:
         beta=options.beta, momentum=options.teacher_momentum, frozen_epochs=options.frozen_epochs,
     )  # fmt: skip
     train = open_split(options, options.train_split)
-    size = options.img_size or resolve_model_data_config(backbone)["input_size"][-1]
-    local = options.local_size or local_size(backbone, size)
-    for side, name in ((size, "--img-size"), (local, "--local-size")):
-        check_size(backbone, side, name)
-    crops = swav_crops(size, local, options.local_crops, options.global_scale, options.local_scale)
+    sides = crop_sides(options, backbone)
+    crops = swav_crops(*sides, options.local_crops, options.global_scale, options.local_scale)
     train.transform = MultiCrop.for_model(backbone, crops)
     return Objective(task, train)

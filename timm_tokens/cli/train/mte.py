@@ -18,7 +18,8 @@ from timm_tokens import options as base
 from timm_tokens.cli.common.datasets import open_split
 from timm_tokens.cli.common.models import make_backbone
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, local_size, make_student
+from timm_tokens.cli.train.crops import CropOptions, crop_sides
+from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import Crop, MultiCrop, dino_crops
 from timm_tokens.options import changed, option
 from timm_tokens.parts.aux_tokens import POOL_NORMS, POOL_WEIGHTS, AuxTokens
@@ -97,21 +98,7 @@ class TokenOptions(base.Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CropOptions(base.Options):
-    """Crops."""
-
-    local_crops: int | None = option(None, "number of local crops (default: 8, or 0 for MoBY)", at_least=0)
-    local_size: int | None = option(
-        None, "side of local crops in pixels (default: 96 where --img-size is 224)", at_least=1
-    )
-    global_scale: tuple[float, float] | None = option(
-        None, "range of a global crop's area (default: 0.4 1, or 0.08 1 for MoBY)", above=0, at_most=1
-    )
-    local_scale: tuple[float, float] = option((0.05, 0.4), "range of a local crop's area", above=0, at_most=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(LossOptions, TokenOptions, CropOptions, TrainOptions):
+class Options(LossOptions, TokenOptions, CropOptions):
     """MTE."""
 
     lr: float = changed(TrainOptions, "lr", 5e-4)
@@ -121,7 +108,6 @@ class Options(LossOptions, TokenOptions, CropOptions, TrainOptions):
     clip_grad: float | None = changed(TrainOptions, "clip_grad", 3.0)
     clip_mode: str = changed(TrainOptions, "clip_mode", "parameter")
     drop_path: float | None = changed(TrainOptions, "drop_path", 0.1)
-    val_split: str = changed(TrainOptions, "val_split", "")
 
 
 def run(options: Options) -> Result:
@@ -189,6 +175,4 @@ def _crops(options: Options, base: nn.Module) -> list[Crop]:
     moby = options.loss == "moby"
     num_local = (0 if moby else 8) if options.local_crops is None else options.local_crops
     scale = options.global_scale or ((0.08, 1.0) if moby else (0.4, 1.0))
-    size = options.img_size or base.pretrained_cfg["input_size"][1]
-    local = options.local_size or local_size(base, size)
-    return dino_crops(size, local, num_local, scale, options.local_scale)
+    return dino_crops(*crop_sides(options, base), num_local, scale, options.local_scale)

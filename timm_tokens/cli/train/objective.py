@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from timm_tokens.cli.common import checks, models
 from timm_tokens.cli.common.processes import joined
-from timm_tokens.cli.options import DeviceOptions, ModelOptions, SplitOptions
+from timm_tokens.cli.options import DeviceOptions, ImageOptions, ModelOptions
 from timm_tokens.cli.parser import CONFIG, config_of, read_config, write_config
 from timm_tokens.options import option
 from timm_tokens.tasks import TokenTask
@@ -38,11 +38,13 @@ class Objective(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(ModelOptions, SplitOptions, DeviceOptions, Settings):
+class TrainOptions(ModelOptions, ImageOptions, DeviceOptions, Settings):
     """What all objectives have."""
 
     recipe: str | None = option(
-        None, "name of a recipe, whose values are then the defaults; --list-recipes shows them (default: none)"
+        None,
+        "name of a recipe, whose values are then the defaults; --list-recipes shows them (default: none)",
+        group="Training",
     )
     model: str = option(help="name of a model in timm or in this package")
     pretrained: bool = option(False, "start from timm's pretrained weights")
@@ -51,7 +53,9 @@ class TrainOptions(ModelOptions, SplitOptions, DeviceOptions, Settings):
         metavar="FILE",
     )  # fmt: skip
     data_dir: Path = option(help="folder with train/<class>/ and val/<class>/", metavar="FOLDER")
-    val_split: str = option("val", "folder in --data-dir, or split of --dataset, to validate on; '' for none")
+    train_split: str = option(
+        "train", "folder in --data-dir, or split of --dataset, with the training images", group="Images"
+    )
     drop_path: float | None = option(
         None, "rate of stochastic depth (default: the model's own)", at_least=0, below=1, rare=True
     )
@@ -76,13 +80,6 @@ def make_student(options: TrainOptions, make: Callable[..., nn.Module] = models.
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
-
-
-def local_size(backbone: nn.Module, size: int) -> int:
-    """The side of local crops where global ones have `size`: 96 of 224, in whole patches."""
-    stem = getattr(backbone, "patch_embed", None)
-    patch = stem.patch_size[0] if hasattr(stem, "patch_size") else 1
-    return max(1, round(size * 96 / 224 / patch)) * patch
 
 
 def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> Result:

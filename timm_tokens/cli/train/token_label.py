@@ -61,6 +61,10 @@ class AugmentationOptions(base.Options):
 class Options(LabelOptions, AugmentationOptions, TrainOptions):
     """Token labeling."""
 
+    val_split: str = option(
+        "val", "folder in --data-dir, or split of --dataset, to validate on; '' for none", group="Images"
+    )
+
 
 def run(options: Options) -> Result:
     """Train; see `launch`."""

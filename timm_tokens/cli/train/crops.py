@@ -1,0 +1,39 @@
+"""Global and local crops: the options that several objectives have, and the sides that a backbone can take."""
+
+from dataclasses import dataclass
+
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from timm_tokens.cli.common.models import check_size, plain
+from timm_tokens.cli.train.objective import TrainOptions
+from timm_tokens.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropOptions(TrainOptions):
+    """Crops."""
+
+    local_crops: int | None = option(None, "number of local crops (default: 8, or 0 for MoBY)", at_least=0)
+    local_size: int | None = option(
+        None, "side of local crops in pixels (default: 96 where --img-size is 224)", at_least=1, at_most=16384
+    )
+    global_scale: tuple[float, float] | None = option(
+        None, "range of a global crop's area (default: 0.4 1, or 0.08 1 for MoBY)", above=0, at_most=1
+    )
+    local_scale: tuple[float, float] = option((0.05, 0.4), "range of a local crop's area", above=0, at_most=1)
+
+
+def crop_sides(options: CropOptions, backbone: nn.Module) -> tuple[int, int]:
+    """The sides of global and of local crops: as the options say, else the model's own, and 96 of 224 of that.
+
+    Raises:
+        CommandError: A ViT can't cut them into whole patches.
+    """
+    stem = getattr(plain(backbone), "patch_embed", None)
+    patch = stem.patch_size[0] if hasattr(stem, "patch_size") else 1
+    size = options.img_size or resolve_model_data_config(backbone)["input_size"][-1]
+    local = options.local_size or max(1, round(size * 96 / 224 / patch)) * patch
+    check_size(backbone, size)
+    check_size(backbone, local, "--local-size")
+    return size, local
