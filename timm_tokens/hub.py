@@ -41,7 +41,11 @@ def push_merger_to_hub(
         table: Results for the card, one mapping from column to value for each row; None: tokens and FLOPs by r.
         dtype: Floating-point type of the uploaded weights; None keeps theirs.
         license: For the card: an identifier such as "apache-2.0".
-        commit_message, token, revision, private, create_pr: As in huggingface_hub's `HfApi`.
+        commit_message: Message of the commit; None: huggingface_hub's.
+        token: Access token; None: the one that is stored on this machine.
+        revision: Branch to commit to; None: main.
+        private: Whether a new repository is private.
+        create_pr: Whether to open a pull request instead of committing.
 
     Raises:
         ValueError: If the model has no merger, or weights that are not finite.

@@ -156,7 +156,8 @@ class TokenViT(TimmProtocol, nn.Module):
             output_fmt: "NCHW" for maps (B, C, H, W), "NLC" for tokens (B, N, C).
             intermediates_only: Leave the final features out.
             output_dict: Return a dict with "image_intermediates", "image_intermediates_prefix", "image_features".
-            attn_mask, is_causal: What tokens may attend to, as in `forward`.
+            attn_mask: Which tokens may attend to which, as in `forward`.
+            is_causal: Whether tokens attend only to earlier ones, as in `forward`.
 
         Raises:
             ValueError: If output_fmt is unknown, or tokens merge that attn_mask or is_causal can't tell about.

@@ -42,7 +42,9 @@ def apply_dtem_merging(
             one int a block, padded with 0.
         embed_dim: Width of the learned embedding; None: a head's width, twice that from 1024 channels on.
         metric: "learned" (DTEM), or "keys": the attention's keys averaged over heads, which needs no training.
-        candidates, tau1, tau2: Of relaxed merging in training: partners considered, and the two temperatures.
+        candidates: Partners that relaxed merging considers for each token in training.
+        tau1: Temperature of the similarities in relaxed merging.
+        tau2: Temperature of the choice of pairs in relaxed merging.
         prop_attn: Whether a token counts as many times as it has members in the attention.
         flops_ratio: Instead of r: merge the fewest tokens, the same in each block, with which the FLOPs are at most
             this share of the base's.
@@ -109,7 +111,7 @@ def add_aux_tokens(
         model: A timm ViT, or a TokenViT without auxiliary tokens.
         num_cls: k_a, auxiliary class tokens. num_pooled: k_p, adaptively pooled tokens.
         kernel_size: Side of the convolution that makes the pooling weights, odd.
-        pool_weight: "spatial": one map of pooling weights a token; "channel": each channel has weights of its own.
+        pool_weight: "spatial": one map of pooling weights per token; "channel": one per token and channel.
         pool_norm: "softmax": pooling weights sum to 1; "none": they are the convolution's output.
         aux_sees_cls: Whether auxiliary class tokens attend to the class token and other prefix tokens.
         aux_sees_aux: Whether auxiliary class tokens attend to each other.
@@ -179,7 +181,8 @@ def add_mask_token(model: nn.Module) -> TokenViT:
         model: A timm ViT, or a TokenViT without mask token.
 
     Raises:
-        TypeError: If the model can't be driven. ValueError: if it has a mask token already.
+        TypeError: If the model can't be driven.
+        ValueError: If it has a mask token already.
     """
     _base_without(model, "mask_token", "has a mask token already")
     return _with_part(model, mask_token=True)

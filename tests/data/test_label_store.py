@@ -399,7 +399,7 @@ def test_a_damaged_map_is_named_and_costs_no_other(tmp_path):
     path.write_bytes(data)
     store = TokenLabelStore(tmp_path)
     assert torch.equal(store[NAMES[2]].values, label(2).values)
-    with pytest.raises(ValueError, match=rf"label of image '{NAMES[3]}' in .*{path.name} is damaged: copy the file"):
+    with pytest.raises(ValueError, match=rf"label of image '{NAMES[3]}' in .*{path.name} is corrupt: copy the file"):
         store[NAMES[3]]
 
 
@@ -431,7 +431,7 @@ def test_damaged_classes_name_the_image(tmp_path):
     write(tmp_path, NAMES)
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(index | {"num_classes": 3}))
-    with pytest.raises(ValueError, match=r"image 'class0/image_0' in .* is damaged: classes must be in \[0, 3\)"):
+    with pytest.raises(ValueError, match=r"image 'class0/image_0' in .* is corrupt: classes must be in \[0, 3\)"):
         TokenLabelStore(tmp_path)[NAMES[0]]
 
 
@@ -440,7 +440,7 @@ def test_other_damaged_indexes(tmp_path):
     with pytest.raises(ValueError, match="holds labels for 100 classes, got num_classes=10"):
         TokenLabelWriter(tmp_path, 10)
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(ValueError, match=r"index.json is damaged"):
+    with pytest.raises(ValueError, match=r"index.json is corrupt"):
         TokenLabelStore(tmp_path)
     (tmp_path / "index.json").write_text('{"format": "other", "version": 2}')
     with pytest.raises(ValueError, match="got 'other', version 2"):

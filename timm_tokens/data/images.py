@@ -20,7 +20,7 @@ class Images(Dataset):
 
     Args:
         dataset: Such as timm's `ImageDataset`, or torchvision's data sets; its own transform is not used.
-        transform: Of PIL images in RGB; None: the images themselves.
+        transform: Applied to PIL images in RGB; None: the images themselves.
         rows: Numbers, in the data set, of the images that are used; None: all.
         left_out: Names of files that are not used, by the reason; None: those that the data set's reader left out.
 

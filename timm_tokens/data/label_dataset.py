@@ -48,7 +48,7 @@ class TokenLabelDataset(Dataset):
     Raises:
         TypeError: the data set is a stream.
         KeyError: on reading, an image has no label; names the image.
-        OSError: on reading, an image is damaged; names the image.
+        OSError: on reading, an image is corrupt; names the image.
     """
 
     def __init__(self, dataset: Dataset, labels: Mapping[str, LabelMap], transform: Callable[[Image.Image], View]):

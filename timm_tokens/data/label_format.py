@@ -81,7 +81,7 @@ def read_label_file(path: str | Path, name: str | None = None) -> LabelMap:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch.load raises many kinds for a damaged file
+    except Exception as error:  # torch.load raises many kinds for a corrupt file
         raise ValueError(f"label file of {name!r} can't be read, make it again: {path}: {error}") from error
     if not isinstance(stored, Tensor) or stored.ndim != 4 or len(stored) != 2:
         got = tuple(stored.shape) if isinstance(stored, Tensor) else type(stored).__name__

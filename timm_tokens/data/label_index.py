@@ -42,7 +42,7 @@ def read_index(folder: Path) -> Index | None:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and run the writer again") from error
+        raise ValueError(f"{path} is corrupt ({error}): delete it and run the writer again") from error
     if not isinstance(index, dict):
         raise ValueError(f"{path} must hold the index of a label store, got a {type(index).__name__}")
     if index.get("format") != FORMAT or index.get("version") != VERSION:
@@ -90,7 +90,7 @@ def _checked(path: Path, index: dict[str, Any]) -> Index:
     else:
         wrong = next((_wrong_entry(shard) for shard in shards if _wrong_entry(shard)), None)
     if wrong is not None:
-        raise ValueError(f"{path} is damaged ({wrong}): delete it and run the writer again")
+        raise ValueError(f"{path} is corrupt ({wrong}): delete it and run the writer again")
     entries = tuple(ShardEntry(shard["file"], shard["bytes"], shard.get("digest")) for shard in shards)
     return Index(num_classes, None if shape is None else tuple(shape), entries)
 

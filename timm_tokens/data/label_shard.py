@@ -20,12 +20,12 @@ class Shard(NamedTuple):
     """A shard of n maps, memory-mapped.
 
     Attributes:
-        path: of the file.
+        path: The shard's file.
         values, indices: (n, top, H, W) float16 and int32.
         keys: (n,) int64, see `name_key`.
         names: the image ids one after the other, as UTF-8.
         name_ends: n + 1 places in them, from 0 on.
-        checksums: of each map; None in stores of old.
+        checksums: Checksum of each map; None in stores of older versions.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class Shard(NamedTuple):
         label = LabelMap(self.values[row].clone(), self.indices[row].clone())
         if self.checksums is not None and checksum(label) != self.checksums[row]:
             raise ValueError(
-                f"label of image {self.name(row)!r} in {self.path} is damaged: copy the file again, or delete it and "
+                f"label of image {self.name(row)!r} in {self.path} is corrupt: copy the file again, or delete it and "
                 "annotate again"
             )
         return label
@@ -85,10 +85,10 @@ def load_shard(path: Path, digest: str | None = None) -> Shard:
     """Memory-map one shard and check its directory: header, names and checksums, which its maps are checked by later.
 
     Args:
-        digest: of the directory, as `directory_digest` gives it.
+        digest: Digest of the directory, as `directory_digest` gives it.
 
     Raises:
-        ValueError: it is damaged; names the file.
+        ValueError: The shard is corrupt; names the file.
     """
     try:
         tensors = load_file(path)

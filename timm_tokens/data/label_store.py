@@ -25,7 +25,7 @@ class TokenLabelStore(Mapping[str, LabelMap]):
     A folder without one is read as the published layout, `<class folder>/<image>.pt`.
 
     Args:
-        folder: of a `TokenLabelWriter`, or of `.pt` files.
+        folder: Folder of a `TokenLabelWriter`, or of `.pt` files.
         num_classes: K, of `.pt` files, which don't say; a store of another number is refused.
 
     Attributes:
@@ -33,8 +33,8 @@ class TokenLabelStore(Mapping[str, LabelMap]):
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it that is a label.
-        ValueError: the index or a shard is damaged, names the file; the labels are over another number of classes; on
-            reading, a label is damaged or has a class outside [0, K), names the image.
+        ValueError: The index or a shard is corrupt, names the file; the labels are over another number of classes; on
+            reading, a label is corrupt or has a class outside [0, K), names the image.
         KeyError: on reading, an image has no label.
     """
 
@@ -63,7 +63,7 @@ class TokenLabelStore(Mapping[str, LabelMap]):
         low, high = (int(x) for x in label.indices.aminmax())
         if low < 0 or high >= self.num_classes:  # found here, and not as an illegal access on a GPU
             raise ValueError(
-                f"label of image {name!r} in {self.folder} is damaged: classes must be in [0, {self.num_classes}), "
+                f"label of image {name!r} in {self.folder} is corrupt: classes must be in [0, {self.num_classes}), "
                 f"got {low} to {high}: annotate it again"
             )
         return label

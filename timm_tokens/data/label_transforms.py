@@ -44,9 +44,9 @@ class TokenLabelTransform:
         vflip: probability of an upside-down flip.
         auto_augment: RandAugment as timm writes it, such as "rand-m9-mstd0.5-inc1"; None for none.
         interpolation: "bicubic", "bilinear", ..., or "random", one of these two for each view.
-        mean: of the normalisation, a value a channel; one value makes the views grey. RandAugment fills with it what
-            comes from outside the image.
-        std: of the normalisation.
+        mean: Mean of the normalisation, one value per channel; a single value makes views grey. RandAugment fills
+            with it what comes from outside the image.
+        std: Standard deviation of the normalisation.
         normalize: False for uint8 images, which timm's `PrefetchLoader` normalises, and erases, itself.
         re_prob: probability of random erasing.
         re_mode: "pixel" fills erased boxes with noise, "rand" with one random colour, "const" with 0.

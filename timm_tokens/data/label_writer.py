@@ -178,7 +178,7 @@ def pack_labels(source: str | Path, folder: str | Path, num_classes: int, *, sha
     """Convert labels, such as the published `.pt` files, into shards. A killed conversion continues when repeated.
 
     Raises:
-        ValueError: a label is damaged or has a class outside [0, num_classes); names the image.
+        ValueError: a label is corrupt or has a class outside [0, num_classes); names the image.
     """
     labels = TokenLabelStore(source)
     with TokenLabelWriter(folder, num_classes, shard_size=shard_size) as writer:

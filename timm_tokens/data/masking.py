@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of the CPU: one for the whole batch, one for each image, or torch's own
+# On the CPU: one for the whole batch, one for each image, or torch's own
 Generator = torch.Generator | Sequence[torch.Generator] | None
 _ROUNDS = 100  # 5 to 20 do, unless nearly everything is to be masked
 
@@ -32,7 +32,7 @@ def block_masks(
         batch: B, where count is one number.
         min_block: The least area of a rectangle, in patches; None: a ninth of the grid, 16 of 14 x 14.
         aspect: Range of height over width.
-        generator: Of the CPU; a sequence of them, one for each image, makes masks that do not depend on the batch.
+        generator: On the CPU; a sequence of them, one for each image, makes masks that do not depend on the batch.
 
     Returns:
         (B, H W) bool, True where masked, on the CPU.

@@ -87,8 +87,8 @@ class MultiCrop:
 
     Args:
         crops: The kinds of crops.
-        mean: Of the normalisation, a value a channel; one value makes the crops grey.
-        std: Of the normalisation.
+        mean: Mean of the normalisation, one value per channel; a single value makes the crops grey.
+        std: Standard deviation of the normalisation.
         interpolation: "bicubic", "bilinear" or "nearest".
 
     Raises:

@@ -44,7 +44,7 @@ def bd_cspn(support: Tensor, labels: Tensor, query: Tensor, temperature: float =
         support: (T, S, D).
         labels: (T, S) or (S,).
         query: (T, Q, D).
-        temperature: of the softmax.
+        temperature: Temperature of the softmax.
 
     Returns:
         Minus the distances to the rectified class means, (T, Q, K).

@@ -61,12 +61,15 @@ def compare(
     """Draws episodes and classifies each with every classifier, without and with ESFR.
 
     Args:
-        features: (N, D), one row an image.
+        features: (N, D), one row per image.
         labels: (N,).
-        ways, shots, queries, episodes: as in `sample_episodes`.
+        ways: Classes in an episode.
+        shots: Labelled samples of each class.
+        queries: Samples of each class to classify.
+        episodes: Number of episodes.
         classifiers: names out of CLASSIFIERS.
         esfr: None: with the published settings.
-        generator: of the episodes and of ESFR.
+        generator: Random generator of the episodes and of ESFR.
         progress: wraps the iterable of episode blocks, as tqdm does.
 
     Returns:

@@ -17,7 +17,7 @@ class Run:
 
     Args:
         features: prepared episodes, (T, M, D).
-        labels: of their support, (T, S); S = 0 without.
+        labels: (T, S) labels of the support; S = 0 without.
         seeds: T * num_nets, one for every net of the first episode, then of the second, and so on.
         weights: initial weights, 4 tensors (num_nets, D, D), the same for all the episodes; None: drawn.
         lr: Adam's learning rate.

@@ -7,10 +7,10 @@ from timm_tokens.distributed import all_reduce_sum, batch_size
 
 
 class Center(nn.Module):
-    """Exponential moving average of logits over the joined batch of all processes, taken off them.
+    """Exponential moving average of logits over the global batch, subtracted from them.
 
     Args:
-        *shape: Of what is averaged: (K,), or (T, K) for a centre a token.
+        *shape: Shape of what is averaged: (K,), or (T, K) for one centre per token.
         momentum: Share of the old value that is kept at each update.
 
     Raises:

@@ -25,7 +25,7 @@ class DINOLoss(nn.Module):
         num_prototypes: K.
         tau_student: Temperature of the student.
         tau_teacher: Temperature of the teacher; 0.04 at first, up to 0.07 later, in the paper.
-        center_momentum: Of the centre, see `Center`.
+        center_momentum: Momentum of the centre; see `Center`.
         num_tokens: T, centres: one for each token that `MTELoss` compares; DINO itself has one.
 
     Raises:

@@ -38,7 +38,7 @@ def dtm_loss(
     """The distance between student and teacher tokens, both morphed by the teacher's groups, averaged over schedules.
 
     The tokens of a group are all the same after morphing, so the mean over tokens is one over groups, weighed by their
-    sizes. Where processes count different numbers of tokens, the average over processes is the joined batch's loss.
+    sizes. Where processes count different numbers of tokens, the average over processes is the global batch's loss.
 
     Args:
         student: (B, N, C).
@@ -148,7 +148,7 @@ class DTMLoss(nn.Module):
             teacher: (B, N, C) tokens of the unmasked image.
             mask: (B, N) bool, the tokens to count, for a loss on masked ones alone; None: all.
             schedules: Instead of the loss's own.
-            generator: Of the CPU, for the draws.
+            generator: Random generator of the draws, on the CPU.
         """
         if schedules is None and self.rounds is not None:
             schedules = [self.rounds]

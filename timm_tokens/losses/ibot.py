@@ -1,4 +1,4 @@
-"""The patch loss of iBOT (arXiv 2111.07832): guess what the teacher makes of the patches that were masked."""
+"""The patch loss of iBOT (arXiv 2111.07832): predict what the teacher makes of the patches that were masked."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ class IBOTPatchLoss(nn.Module):
         num_prototypes: K.
         tau_student: Temperature of the student.
         tau_teacher: Temperature of the teacher.
-        center_momentum: Of the centre, see `Center`.
+        center_momentum: Momentum of the centre; see `Center`.
 
     Raises:
         ValueError: If a temperature is not positive, when building; if shapes don't fit, when called.

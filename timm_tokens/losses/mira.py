@@ -16,8 +16,8 @@ class MIRATerms(NamedTuple):
 
     Attributes:
         loss: The only one with a gradient.
-        entropy: Of a sample's pseudo-label, in nats, as the other two; all averaged over the teacher's views.
-        marginal_entropy: Of the average pseudo-label; it falls towards 0 when the prototypes collapse.
+        entropy: Entropy of a sample's pseudo-label, in nats; all three are averaged over the teacher's views.
+        marginal_entropy: Entropy of the average pseudo-label; it falls towards 0 when training collapses.
         mutual_information: Marginal entropy less entropy, which the assignment raises.
     """
 
@@ -31,7 +31,7 @@ def mira_loss(student: Sequence[Tensor], assignments: Sequence[Tensor], tau: flo
     """Cross entropy between the pseudo-labels of each view and the student's prediction on every other view.
 
     Averaged over the pairs of views and the samples. With processes that hold different numbers of samples, the average
-    over processes is what the joined batch gives.
+    over processes is what the global batch gives.
 
     Args:
         student: V logits (B, K); the first are of the views in assignments, in their order.
@@ -67,7 +67,7 @@ class MIRALoss(nn.Module):
         tau_student: Temperature of the student's predictions.
         tau_teacher: Temperature of the teacher's logits.
         beta: Strength of the mutual information, in [0, 1); the default of `forward`.
-        iterations: Of the fixed point.
+        iterations: Fixed-point iterations.
         assign: Instead of `mira_assign`, the teacher's logits (B, K) to pseudo-labels (B, K); as `sinkhorn_assign`.
             tau_teacher, beta and iterations then have no say.
 

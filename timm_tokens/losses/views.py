@@ -18,10 +18,10 @@ def cross_view_losses(compare: Compare, student: Sequence[Tensor], targets: Sequ
     Args:
         compare: The loss of one view of the student towards targets from other views.
         student: V views (B, T, K), first those of the teacher, in its order. Later ones may lack the last tokens.
-        targets: Of the teacher's views, (B, T, K), or (B, 1, K) for all tokens.
+        targets: Targets of the teacher's views, (B, T, K), or (B, 1, K) for all tokens.
 
     Returns:
-        (T,), the batch's mean. The average of it over processes is what the joined batch gives, sizes may differ.
+        (T,), the batch's mean. Its average over processes is what the global batch gives; sizes may differ.
 
     Raises:
         ValueError: If there is no pair of views.

@@ -21,7 +21,7 @@ class ConvStem(PatchEmbed):
     Args:
         width: Channels of the convolutions.
         patch_size: Side of a patch in pixels of the image, even.
-        options: Of timm's PatchEmbed.
+        options: Further arguments of timm's PatchEmbed.
     """
 
     def __init__(self, width: int = 64, *, patch_size: int = 16, in_chans: int = 3, embed_dim: int, **options: Any):
@@ -95,7 +95,7 @@ def lvvit_base(*, skip_lam: float = 1.0, stem_width: int = 64, **options: Any) -
     Args:
         skip_lam: What both residual branches of a block are divided by.
         stem_width: Channels of the stem's convolutions.
-        options: Of timm's VisionTransformer.
+        options: Further arguments of timm's VisionTransformer.
     """
     return VisionTransformer(
         **{"mlp_ratio": 3.0, "qkv_bias": False, "norm_layer": partial(LayerNorm, eps=1e-5)} | options,

@@ -18,8 +18,8 @@ class Information(NamedTuple):
     """What an assignment says, in nats: scalars on the device.
 
     Attributes:
-        entropy: Of the assignment of a sample, averaged over the samples: 0 where each has one prototype.
-        marginal_entropy: Of the average assignment: log K where all prototypes are used alike.
+        entropy: Entropy of a sample's assignment, averaged over samples; 0 where each has one prototype.
+        marginal_entropy: Entropy of the average assignment; log K where all prototypes are used alike.
         mutual_information: Between sample and prototype: the marginal entropy less the entropy.
     """
 
@@ -36,13 +36,13 @@ def mira_assign(logits: Tensor, tau: float, beta: float, iterations: int = 30) -
 
         w_bj = p_bj m_j^(-beta) / row_b,    row_b = sum_j p_bj m_j^(-beta),    m_j = mean_b p_bj / row_b
 
-    with p = softmax(z / (tau (1 - beta))), iterated from row = 1. The mean runs over the joined batch of all processes.
+    with p = softmax(z / (tau (1 - beta))), iterated from row = 1. The mean is over the global batch.
 
     Args:
         logits: (B, K) z, any finite values.
         tau: Temperature of the logits.
         beta: Strength of the information, in [0, 1). 0 is the softmax.
-        iterations: Of the fixed point; each brings it closer by about the factor beta.
+        iterations: Fixed-point iterations; each reduces the error by about the factor beta.
 
     Returns:
         (B, K) of float32 (float64 for float64), rows that sum to 1. No gradient passes. A beta above about 0.87 is
@@ -102,7 +102,7 @@ def _log_range(beta: float, num_prototypes: int) -> float:
 
 
 def _fits(dtype: torch.dtype, beta: float, num_prototypes: int) -> bool:
-    """Whether no sum or reciprocal in `_solve` can leave dtype's range: of 3000 prototypes and float32, beta < 0.87."""
+    """Whether no sum or reciprocal in `_solve` leaves dtype's range: for 3000 prototypes and float32, beta < 0.87."""
     largest = _log_range(beta, num_prototypes) / 2 + math.log(_LARGEST_BATCH * num_prototypes)
     return largest < -math.log(torch.finfo(dtype).tiny) - 2
 

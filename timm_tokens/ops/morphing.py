@@ -35,7 +35,7 @@ def draw_morph_rounds(
         min_tokens: Fewest tokens to end with, the prefix not counted.
         max_rounds: Most rounds.
         num_prefix_tokens: P, leading tokens that never merge.
-        generator: Of the CPU: the draw is of Python ints, and one on a device would have to be waited for.
+        generator: On the CPU, because the draw gives Python ints and one on a device would have to be waited for.
 
     Raises:
         ValueError: If min_tokens is not between 0 and N - P, or max_rounds is not positive.

@@ -119,9 +119,11 @@ def relaxed_merge(
         size: (B, N) float32 sizes.
         metric: (B, N, E) what tokens are compared by, by cosine.
         r: Tokens to merge; at most half of the effective ones after the prefix are.
-        effective: How many tokens are still in the game, prefix included: N at first.
+        effective: Number of active tokens, prefix included: N at first.
         num_prefix_tokens: Leading tokens that take no part.
-        tau1, tau2, candidates: As in `relaxed_top_k`.
+        tau1: Temperature of the similarities; see `relaxed_top_k`.
+        tau2: Temperature of the choice of pairs; see `relaxed_top_k`.
+        candidates: Partners considered for each token; see `relaxed_top_k`.
 
     Returns:
         Tokens (B, N, C) and sizes (B, N), the effective ones sorted by size, and the new effective count.

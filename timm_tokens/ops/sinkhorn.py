@@ -15,7 +15,7 @@ from timm_tokens.distributed import batch_logmeanexp
 def sinkhorn_assign(logits: Tensor, tau: float = 0.05, iterations: int = 3) -> Tensor:
     """Assign samples to prototypes, each prototype to an equal share of the batch: the common rival of `mira_assign`.
 
-    Starting from exp(z / tau), each iteration scales the columns to equal sums over the joined batch of all processes,
+    Starting from exp(z / tau), each iteration scales the columns to equal sums over the global batch,
     and then the rows to 1.
 
     Args:

@@ -29,9 +29,9 @@ class TokenLabelHead(nn.Module):
     a classifier of its own, and the base stays as it is.
 
     Args:
-        embed_dim: C, the width of the tokens.
+        embed_dim: C, dimension of the tokens.
         num_classes: K.
-        own_classifier: None, or the width of the base's pooled features, to classify them here.
+        own_classifier: None, or the dimension of the base's pooled features, to classify them here.
         pool: "max" or "avg" over the tokens' logits.
         pool_weight: Weight of the pooled logits in inference.
 

@@ -15,7 +15,7 @@ METRICS = ("learned", "keys")
 
 
 class Merged(NamedTuple):
-    """Tokens after a merge: x (B, N, C), size (B, N), how many are still in the game, and what was merged."""
+    """Tokens after a merge: x (B, N, C), size (B, N), how many are active, and what was merged."""
 
     x: Tensor
     size: Tensor
@@ -34,7 +34,7 @@ class TokenMerger(nn.Module):
     Args:
         base: The timm ViT whose tokens are merged; only its shapes and its keys are read, it is not kept.
         r: Tokens to merge in each block, as in `timm_tokens.ops.schedule`.
-        embed_dim: E, the width of the embedding; None: a head's width, and twice that from 1024 channels on.
+        embed_dim: E, dimension of the embedding; None: a head's dimension, and twice that from 1024 channels on.
         metric: What tokens are compared by: "learned", the embeddings; "keys", the attention's keys averaged over
             heads, which needs no training and merges outright in training too.
         candidates: Partners considered for each token in training.
@@ -129,7 +129,7 @@ class TokenMerger(nn.Module):
         Args:
             y: (B, N, C) what the block's attention reads.
             r: How many tokens to merge away, from `count`.
-            effective: How many tokens are still in the game: N, or less after relaxed merges.
+            effective: Number of active tokens: N, or less after relaxed merges.
             num_prefix_tokens: Leading tokens that don't merge.
         """
         if not self.relaxed:

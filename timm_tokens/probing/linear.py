@@ -59,10 +59,17 @@ def linear_probe(
     the whole training set. `features` and `labels` decide nothing: they are only scored, once.
 
     Args:
-        train_features, train_labels, features, labels: (M, D), on the device that computes, (M,), (N, D) and (N,).
-        lrs: to choose from. epochs, batch_size, momentum, weight_decay: of SGD.
-        held_out: share of the training set that chooses.
-        generator: on the CPU, of the split and the order; None: one with seed 0, so that results repeat.
+        train_features: (M, D), on the device that computes.
+        train_labels: (M,) int64.
+        features: (N, D) to score.
+        labels: (N,) int64.
+        lrs: Learning rates to choose from.
+        epochs: Passes over the training set.
+        batch_size: Rows in a batch.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
+        held_out: Share of the training set that chooses the learning rate.
+        generator: Random generator of the split and the order, on the CPU; None: one with seed 0, so results repeat.
 
     Raises:
         ValueError: shapes do not fit, features are not finite, there is nothing to hold out, or an argument is out of

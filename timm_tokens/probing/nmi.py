@@ -67,6 +67,6 @@ def ensemble_nmi(probabilities: Tensor, labels: Tensor) -> list[float]:
 
 
 def _entropy(x: Tensor) -> float:
-    """Of the frequencies of the integers in x (N,), in nats."""
+    """Entropy, in nats, of the frequencies of the integers in x (N,)."""
     share = x.unique(return_counts=True)[1].double() / len(x)
     return -float((share * share.log()).sum())

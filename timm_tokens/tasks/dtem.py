@@ -39,7 +39,7 @@ class DTEMTask(TokenTask):
             draws one, the same on all processes, so that one merger learns to serve every r. None: as the merger is
             set, which it always is between steps.
         criterion: Compares a student's outputs with a teacher's; None: `DistillLoss()`.
-        seed: Of the run.
+        seed: Seed of the run.
 
     Raises:
         TypeError: If r is neither an int nor a pair of ints.

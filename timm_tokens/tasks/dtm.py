@@ -52,7 +52,7 @@ class DTMTask(TokenTask):
         mask_ratio: Share of the patches that are masked.
         masked_only: Whether the masked tokens alone count in the loss; all of them take part in the morphing.
         teacher_head: Whether the targets go through the teacher's classifier: CLIP's projection.
-        seed: Of masks and draws.
+        seed: Seed of masks and draws.
 
     Raises:
         TypeError: If the student can't be driven.

@@ -26,7 +26,7 @@ class PooledTokens(nn.Module):
         base: A timm model with num_classes=0 whose forward_features gives a map, (B, C, H, W) or, as its `output_fmt`
             says, (B, H, W, C): conv nets, Swin.
         num_pooled: k_p; with 0 the global feature is all.
-        pool_options: Of `AdaptivePool`.
+        pool_options: Further arguments of `AdaptivePool`.
     """
 
     def __init__(self, base: nn.Module, num_pooled: int = 6, **pool_options: int | str) -> None:

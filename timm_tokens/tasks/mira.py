@@ -67,9 +67,9 @@ class MIRATask(TokenTask):
         width: D.
         global_crops: How many crops, the first, the teacher sees.
         beta: Strength of the information, from and to, along half a cosine; each in [0, 1).
-        momentum: Of the teacher's average, from and to, likewise.
+        momentum: Momentum of the teacher's average at the start and at the end, following half a cosine.
         frozen_epochs: For so long the prototypes do not learn.
-        seed: Of the run.
+        seed: Seed of the run.
 
     Raises:
         ValueError: If the backbone has a classifier, or a value is out of its range.

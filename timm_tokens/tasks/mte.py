@@ -28,27 +28,32 @@ class MTETask(TokenTask):
 
     A plain ViT is trained by the objective itself. The student sees all crops of an image; its teacher, a moving
     average of the student, head and all, sees the global ones. What comes out is `product`, a plain timm model, which
-    the auxiliary tokens are no part of: the teacher's, but of MoBY the student's, as in the papers.
+    the auxiliary tokens are no part of: the teacher's backbone, or the student's for MoBY, as in the papers.
 
     Args:
         model: A TokenViT by `add_aux_tokens`, a plain timm ViT, or `PooledTokens` around any other timm model; with
             num_classes=0, and a ViT with dynamic_img_size=True if crops have several sizes. iBOT's mask token is added.
         objective: "dino", "ibot" (DINO and its patch loss) or "moby", which takes two crops.
         num_prototypes: K; None: the objective's, 65536 or 8192.
-        hidden: Width of the heads' hidden layers; None: the objective's. width: of what they project to.
+        hidden: Dimension of the heads' hidden layers; None: the objective's.
+        width: Dimension that the heads project to.
         learn_scale: Whether prototypes learn their lengths (norm_last_layer=False).
         heads: "kind": a head for each kind of token; "shared": one for all.
         batch_norm: Whether the heads of DINO and iBOT have batch norm, as MoBY's always do. Not so in the papers, but
             where a run is short it keeps the images apart, see docs/mte.md.
-        aux_target, include_global, global_weight: Of `MTELoss`.
+        aux_target: What auxiliary tokens learn from; see `MTELoss`.
+        include_global: Whether the global token is a member of the ensemble; see `MTELoss`.
+        global_weight: Weight of the global token in the loss; see `MTELoss`.
         aux_on_local: Whether the student's local crops have auxiliary tokens, too, where they cost most.
         global_crops: How many crops, the first, the teacher sees.
         tau_teacher: From and to, in a line over the first tau_epochs.
-        momentum: Of the teacher, from and to along a cosine; None: the objective's, to 1.
-        frozen_epochs: For so long the prototypes do not learn.
-        mask_ratio, mask_prob: Of iBOT's masks, see `random_ratio_masks`. patch_weight: of its patch loss.
-        queue_size: Of MoBY.
-        seed: Of the run.
+        momentum: Momentum of the teacher at the start and at the end, following a cosine; None: the objective's, to 1.
+        frozen_epochs: Epochs at the start in which prototypes are frozen.
+        mask_ratio: iBOT: range of the share of masked patches; see `random_ratio_masks`.
+        mask_prob: iBOT: probability that an image is masked.
+        patch_weight: iBOT: weight of the patch loss.
+        queue_size: MoBY: length of the key queue.
+        seed: Seed of the run.
 
     Raises:
         ValueError: If the model has a classifier, or a value is out of its range.

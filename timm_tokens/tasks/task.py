@@ -39,10 +39,10 @@ class TokenTask(TrainingTask):
 
     Args:
         trainable_module: Everything with gradients, as one module.
-        seed: Of the run; the trainer sets it.
+        seed: Seed of the run; the trainer sets it.
 
     Attributes:
-        find_unused_parameters: Of DDP; set it True in a task of which a step may leave parameters without gradients.
+        find_unused_parameters: DDP's argument; set it in a task whose steps may leave parameters without gradients.
     """
 
     find_unused_parameters = False

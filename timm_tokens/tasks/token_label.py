@@ -29,8 +29,8 @@ class TokenLabelTask(TokenTask):
         mix: Whether to mix the patches of two images in a random box (MixToken). Partners are neighbours in the batch,
             the first and the second, the third and the fourth, ..., and a step has one box. So on several processes, or
             in accumulated parts, that hold an even number of images each, it is what it is for the whole batch at once.
-        num_classes: Of the labels, to be checked against the model's; None: not checked.
-        seed: Of the run.
+        num_classes: Number of classes of the labels, checked against the model's; None: not checked.
+        seed: Seed of the run.
 
     Raises:
         ValueError: The labels have other classes than the model.

@@ -72,7 +72,7 @@ class TokenTeacher(nn.Module):
         return self.vit.get_classifier()(getattr(self.vit, "fc_norm", nn.Identity())(tokens))
 
     def _check_tokens(self) -> int:
-        """The width of the tokens.
+        """The dimension of the tokens.
 
         Raises:
             ValueError: If there is not one token a patch.

@@ -33,7 +33,7 @@ class ViewEncoder(nn.Module):
     """An encoder of crops of several sizes, and the prototypes or the predictor that tell views apart.
 
     Args:
-        encoder: Of images of one size.
+        encoder: Encodes images of one size.
         prototypes: (..., D) -> (..., K), shared by tokens of all kinds and by patches; None for contrastive methods.
         predictor: (B, T, D) -> (B, T, D) of the student alone, or None.
     """
@@ -57,7 +57,7 @@ class ViewEncoder(nn.Module):
 
         Args:
             num_global: How many crops are global.
-            aux_on_local: Whether the others have auxiliary tokens, too.
+            aux_on_local: Whether local crops have auxiliary tokens too.
             mask: (num_global B, N) of the global crops; patches: (M,) of them; see `Encoder`.
         """
         batch, encoded = len(crops[0]), self.encoder(torch.cat(list(crops[:num_global])), mask=mask, patches=patches)

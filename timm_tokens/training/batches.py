@@ -15,7 +15,7 @@ from timm_tokens.training.settings import Settings
 
 
 class Plan(NamedTuple):
-    """How long a run is. A joined batch is that of all processes and of all accumulated parts."""
+    """How long a run is. The global batch is that of all processes and all accumulated parts."""
 
     joined_batch: int
     steps_per_epoch: int
@@ -23,11 +23,11 @@ class Plan(NamedTuple):
 
 
 def plan(dataset: Dataset, settings: Settings) -> Plan:
-    """The plan of a run over an indexed data set; what doesn't fill a joined batch is left to other epochs.
+    """The plan of a run over an indexed data set; what does not fill a global batch is left to other epochs.
 
     Raises:
         TypeError: The data set is a stream.
-        ValueError: It has fewer images than a joined batch.
+        ValueError: It has fewer images than a global batch.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(f"{type(dataset).__name__} is a stream: training takes data sets with a length and an index")
@@ -45,11 +45,11 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
     """The batches of this process, from a step on to the end of the run: lists of (epoch, index).
 
     An epoch's order depends on (seed, epoch). A step takes the next part of it, cut first into accumulated parts and
-    then into processes: so two processes together see what one with the joined batch sees.
+    then into processes: so two processes together see what one with the global batch sees.
 
     Args:
-        length: of the data set.
-        plan: of the run.
+        length: Images in the data set.
+        plan: How long the run is.
         settings: batch_size, accumulate and seed.
         start: the first step.
     """

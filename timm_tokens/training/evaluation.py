@@ -21,7 +21,8 @@ class Accuracy:
 
     Args:
         dataset: Indexed, with the transform of validation.
-        batch_size, workers: Of the loader.
+        batch_size: Images in each batch.
+        workers: Processes that load images.
         topk: Which accuracies: "top1", ...; the first chooses the best model.
     """
 

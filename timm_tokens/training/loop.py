@@ -57,7 +57,7 @@ def train(
     Args:
         task: On any device; it is moved.
         dataset: Items by index, (input, target).
-        settings: Of the run.
+        settings: Settings of the run.
         collate: Makes a batch (input, target) of a list of items; None: torch's default.
         evaluate: Metrics of the product, called on all processes. By the first of them, higher being better, the best
             model is chosen.

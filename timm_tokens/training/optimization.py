@@ -19,8 +19,8 @@ class Optimization:
 
     Args:
         module: What is trained, not yet wrapped in DDP.
-        settings: Of the run.
-        plan: Of the run.
+        settings: Settings of the run.
+        plan: How long the run is.
 
     Raises:
         ValueError: The warm-up is longer than the run, or timm doesn't know the optimizer.

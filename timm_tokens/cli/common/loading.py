@@ -1,4 +1,4 @@
-"""Batches of a data set's images, where a damaged image costs no other."""
+"""Batches of a data set's images, where corrupt images are reported and skipped."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ def batches(
 ) -> Iterator[Batch]:
     """The images in order, or those of the numbers in `chosen`; `more` is for torch's DataLoader.
 
-    A stream is read as timm reads it: a damaged image is left out, with a warning.
+    A stream is read as timm reads it: a corrupt image is left out, with a warning.
     """
     loading = {"batch_size": options.batch_size, "num_workers": options.workers} | more
     if isinstance(dataset, IterableDataset):
