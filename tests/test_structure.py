@@ -43,6 +43,8 @@ ALLOWED = {  # what may import what, inside the package
     "options": set(),
     "startup": set(),
     "stopping": set(),
+    "checkpoint_file": {"digests"},
+    "weights": {"checkpoint_file", "loading"},
     "peers": {"distributed", "stopping"},
     "tasks": {"tasks", "vit", "wrap", "outputs", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
     "training": {
