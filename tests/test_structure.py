@@ -45,6 +45,7 @@ ALLOWED = {  # what may import what, inside the package
     "stopping": set(),
     "checkpoint_file": {"digests"},
     "weights": {"checkpoint_file", "loading"},
+    "filling": {"loading"},
     "peers": {"distributed", "stopping"},
     "tasks": {"tasks", "vit", "wrap", "outputs", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
     "training": {

@@ -16,7 +16,8 @@ from torch import nn
 import timm_tokens
 from timm_tokens.checkpoint_file import read_checkpoint
 from timm_tokens.digests import save_tensors
-from timm_tokens.weights import find_weights, load_weights
+from timm_tokens.filling import fill
+from timm_tokens.weights import find_weights, read_weights
 
 
 def vit(seed=0, **kwargs):
@@ -88,7 +89,7 @@ def saved(tmp_path):
 
 def test_where_one_fits_it_is_found(saved):
     for name, layout in LAYOUTS.items():
-        assert same(load_weights(saved(layout), vit()), A), name
+        assert same(read_weights(saved(layout), vit()), A), name
 
 
 def test_where_several_fit_a_key_is_asked_for(saved):
@@ -97,9 +98,9 @@ def test_where_several_fit_a_key_is_asked_for(saved):
         with pytest.raises(
             ValueError, match=r"checkpoint.pth: several weights in it fit the model: .*checkpoint_key: "
         ):
-            load_weights(path, vit())
+            read_weights(path, vit())
         for key, model in keys.items():
-            assert same(load_weights(path, vit(), key), model), (name, key)
+            assert same(read_weights(path, vit(), key), model), (name, key)
     with pytest.raises(ValueError, match=r"by checkpoint_key: student.module.backbone, teacher.backbone$"):
         find_weights(SEVERAL["DINO"][0], vit())
 
@@ -109,7 +110,7 @@ def test_the_one_that_fits_is_taken_among_models_of_other_sizes():
     checkpoint = {"student": prefixed(small, "module.backbone."), "teacher": prefixed(large, "backbone.")}
     assert same(find_weights(checkpoint, vit(embed_dim=32, num_heads=2)), small)
     assert same(find_weights(checkpoint, vit(depth=8)), large)
-    with pytest.raises(ValueError, match=r"of the \d+ weights of the model don't fit: .* is \(\d.* there and"):
+    with pytest.raises(ValueError, match=r"of whose \d+ weights it lacks \d+: .* is \(\d.* there and"):
         find_weights(checkpoint, vit(embed_dim=48))
 
 
@@ -139,7 +140,7 @@ def test_openai_names(saved):
     path = saved({"state_dict": prefixed(clip, "module.")})
     shape = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2)
     model = timm.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=64, **shape)
-    model.load_state_dict(load_weights(path, model))
+    model.load_state_dict(read_weights(path, model))
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), clip.eval().encode_image(x), atol=1e-4, rtol=1e-3)
@@ -182,12 +183,12 @@ class Evil:
         ({}, "it has no weights of the model; it has nothing"),
         ({"a": 1, "teacher": {"x": torch.ones(1)}}, "it has no weights of the model; it has a, teacher"),
         (nn.Linear(2, 2).state_dict(), "it has no weights of the model; it has weight, bias"),
-        (vit(embed_dim=32, num_heads=2).state_dict(), r"don't fit: .* is \(.*32\) there and \(.*64\) in the model"),
+        (vit(embed_dim=32, num_heads=2).state_dict(), r"it doesn't fit .* is \(.*32\) there and \(.*64\) in the model"),
     ],
 )  # fmt: skip
 def test_what_is_no_checkpoint_of_the_model(content, message, saved):
     with pytest.raises(ValueError, match=f"checkpoint.pth: .*{message}") as error:
-        load_weights(saved(content), vit())
+        read_weights(saved(content), vit())
     assert "\n" not in str(error.value)
 
 
@@ -225,10 +226,50 @@ def test_files_that_can_not_be_read(tmp_path):
 
 def test_nothing_is_run(saved, tmp_path):
     checkpoint = {"state_dict": A.state_dict(), "callback": Evil(tmp_path / "copied")}
-    assert same(load_weights(saved(checkpoint), vit()), A)
+    assert same(read_weights(saved(checkpoint), vit()), A)
     torch.save(checkpoint, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"old.pth can't be read .*: it is not one, or needs code of its own"):
-        load_weights(tmp_path / "old.pth", vit())
+        read_weights(tmp_path / "old.pth", vit())
     assert not (tmp_path / "copied").exists()
     torch.save(A.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert same(load_weights(tmp_path / "old.pth", vit()), A)
+    assert same(read_weights(tmp_path / "old.pth", vit()), A)
+
+
+# --- loading ---
+
+
+def test_a_classifier_of_other_classes_is_left_out_unless_it_is_wanted():
+    given, model = vit(9, num_classes=7), vit(10, num_classes=3)
+    head = model.head.weight.clone()
+    fill(model, given.state_dict())
+    assert torch.equal(model.head.weight, head) and torch.equal(
+        model.blocks[0].attn.qkv.weight, given.blocks[0].attn.qkv.weight
+    )
+    for without in (given.state_dict(), vit(9).state_dict()):
+        with pytest.raises(ValueError, match=r"size mismatch for head|lacks 2 weights, such as head\.weight"):
+            fill(vit(num_classes=3), without, classifier=True)
+    fill(vit(), given.state_dict())
+    fill(vit(num_classes=7), given.state_dict(), classifier=True)
+
+
+def test_nothing_stays_random_and_nothing_is_left_over():
+    state = A.state_dict()
+    with pytest.raises(ValueError, match=r"it doesn't fit the model: it lacks 1 weights, such as blocks.1.norm1"):
+        fill(vit(), {name: x for name, x in state.items() if name != "blocks.1.norm1.weight"})
+    with pytest.raises(ValueError, match=r"it has \d+ weights that the model does not know, such as blocks.6"):
+        fill(vit(), vit(depth=7).state_dict())
+    with pytest.raises(ValueError, match=r"size mismatch for norm.weight"):
+        fill(vit(), state | {"norm.weight": torch.ones(3)})
+    model = timm_tokens.apply_dtem_merging(vit(11))
+    embedding = [x.clone() for x in model.merger.parameters()]
+    fill(model, state)
+    assert same(model.base.state_dict(), A)
+    assert all(torch.equal(x, kept) for x, kept in zip(model.merger.parameters(), embedding, strict=True))
+
+
+def test_the_first_convolution_is_adapted_to_the_channels():
+    model = vit(in_chans=1)
+    fill(model, A.state_dict())
+    torch.testing.assert_close(model.patch_embed.proj.weight, A.patch_embed.proj.weight.sum(1, keepdim=True))
+    with pytest.raises(ValueError, match=r"patch_embed.proj.weight is for 1 channels, but the model's images have 4"):
+        fill(vit(in_chans=4), model.state_dict())

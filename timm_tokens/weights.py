@@ -27,7 +27,7 @@ _LEFT_OVER = ("decoder", "mask_token", "masked_embed")  # what MAE, DINOv2 and i
 _CHUNKS = re.compile(r"(^|\.)blocks\.\d+\.(?=\d+\.)")  # DINOv2 keeps blocks in groups: blocks.0.11.norm1
 
 
-def load_weights(path: str | PathLike[str], model: nn.Module, key: str | None = None) -> dict[str, Tensor]:
+def read_weights(path: str | PathLike[str], model: nn.Module, key: str | None = None) -> dict[str, Tensor]:
     """`find_weights` in a file that `read_checkpoint` reads; its errors name the file."""
     checkpoint = read_checkpoint(path)
     try:
@@ -98,15 +98,17 @@ class _Target:
         self.chunked = any(map(_CHUNKS.search, self.shapes))
 
     def places(self, checkpoint: Mapping[str, Any], skipped: tuple[str, ...]) -> Iterator[_Place]:
-        """All places with at least half of the model's names, before or after timm has converted them."""
+        """All places with half of the model's names or more, or else the best, or what timm converts to them."""
         for path, tensors in _state_dicts(checkpoint, skipped):
             if not self.chunked:
                 tensors = {_CHUNKS.sub(r"\1blocks.", name): x for name, x in tensors.items()}
             counts = Counter(prefix for name in tensors for prefix in self._prefixes(name))
             prefixes = [prefix for prefix, count in counts.items() if 2 * count >= len(self.shapes)]
-            for prefix in prefixes or ["", "module."]:
+            for prefix in prefixes or [prefix for prefix, _ in counts.most_common(1)]:
+                yield self._place(path, prefix, tensors)
+            for prefix in () if prefixes else ("", "module."):  # timm may know it by other names
                 place = self._place(path, prefix, tensors)
-                if prefixes or place.share >= 0.5:
+                if place.share >= _SHARE:
                     yield place
 
     def misfit(self, place: _Place) -> str:
@@ -114,7 +116,7 @@ class _Target:
         odd = [name for name in self.shapes if self._found(place.weights, name) != self.shapes[name]]
         found, wanted = self._found(place.weights, odd[0]), tuple(self.shapes[odd[0]])
         there = "is not there" if found is None else f"is {tuple(found)} there and {wanted} in the model"
-        return f"{len(odd)} of the {len(self.shapes)} weights of the model don't fit: {odd[0]} {there}"
+        return f"it doesn't fit the model, of whose {len(self.shapes)} weights it lacks {len(odd)}: {odd[0]} {there}"
 
     def _prefixes(self, name: str) -> Iterator[str]:
         parts = name.split(".")
@@ -125,8 +127,10 @@ class _Target:
 
     def _place(self, path: tuple[str, ...], prefix: str, tensors: dict[str, Tensor]) -> _Place:
         weights = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
-        if not any(name.startswith("base.") for name in weights):
-            weights = _converted(weights, self.base)
+        inner = "base." if any(name.startswith("base.") for name in weights) else ""  # of a whole TokenViT
+        plain = {n.removeprefix(inner): x for n, x in weights.items() if n.startswith(inner)}
+        weights = {n: x for n, x in weights.items() if not n.startswith(inner)}
+        weights |= {f"{inner}{n}": x for n, x in _converted(plain, self.base).items()}
         weights = {n: x for n, x in weights.items() if not n.startswith(_LEFT_OVER) or n in self.shapes}
         fitting = sum(self._found(weights, name) == shape for name, shape in self.shapes.items())
         return _Place(path, prefix, weights, fitting / max(1, len(self.shapes)))

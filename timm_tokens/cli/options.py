@@ -16,6 +16,10 @@ class ModelOptions(Options):
     checkpoint: Path | None = option(
         None, "file with the model's weights, .safetensors or .pth (default: none)", metavar="FILE"
     )
+    checkpoint_key: str | None = option(
+        None, "where in --checkpoint the weights are, such as teacher, if several fit the model (default: where they "
+        "are found)", metavar="KEY", rare=True,
+    )  # fmt: skip
     img_size: int | None = option(
         None,
         "side of the square images in pixels (default: the model's own)",
@@ -26,6 +30,11 @@ class ModelOptions(Options):
     model_kwargs: dict[str, Any] = option(
         {}, "further arguments of timm.create_model, such as depth=6 embed_dim=192", rare=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint_key is not None and self.checkpoint is None:
+            raise ValueError(f"checkpoint_key needs a checkpoint, got {self.checkpoint_key!r} without one")
 
 
 @dataclass(frozen=True, kw_only=True)

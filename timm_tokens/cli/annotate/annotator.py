@@ -120,7 +120,7 @@ def _make(options: AnnotatorOptions) -> nn.Module:
     classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
     model = models.create(options.model, pretrained=options.checkpoint is None, **classes | options.model_kwargs)
     if options.checkpoint is not None:
-        checkpoints.load_all(model, options.checkpoint)
+        checkpoints.load(model, options.checkpoint, options.checkpoint_key, classifier=True)
     return model
 
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -21,6 +20,7 @@ from timm_tokens.cli.common.datasets import class_names, identity
 from timm_tokens.cli.common.loading import batches
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions, MergingOptions, ModelOptions
+from timm_tokens.digests import save_tensors
 from timm_tokens.files import replacing
 from timm_tokens.vit import TokenViT
 
@@ -54,7 +54,7 @@ def save_features(path: Path, features: Features) -> None:
     """Writes a file that is there whole or not at all."""
     tensors = {"features": features.features.contiguous(), "labels": features.labels}
     with replacing(path) as partial:
-        save_file(tensors, partial, features.metadata)
+        save_tensors(partial, tensors, features.metadata)
 
 
 class Source(NamedTuple):
@@ -88,6 +88,8 @@ def named(options: FeatureOptions) -> Source:
     weights = str(path) if path else "timm's" if options.pretrained else "random"
     about = {"model": options.model, "checkpoint": checkpoints.identity(path) if path else weights}
     about |= {"merge_r": str(options.r)}
+    if options.checkpoint_key:
+        about["checkpoint_key"] = options.checkpoint_key
     if options.model_kwargs:
         about["model_kwargs"] = json.dumps(options.model_kwargs, sort_keys=True, default=str)
     return Source(partial(_make, options), about, weights, options.img_size)
@@ -133,7 +135,7 @@ def _make(options: FeatureOptions) -> nn.Module:
     name, size = options.model, options.img_size
     net = models.create(name, pretrained=options.pretrained, num_classes=0, **options.model_kwargs)
     if options.checkpoint:
-        checkpoints.load_features(net, name, options.checkpoint)
+        checkpoints.load(net, options.checkpoint, options.checkpoint_key)
     if size is not None:
         models.check_size(net, size)
     if size is not None and hasattr(net, "set_input_size"):

@@ -42,10 +42,7 @@ def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
         CommandError: There is no such model or checkpoint, or they don't fit.
     """
     name, path = options.model, options.checkpoint
-    state = None if path is None else checkpoints.read(path)
-    if state is not None and name is not None:
-        kwargs["pretrained_cfg_overlay"] = checkpoints.as_pretrained(name, path, state)
-    kwargs |= {"pretrained": options.pretrained or path is not None} | options.model_kwargs
+    kwargs |= {"pretrained": options.pretrained and path is None} | options.model_kwargs
     sized = {} if options.img_size is None else {"img_size": options.img_size}
     if sized.keys() & options.model_kwargs.keys():
         raise CommandError("give the image size by --img-size or in --model-kwargs, not both")
@@ -57,8 +54,8 @@ def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
         model = create(name, **kwargs)  # a conv net: takes any size
     if sized:
         check_size(model, options.img_size)
-    if state is not None and not model.state_dict().keys() & state.keys():
-        raise CommandError(f"{path} has no weight of {name}: is it of another model?")
+    if path is not None:
+        checkpoints.load(model, path, options.checkpoint_key)
     return model
 
 

@@ -50,7 +50,7 @@ def load_run(folder: Path) -> Trained:
     found, module = load(folder), module_of(kept.pop("command"))
     if found is None:
         raise CommandError(f"the run in {folder} has no checkpoint yet")
-    options = replace(build(module.Options, kept), pretrained=False, checkpoint=None)
+    options = replace(build(module.Options, kept), pretrained=False, checkpoint=None, checkpoint_key=None)
     weights, size = str(found.path), options.img_size
     about = {"model": options.model, "checkpoint": checkpoints.identity(found.path), "merge_r": "0"}
     if hasattr(module, "make_task"):

@@ -74,11 +74,12 @@ def _of_run(folder: Path) -> TokenViT:
 def _by_name(options: Options) -> TokenViT:
     if options.checkpoint is None and ":" not in options.model:
         raise CommandError("give --checkpoint: the weights of a model trained with auxiliary tokens; timm has none")
-    net = models.make_model(replace(options, checkpoint=None, pretrained=options.checkpoint is None))
+    bare = replace(options, checkpoint=None, checkpoint_key=None, pretrained=options.checkpoint is None)
+    net = models.make_model(bare)
     if not isinstance(net, TokenViT) or net.aux is None:
         raise CommandError(f"{options.model} has no auxiliary tokens: give a model that has, such as vit_small_mte")
     if options.checkpoint is not None:
-        checkpoints.load_whole(net, options.checkpoint)
+        checkpoints.load_whole(net, options.checkpoint, options.checkpoint_key)
     return net
 
 

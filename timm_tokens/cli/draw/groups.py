@@ -59,10 +59,11 @@ def run(options: Options) -> list[Panel]:
     """
     check_picture(options.out)
     photo, device = read_image(options.image), checks.device(options.device)
-    weights = replace(options, checkpoint=None, pretrained=options.pretrained or options.checkpoint is None)
+    pretrained = options.pretrained or options.checkpoint is None
+    weights = replace(options, checkpoint=None, checkpoint_key=None, pretrained=pretrained)
     net = models.merged(models.make_model(weights), options.r, options.metric)
     if options.checkpoint is not None:
-        checkpoints.load_merged(net, options.checkpoint)
+        checkpoints.load_merged(net, options.checkpoint, options.checkpoint_key)
     blocks = _check_blocks(options.blocks, depth=len(net.base.blocks))
     pixels, shown = as_seen(net, photo)
     panels = [_panel(net.to(device), pixels.to(device), block) for block in blocks]

@@ -15,9 +15,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from timm_tokens import options as base
+from timm_tokens.cli.common import checkpoints, models
 from timm_tokens.cli.common.datasets import open_split
-from timm_tokens.cli.common.models import make_model
-from timm_tokens.cli.options import ModelOptions
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.losses import DTMLoss
 from timm_tokens.losses.dtm import DISTANCES
@@ -34,6 +33,10 @@ class TeacherOptions(base.Options):
     teacher_checkpoint: Path | None = option(
         None, "file with the teacher's weights (default: timm's pretrained)", metavar="FILE"
     )
+    teacher_checkpoint_key: str | None = option(
+        None, "where in --teacher-checkpoint the weights are, if several fit (default: where they are found)",
+        metavar="KEY", rare=True,
+    )  # fmt: skip
     teacher_head: bool = option(False, "pass the teacher's tokens through its classifier, such as CLIP's projection")
     distance: str = option("smooth_l1", "distance between morphed tokens", choices=tuple(DISTANCES))
     draws: int = option(2, "draws of the morphing in each step", at_least=1)
@@ -90,5 +93,8 @@ def build(options: Options) -> Objective:
 
 
 def _teacher(options: Options) -> nn.Module:
-    named = ModelOptions(model=options.teacher, checkpoint=options.teacher_checkpoint, pretrained=True)
-    return make_model(named)
+    path = options.teacher_checkpoint
+    model = models.create(options.teacher, pretrained=path is None)
+    if path is not None:
+        checkpoints.load(model, path, options.teacher_checkpoint_key, classifier=options.teacher_head)
+    return model
