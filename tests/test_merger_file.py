@@ -199,6 +199,11 @@ def test_wrong_files_are_refused_in_words(tmp_path):
     save_merger(model, path)
     path.write_bytes(path.read_bytes()[:-40])
     refused("is corrupt, or no safetensors file")
+    path = save_merger(model, tmp_path / "flipped.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # the lowest bit of a weight's exponent
+    path.write_bytes(data)
+    refused("is corrupt: it is not what was written")
     path.unlink()
     refused("there is no file .* 'hf-hub:user/name'", FileNotFoundError)
 

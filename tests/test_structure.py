@@ -31,7 +31,7 @@ ALLOWED = {  # what may import what, inside the package
     "vit": {"driver", "features", "parts", "ops", "blocks", "pooling", "flops", "protocol", "tracing"},
     "dense": {"vit", "blocks"},
     "identity": set(),
-    "merger_file": {"identity", "parts", "files"},
+    "merger_file": {"identity", "parts", "files", "digests"},
     "hub": {"merger_file", "identity", "vit"},
     "wrap": {"vit", "parts", "ops", "blocks", "merger_file"},
     "models": {"models", "vit", "wrap", "parts", "protocol", "loading"},
@@ -47,6 +47,8 @@ ALLOWED = {  # what may import what, inside the package
     "weights": {"checkpoint_file", "loading"},
     "filling": {"loading"},
     "peers": {"distributed", "stopping"},
+    "replay": {"blocks", "driver", "features", "outputs", "vit"},
+    "calibration": {"flops", "losses", "merger_file", "ops", "outputs", "replay", "vit"},
     "tasks": {"tasks", "vit", "wrap", "outputs", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
     "training": {
         "training",

@@ -7,6 +7,7 @@ from timm_tokens.startup import prints_help_alone
 
 if not prints_help_alone():
     from timm_tokens import data, fewshot, losses, models, ops, parts, probing, tasks
+    from timm_tokens.calibration import calibrate
     from timm_tokens.hub import push_merger_to_hub
     from timm_tokens.merger_file import save_merger
     from timm_tokens.parts import DenseLogits
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "add_aux_tokens",
     "apply_dtem_merging",
+    "calibrate",
     "data",
     "fewshot",
     "losses",

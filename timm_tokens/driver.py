@@ -118,7 +118,7 @@ def encode(
             break
         rope = None if ropes is None else ropes[i]
         arguments = (i, block, stream, rope, prefix, merger, aux, limits or {})
-        stream, matching = checkpoint(_block, *arguments) if recompute else _block(*arguments)
+        stream, matching = checkpoint(run_block, *arguments) if recompute else run_block(*arguments)
         if matching is not None:
             trace.append(matching)
         if on_block is not None:
@@ -128,7 +128,7 @@ def encode(
     return stream, trace
 
 
-def _block(
+def run_block(
     i: int,
     block: nn.Module,
     stream: Stream,
@@ -138,6 +138,7 @@ def _block(
     aux: AuxTokens | None,
     limits: Mapping[str, Any],
 ) -> tuple[Stream, Matching | RelaxedMatching | None]:
+    """Run block i of `encode`: the tokens after it, and what it merged, None if nothing."""
     x, num_aux, effective, size, rows = stream
     weighted = size is not None and merger.prop_attn  # no bias while all sizes are 1: keeps the flash kernel
     attention = _attention(x, size if weighted else None, rope, rows, num_aux, aux, prefix)

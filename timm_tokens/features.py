@@ -8,7 +8,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from timm_tokens import blocks
-from timm_tokens.driver import Trace, encode
+from timm_tokens.driver import Stream, Trace, encode
 from timm_tokens.parts import AuxTokens, TokenMerger
 from timm_tokens.parts.merger import groups, unmerge_all
 
@@ -94,14 +94,18 @@ def forward_tokens(
         ValueError: If pooled tokens are asked for and patches are missing.
     """
     stream, trace = encode(base, images, edit, merger=merger, aux=aux, limits=limits)
+    tokens = tokens_of(base, stream, trace, has_class_token)
+    if aux is None or aux.pool is None:
+        return tokens
+    return tokens._replace(pooled=aux.pool(_map(tokens.patches, blocks.grid_size(base, images.shape[-2:]))))
+
+
+def tokens_of(base: nn.Module, stream: Stream, trace: Trace, has_class_token: bool) -> Tokens:
+    """The features of tokens after the last block, as `encode` gives them, without pooled tokens."""
     x, extra = stream.split(base.norm(stream.x))
     x, prefix = unmerge_all(trace, x), base.num_prefix_tokens
-    patches = x[:, prefix:]
     cls = x[:, 0] if has_class_token else base.forward_head(x, pre_logits=True)
-    pooled = None
-    if aux is not None and aux.pool is not None:
-        pooled = aux.pool(_map(patches, blocks.grid_size(base, images.shape[-2:])))
-    return Tokens(cls, x[:, :prefix], patches, extra if stream.num_aux else None, pooled)
+    return Tokens(cls, x[:, :prefix], x[:, prefix:], extra if stream.num_aux else None)
 
 
 def _map(patches: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ GPUs, and when compiled) a small matrix product does it, which is less than 1 % 
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import cache
 from itertools import chain, repeat
 from typing import NamedTuple, TypeVar
 
@@ -58,15 +59,16 @@ class Costs:
         rows, columns = blocks.grid_size(base, image_size)
         self.num_tokens = self.prefix + rows * columns
         self.stem = count(lambda images: blocks.embed(base, images).x, base.in_chans, *image_size)
+        self.head_flops = cache(self._head_flops)
         self.blocks = [_block_cost(i, block, base.embed_dim, merger) for i, block in enumerate(base.blocks)]
 
     def flops(self, schedule: Sequence[int]) -> int:
         """Multiply-adds for one image where block i merges schedule[i] tokens."""
         tokens = token_counts(schedule, self.num_tokens, self.prefix)
         inside = map(BlockCost.flops, self.blocks, tokens, tokens[1:], repeat(self.prefix))
-        return self.stem + sum(inside) + self._head(tokens[-1])
+        return self.stem + sum(inside) + self.head_flops(tokens[-1])
 
-    def _head(self, tokens: int) -> int:
+    def _head_flops(self, tokens: int) -> int:
         pooled, width = tokens if pooling.pools_by_size(self.base) else self.num_tokens, self.base.embed_dim
         if self.head is None:
             return count(self.base.forward_head, pooled, width)
@@ -96,8 +98,9 @@ def _per_token_and_pair(function: Callable[[Tensor], Tensor], width: int) -> tup
 def count(function: Callable[[Tensor], object], *shape: int) -> int:
     """Multiply-adds of function(x (B, *shape)) for one more in the batch: what is made once a batch is not counted."""
 
-    def flops(batch: int) -> int:  # no no_grad: the counter trips over expanded parameters there
-        with FlopCounterMode(display=False) as counter:
+    def flops(batch: int) -> int:
+        # the counter trips over expanded parameters where gradients are off
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
             function(torch.empty(batch, *shape, device="meta"))
         return counter.get_total_flops()
 

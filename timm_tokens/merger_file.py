@@ -21,11 +21,11 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_tokens import identity
+from timm_tokens.digests import is_whole, save_tensors
 from timm_tokens.files import replacing
 from timm_tokens.parts import TokenMerger
 
@@ -75,7 +75,7 @@ def save_merger(
     }
     metadata |= {name: json.dumps(value) for name, value in details.items()}
     with replacing(path) as partial:
-        save_file({name: value.contiguous() for name, value in weights.items()}, partial, metadata)
+        save_tensors(partial, weights, metadata)
     return path
 
 
@@ -171,6 +171,8 @@ def read_merger(source: str | PathLike[str]) -> SavedMerger:
             metadata, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{source} is corrupt, or no safetensors file: {error}") from error
+    if is_whole(path) is False:
+        raise ValueError(f"{source} is corrupt: it is not what was written, by its digest")
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{source} holds no merger: {_what_it_is(weights)}")
     if metadata.get("version") != VERSION:

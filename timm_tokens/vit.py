@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens import blocks, features, pooling, tracing
-from timm_tokens.driver import Trace, encode, limited, patch_edit
+from timm_tokens.driver import Stream, Trace, encode, limited, patch_edit
 from timm_tokens.features import MergedTokens, Tokens
 from timm_tokens.flops import Costs, on_meta
 from timm_tokens.ops import mix_tokens, schedule
@@ -103,14 +103,19 @@ class TokenViT(TimmProtocol, nn.Module):
             options |= dict(aux=self.aux if aux else None, has_class_token=self.has_class_token)
             return features.forward_tokens(self.base, images, edit, **options)
         stream, trace = encode(self.base, images, edit, **options)
+        if not dense:
+            return self.logits_of(stream, trace)
         x = self.base.norm(stream.x)
-        if self.head is None:
-            return self._classify(x, stream.size, trace)
         cls = self._classify(x, stream.size, trace, self.head.cls)
-        if dense:
-            logits = self.head.tokens(self._patches(unmerge_all(trace, x)))
-            return DenseLogits(cls, logits if box is None else mix_tokens(logits, box, self._grid(images)))
-        size = stream.size
+        logits = self.head.tokens(self._patches(unmerge_all(trace, x)))
+        return DenseLogits(cls, logits if box is None else mix_tokens(logits, box, self._grid(images)))
+
+    def logits_of(self, stream: Stream, trace: Trace) -> Tensor:
+        """Class logits (B, K) of the tokens after the last block, as `encode` gives them."""
+        x, size = self.base.norm(stream.x), stream.size
+        if self.head is None:
+            return self._classify(x, size, trace)
+        cls = self._classify(x, size, trace, self.head.cls)
         if trace and not isinstance(trace[0], Matching):  # relaxed: tokens that are gone still have their rows
             x, size = unmerge_all(trace, x), None
         size = None if size is None else size[:, self.num_prefix_tokens :]
