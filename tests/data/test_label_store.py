@@ -13,7 +13,6 @@ from timm_tokens.data import (
     TokenLabelStore,
     TokenLabelWriter,
     image_id,
-    label_shard,
     label_writer,
     pack_labels,
     unpack_labels,
@@ -129,7 +128,7 @@ def write_until_killed(folder, module, function, call, half, pipe):
         calls.append(args)
         if len(calls) == call:
             if half:
-                args[1].write_bytes(b"half a shard")
+                args[0].write_bytes(b"half a shard")
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
@@ -146,7 +145,7 @@ def write_until_killed(folder, module, function, call, half, pipe):
     ("module", "function", "call", "half", "finished"),
     [
         (label_writer, "write_shard", 99, False, 13),  # between two images
-        (label_shard, "save_file", 2, True, 9),  # within a shard
+        (label_writer, "write_shard", 2, True, 9),  # within a shard
         (os, "fsync", 3, False, 4),  # a shard written, not named; the first index, before, takes two
         (label_writer, "write_index", 2, False, 4),  # a shard named, not in the index
         (label_writer, "write_index", 1, False, 0),

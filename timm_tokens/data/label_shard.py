@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from timm_tokens.data.label_format import LabelMap
@@ -78,7 +78,7 @@ def write_shard(path: Path, labels: dict[str, LabelMap]) -> None:
         "name_ends": torch.tensor([0, *map(len, encoded)]).cumsum(0),
         "checksums": torch.tensor([checksum(label) for label in labels.values()]),
     }
-    save_file(tensors, path, metadata={"format": FORMAT})
+    path.write_bytes(save(tensors, {"format": FORMAT}))  # save_file would leave a file of another name if it is killed
 
 
 def load_shard(path: Path, digest: str | None = None) -> Shard:

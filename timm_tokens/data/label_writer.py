@@ -1,5 +1,6 @@
 """Write label maps into shards, so that a run can be killed at any time and resumed without loss."""
 
+from collections.abc import Container
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -162,16 +163,22 @@ def _entry(path: Path) -> ShardEntry:
     return ShardEntry(path.name, path.stat().st_size, directory_digest(path))
 
 
-def flush_journals(folder: str | Path, num_classes: int) -> None:
+def flush_journals(folder: str | Path, num_classes: int, *, but: Container[int] = ()) -> None:
     """Make shards of what killed writers left in their journals, whatever their parts.
 
     Before several processes fill a folder: then each knows all that is done, however many there were before.
 
+    Args:
+        folder: of the store.
+        num_classes: K of the annotator.
+        but: parts whose journals stay, for their own writer to go on with.
+
     Raises:
         RuntimeError: a writer is at work in the folder.
     """
-    for journal in sorted(Path(folder).glob("part-*.journal")):
-        TokenLabelWriter(folder, num_classes, part=int(journal.stem.removeprefix("part-"))).close()
+    for part in sorted(int(path.stem.removeprefix("part-")) for path in Path(folder).glob("part-*.journal")):
+        if part not in but:
+            TokenLabelWriter(folder, num_classes, part=part).close()
 
 
 def pack_labels(source: str | Path, folder: str | Path, num_classes: int, *, shard_size: int = 4096) -> TokenLabelStore:

@@ -8,6 +8,7 @@ The model may be any of timm's with a spatial map: conv nets, ViTs, Swin. It see
 size. OUT becomes a label store that `TokenLabelDataset` reads. A run that was stopped continues where it was.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions
 from timm_tokens.data import TokenLabelWriter, image_names
 from timm_tokens.options import option
+from timm_tokens.peers import together
+from timm_tokens.stopping import Stopped, listening
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +61,32 @@ def run(options: Options) -> Summary:
         folders = (class_names(dataset) or []) if options.folder_classes else None
         annotator = make_annotator(options, process.device, folders)
         job = Job(options.out, dataset, image_names(dataset), annotator, process)
-        prepare(job, options)
-        size = options.shard_size
-        with TokenLabelWriter(job.out, annotator.num_classes, shard_size=size, part=process.rank) as writer:
-            annotated, errors = fill(job, writer, options)
+        annotated, errors = _annotate(job, options)
         errors = process.gather(errors)  # which waits for all to have written
         summary = summarise(job, annotated)
     if process.rank == 0:
         print(describe(summary, annotator))
     _complain(errors, summary.images)
     return summary
+
+
+def _annotate(job: Job, options: Options) -> tuple[int, list[str]]:
+    """Fill the store: how many images this process annotated, and a line for each that can't be read.
+
+    Raises:
+        Stopped: By a signal; what is done is in shards.
+    """
+    rank, classes = job.process.rank, job.annotator.num_classes
+    with listening() as requests, together(requests):
+        prepare(job, options)
+        with TokenLabelWriter(job.out, classes, shard_size=options.shard_size, part=rank) as writer:
+            done = fill(job, writer, options, requests)
+        if requests.received:
+            stopped = Stopped(requests.received, f"{job.out} has all maps so far; to go on, run the same again")
+            if rank == 0:
+                print(stopped, file=sys.stderr)
+            raise stopped
+    return done
 
 
 def _complain(errors: list[str], images: int) -> None:

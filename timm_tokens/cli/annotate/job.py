@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from timm_tokens.data import TokenLabelWriter, flush_journals
 from timm_tokens.data.label_format import check_image_id
 from timm_tokens.data.label_index import INDEX
 from timm_tokens.files import replacing
+from timm_tokens.stopping import Requests
 
 
 class Job(NamedTuple):
@@ -34,7 +36,8 @@ def prepare(job: Job, options: AnnotatorOptions) -> None:
         check_image_id(name)
     if job.process.rank == 0:
         _keep(job.out, _settings(job.annotator, options))
-        flush_journals(job.out, job.annotator.num_classes)
+        alone = (0,) if job.process.world == 1 else ()  # then its writer goes on, and the shards are what they would be
+        flush_journals(job.out, job.annotator.num_classes, but=alone)
     job.process.wait()
 
 
@@ -66,19 +69,31 @@ def _keep(folder: Path, settings: dict) -> None:
         )
 
 
-def fill(job: Job, writer: TokenLabelWriter, loading: LoadingOptions) -> tuple[int, list[str]]:
-    """Annotate this process's images that have no map: how many, and a line for each that can't be read."""
+def fill(job: Job, writer: TokenLabelWriter, loading: LoadingOptions, requests: Requests) -> tuple[int, list[str]]:
+    """Annotate this process's images that have no map, until a signal asks to stop: how many, and a line for each that
+    can't be read."""
     pending = [i for i, name in enumerate(job.names) if name not in writer]
     job.process.wait()  # until all know what is pending: the first shard that one writes is not part of it
     todo = pending[job.process.rank :: job.process.world]
-    device, errors = job.process.device, []
+    if todo and job.process.world == 1:  # complete the batch that a kill cut: in another, numbers are rounded otherwise
+        todo = [*range(todo[0] - todo[0] % loading.batch_size, todo[0]), *todo]
+    device, added, errors = job.process.device, 0, []
     pin = device.startswith("cuda")
     with tqdm(total=len(todo), unit="image", disable=job.process.rank > 0) as bar:
         for batch in batches(job.dataset, job.annotator.transform, loading, todo, pin_memory=pin):
             errors += batch.errors
             if batch.images is not None:
                 maps = job.annotator(batch.images.to(device, non_blocking=True))
-                for number, values, indices in zip(batch.numbers, *maps, strict=True):
-                    writer.add(job.names[number], values, indices)
+                named = zip((job.names[number] for number in batch.numbers), *maps, strict=True)
+                added += sum(_add(writer, *label) for label in named)
             bar.update(len(batch))
-    return len(todo) - len(errors), errors
+            if requests.received:
+                break
+    return added, errors
+
+
+def _add(writer: TokenLabelWriter, name: str, values: Tensor, indices: Tensor) -> bool:
+    if name in writer:
+        return False
+    writer.add(name, values, indices)
+    return True

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_tokens.cli.options import LoadingOptions
 from timm_tokens.data import read_image
+from timm_tokens.stopping import outlast_signals
 
 
 class Batch(NamedTuple):
@@ -30,7 +31,8 @@ def batches(
 
     A stream is read as timm reads it: a corrupt image is left out, with a warning.
     """
-    loading = {"batch_size": options.batch_size, "num_workers": options.workers} | more
+    loading = {"batch_size": options.batch_size, "num_workers": options.workers, "worker_init_fn": outlast_signals}
+    loading |= more
     if isinstance(dataset, IterableDataset):
         dataset.transform, count = transform, 0
         for images, labels in DataLoader(dataset, **loading):
