@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 def option(
     default: Any = MISSING, help: str = "", *, at_least: float | None = None, above: float | None = None,
-    at_most: float | None = None, below: float | None = None, infinite: bool = False, **words: Any,
+    at_most: float | None = None, below: float | None = None, infinite: bool = False, ascending: bool = False,
+    **words: Any,
 ) -> Any:  # fmt: skip
     """A field of a dataclass of options.
 
@@ -26,10 +27,12 @@ def option(
         help: Says what the option does, and what it does without it where the default is None.
         at_least, above, at_most, below: The range of its numbers.
         infinite: Whether infinity is a number that makes sense.
+        ascending: Whether several numbers must not fall, as the ends of a range.
         words: For the command line: `choices`, `metavar`, `flag` (another spelling), `aliases` (older spellings,
             which the help leaves out), `positional`, `group` (a title other than the class's), `rare` (shown last).
     """
-    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below, "infinite": infinite}
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    limits |= {"infinite": infinite, "ascending": ascending}
     metadata = {"help": help} | limits | words
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -130,13 +133,18 @@ def check(field: Field, value: Any) -> None:
             raise ValueError(f"{field.name} must be {bounds(field.metadata)}, got {item}")
         if choices is not None and item is not None and item not in choices:
             raise ValueError(f"{field.name} must be one of {', '.join(map(str, choices))}, got {item!r}")
+    if field.metadata.get("ascending") and value is not None and list(value) != sorted(value):
+        raise ValueError(f"{field.name} must be a range, its lower end first, got {' '.join(map(str, value))}")
 
 
+_LARGEST = 2**31 - 1  # of whole numbers whose limits don't say otherwise: what they count must fit into memory
 _TESTS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
 def _within(metadata: Any, value: float) -> bool:
     if math.isnan(value) or (math.isinf(value) and not metadata.get("infinite")):
+        return False
+    if isinstance(value, int) and abs(value) > _LARGEST and metadata.get("below") is None:
         return False
     return all(test(value, metadata[name]) for name, test in _TESTS.items() if metadata.get(name) is not None)
 
@@ -144,4 +152,4 @@ def _within(metadata: Any, value: float) -> bool:
 def bounds(metadata: Any) -> str:
     """The range of a field in words, such as "at least 0 and below 1"."""
     said = [f"{name.replace('_', ' ')} {metadata[name]:g}" for name in _TESTS if metadata.get(name) is not None]
-    return " and ".join(said) or "a finite number"
+    return " and ".join(said) or f"a finite number, up to {_LARGEST}"

@@ -282,7 +282,7 @@ def test_initial_weights_are_glorot_uniform():
         ({"chunk_size": 0}, "chunk_size = 0 must be at least 1"),
         ({"dropout": 1.0}, r"dropout = 1.0 must lie in \[0, 1\)"),
         ({"neighbours": 2}, "neighbours = 2 must be at least 3"),
-        ({"support_weight": -1.0}, "support_weight = -1.0 must not be negative"),
+        ({"support_weight": -1.0}, "support_weight must not be negative, got -1.0"),
     ],
 )
 def test_refuses_arguments_out_of_range(arguments, message):

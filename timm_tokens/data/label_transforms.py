@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from timm_tokens.data.rand_augment import TrackedRandAugment
+from timm_tokens.ops.ranges import check_counts, check_spans, check_within
 from timm_tokens.seeding import drawn_from
 
 
@@ -54,7 +55,7 @@ class TokenLabelTransform:
 
     Raises:
         ValueError: `auto_augment` is not a RandAugment of operations known to be affine or to leave points in place;
-            erasing is asked of images that are not normalised.
+            erasing is asked of images that are not normalised; a size, range or probability is impossible.
     """
 
     def __init__(
@@ -76,6 +77,10 @@ class TokenLabelTransform:
         if re_prob and not normalize:
             raise ValueError(f"re_prob={re_prob} needs normalize=True: give it to timm's PrefetchLoader instead")
         self.size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        check_counts(**{f"img_size[{i}]": side for i, side in enumerate(self.size)})
+        check_spans(high=1.0, scale=scale)
+        check_spans(ratio=ratio)
+        check_within(hflip=hflip, vflip=vflip, re_prob=re_prob)
         self.mode = "L" if len(mean) == 1 else "RGB"
         self.scale, self.ratio, self.hflip, self.vflip = scale, ratio, hflip, vflip
         names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)

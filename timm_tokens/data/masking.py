@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from timm_tokens.ops.ranges import check_counts, check_spans, check_within
+
 # On the CPU: one for the whole batch, one for each image, or torch's own
 Generator = torch.Generator | Sequence[torch.Generator] | None
 _ROUNDS = 100  # 5 to 20 do, unless nearly everything is to be masked
@@ -42,6 +44,9 @@ def block_masks(
 
     Source: BEiT (arXiv 2106.08254), algorithm 1.
     """
+    check_counts(rows_of_grid=grid[0], columns_of_grid=grid[1], min_block=1 if min_block is None else min_block)
+    check_counts(0, batch=batch or 0)
+    check_spans(aspect=aspect)
     counts = _counts(count, batch, grid[0] * grid[1])
     min_block = (min(grid) // 3) ** 2 if min_block is None else min_block
     mask = torch.zeros(len(counts), grid[0] * grid[1], dtype=torch.bool)
@@ -77,8 +82,8 @@ def random_ratio_masks(
     """
     if not 0 <= ratio[0] <= ratio[1] <= 1:
         raise ValueError(f"ratio must be a range within [0, 1], low first, got {ratio}")
-    if not 0 <= prob <= 1:
-        raise ValueError(f"prob must be in [0, 1], got {prob}")
+    check_within(prob=prob)
+    check_counts(0, batch=batch)
     share, chosen = _uniform(batch, (2,), generator).unbind(1)
     counts = (ratio[0] + (ratio[1] - ratio[0]) * share) * (chosen < prob) * (grid[0] * grid[1])
     return block_masks(counts.round().long(), grid, min_block=min_block, aspect=aspect, generator=generator)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, one_hot
 
 from timm_tokens.ops.finite import check_finite
+from timm_tokens.ops.ranges import check_positive
 
 
 def nearest_centroid(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
@@ -49,6 +50,7 @@ def bd_cspn(support: Tensor, labels: Tensor, query: Tensor, temperature: float =
     Returns:
         Minus the distances to the rectified class means, (T, Q, K).
     """
+    check_positive(temperature=temperature)
     known = _one_hot(support, labels, query)
     cosine = _cosine(query, _centroids(support, known))
     probability, best = (2 * cosine / temperature).softmax(-1).max(-1)  # |u - v|^2 = 2 - 2 cos on the unit sphere

@@ -14,6 +14,7 @@ from timm_tokens.fewshot.running import Run
 from timm_tokens.fewshot.streams import drop_out
 from timm_tokens.ops.finite import check_finite
 from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
+from timm_tokens.ops.ranges import check_positive, check_weights
 
 
 class Adapted(NamedTuple):
@@ -88,8 +89,8 @@ class ESFR:
             raise ValueError(f"dropout = {dropout} must lie in [0, 1): 1 would leave nothing to reconstruct from")
         if neighbours < 3:
             raise ValueError(f"neighbours = {neighbours} must be at least 3, the point itself included")
-        if support_weight < 0:
-            raise ValueError(f"support_weight = {support_weight} must not be negative; 0 leaves the labels unused")
+        check_positive(lr=lr)
+        check_weights(support_weight=support_weight)  # 0 leaves the labels unused
         self.num_nets, self.dropout, self.neighbours, self.period = num_nets, dropout, neighbours, period
         self.max_updates, self.lr, self.support_weight = max_updates, lr, support_weight
         self.center, self.chunk_size = center, chunk_size

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from timm_tokens.losses.center import Center
 from timm_tokens.losses.views import as_tokens, cross_view_losses
 from timm_tokens.ops.cross_entropy import soft_cross_entropy
+from timm_tokens.ops.ranges import check_counts, check_positive
 
 
 class DINOLoss(nn.Module):
@@ -47,12 +48,8 @@ class DINOLoss(nn.Module):
         num_tokens: int = 1,
     ) -> None:
         super().__init__()
-        for name, value in [("tau_student", tau_student), ("tau_teacher", tau_teacher)]:
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name, value in [("num_prototypes", num_prototypes), ("num_tokens", num_tokens)]:
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_positive(tau_student=tau_student, tau_teacher=tau_teacher)
+        check_counts(num_prototypes=num_prototypes, num_tokens=num_tokens)
         self.tau_student, self.tau_teacher = tau_student, tau_teacher
         self.center = Center(num_tokens, num_prototypes, momentum=center_momentum)
 

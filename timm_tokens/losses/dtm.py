@@ -1,5 +1,6 @@
 """Masked image modelling on morphed tokens (DTM, arXiv 2401.00254)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from timm_tokens.ops.morphing import (
     groups_of_gram,
     token_gram,
 )
+from timm_tokens.ops.ranges import check_counts
 
 # Between tokens (B, N, C) of student and teacher -> (B, N)
 DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -108,11 +110,10 @@ class DTMLoss(nn.Module):
         super().__init__()
         if distance not in DISTANCES:
             raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
-        if beta <= 0:
+        if not 0 < beta < math.inf:
             raise ValueError(f"beta must be positive, got {beta}; for beta 0 choose distance='l1'")
-        for name, value, least in [("draws", draws, 1), ("max_rounds", max_rounds, 1), ("min_tokens", min_tokens, 0)]:
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_counts(draws=draws, max_rounds=max_rounds)
+        check_counts(0, min_tokens=min_tokens, num_prefix_tokens=num_prefix_tokens)
         self.distance, self.beta, self.draws = distance, beta, draws
         self.max_rounds, self.min_tokens, self.num_prefix_tokens = max_rounds, min_tokens, num_prefix_tokens
         self.rounds = None if rounds is None else tuple(rounds)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from timm_tokens.losses.center import Center
 from timm_tokens.losses.views import samples_a_process
 from timm_tokens.ops.cross_entropy import soft_cross_entropy
+from timm_tokens.ops.ranges import check_counts, check_positive
 
 
 class IBOTPatchLoss(nn.Module):
@@ -42,9 +43,8 @@ class IBOTPatchLoss(nn.Module):
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        for name, value in [("tau_student", tau_student), ("tau_teacher", tau_teacher)]:
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        check_positive(tau_student=tau_student, tau_teacher=tau_teacher)
+        check_counts(num_prototypes=num_prototypes)
         self.tau_student, self.tau_teacher = tau_student, tau_teacher
         self.center = Center(num_prototypes, momentum=center_momentum)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from timm_tokens.distributed import all_reduce_mean
 from timm_tokens.ops.assignment import assignment_information, check_regularisation, mira_assign
+from timm_tokens.ops.ranges import check_positive
 
 
 class MIRATerms(NamedTuple):
@@ -84,8 +85,7 @@ class MIRALoss(nn.Module):
         assign: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if not tau_student > 0:
-            raise ValueError(f"tau_student must be positive, got {tau_student}")
+        check_positive(tau_student=tau_student)
         check_regularisation(tau_teacher, beta, iterations)
         self.tau_student, self.tau_teacher, self.beta, self.iterations = tau_student, tau_teacher, beta, iterations
         self.assign = assign

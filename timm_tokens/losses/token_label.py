@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_tokens.ops import SparseLabels, mix_ratio, sparse_cross_entropy
+from timm_tokens.ops.ranges import check_weights
 
 
 class DenseOutput(Protocol):
@@ -52,6 +53,7 @@ class TokenLabelLoss(nn.Module):
         super().__init__()
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
+        check_weights(dense_weight=dense_weight, cls_weight=cls_weight)
         self.dense_weight = dense_weight
         self.cls_weight = cls_weight
         self.ground_truth = ground_truth

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from timm_tokens.ops.ranges import check_counts
+
 
 def size_bias(size: Tensor) -> Tensor:
     """Additive attention bias by which a token counts as many times as it has members: (B, N) -> (B, 1, 1, N).
@@ -38,8 +40,14 @@ def aux_attention_mask(
     Returns:
         (1, 1, N + A, N + A), queries by keys: 0 where the key is seen, -inf where not.
 
+    Raises:
+        ValueError: A number of tokens is negative, or the prefix has more than there are.
+
     Source: MTE (arXiv 2411.15787): class and patch tokens are masked from the auxiliary class tokens.
     """
+    check_counts(0, num_prefix_tokens=num_prefix_tokens, num_aux=num_aux)
+    if num_tokens < num_prefix_tokens:
+        raise ValueError(f"num_tokens must be at least the {num_prefix_tokens} of the prefix, got {num_tokens}")
     hidden = float("-inf")
     mask = torch.zeros(num_tokens + num_aux, num_tokens + num_aux, device=device, dtype=dtype)  # made for each block
     mask[:num_tokens, num_tokens:] = hidden

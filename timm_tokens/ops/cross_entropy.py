@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_tokens.ops.ranges import check_positive
+
 
 def soft_cross_entropy(logits: Tensor, target: Tensor, tau: float = 1.0) -> Tensor:
     """-sum_k target_k log softmax(logits / tau)_k, in float32, one value a token.
@@ -22,8 +24,9 @@ def soft_cross_entropy(logits: Tensor, target: Tensor, tau: float = 1.0) -> Tens
         (B, T) float32.
 
     Raises:
-        ValueError: If shapes do not fit.
+        ValueError: If shapes do not fit, or tau is not positive.
     """
+    check_positive(tau=tau)
     batch, tokens, classes = logits.shape if logits.ndim == 3 else (None, None, None)
     if target.shape not in [(batch, 1, classes), (batch, tokens, classes)]:
         raise ValueError(

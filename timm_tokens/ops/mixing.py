@@ -3,10 +3,13 @@
 Jiang et al., NeurIPS 2021, https://arxiv.org/abs/2104.10858, Sec. 3.2
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from timm_tokens.ops.ranges import check_counts
 
 
 def draw_mix_box(grid: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
@@ -19,7 +22,11 @@ def draw_mix_box(grid: tuple[int, int], generator: torch.Generator | None = None
     Returns:
         (4,) int64 on the CPU: top, left, bottom, right, the last two exclusive. The box is cut at the border and may be
         empty. A tensor, and not four ints, so that a compiled model does not recompile for each box.
+
+    Raises:
+        ValueError: The grid is empty.
     """
+    check_counts(rows_of_grid=grid[0], columns_of_grid=grid[1])
     lam, *centre = torch.rand(3, generator=generator, dtype=torch.float64).unbind()  # Beta(1, 1) is uniform
     cells = torch.tensor(grid)
     extent = (cells * (1 - lam).sqrt()).long()
@@ -42,9 +49,11 @@ def mix_tokens(x: Tensor, box: Tensor | Sequence[int], grid: tuple[int, int]) ->
         (B, N, C).
 
     Raises:
-        ValueError: N is not H * W.
+        ValueError: N is not H * W, or the box is not on the grid.
     """
     H, W = grid
+    check_counts(rows_of_grid=H, columns_of_grid=W)
+    _check_box(box, H * W, H, W)
     if x.ndim != 3 or x.shape[1] != H * W:
         raise ValueError(f"x must be (B, N, C) with N = {H} * {W} = {H * W} patch tokens, got {tuple(x.shape)}")
     top, left, bottom, right = box
@@ -54,6 +63,24 @@ def mix_tokens(x: Tensor, box: Tensor | Sequence[int], grid: tuple[int, int]) ->
 
 
 def mix_ratio(box: Tensor | Sequence[int], num_tokens: int) -> Tensor | float:
-    """Share of an image's own tokens: lambda = 1 - area of the box / N. A tensor for a tensor box, else a float."""
+    """Share of an image's own tokens: lambda = 1 - area of the box / N. A tensor for a tensor box, else a float.
+
+    Raises:
+        ValueError: The box has more than N tokens, or ends before it starts.
+    """
+    check_counts(num_tokens=num_tokens)
+    _check_box(box, num_tokens)
     top, left, bottom, right = box
     return 1 - (bottom - top) * (right - left) / num_tokens
+
+
+def _check_box(box: Tensor | Sequence[int], num_tokens: int, rows: float = math.inf, columns: float = math.inf) -> None:
+    """Refuse what is no box of a grid, where that can be told without waiting for a device or tracing a branch."""
+    if isinstance(box, Tensor):
+        if box.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        box = box.tolist()
+    top, left, bottom, right = box
+    ordered = 0 <= top <= bottom <= rows and 0 <= left <= right <= columns
+    if not ordered or (bottom - top) * (right - left) > num_tokens:
+        raise ValueError(f"box must be top, left, bottom, right within a grid of {num_tokens} tokens, got {tuple(box)}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from timm_tokens.ops.matching import flat_rows, split_positions, take
+from timm_tokens.ops.ranges import check_counts
 
 
 def draw_morph_rounds(
@@ -42,11 +43,13 @@ def draw_morph_rounds(
 
     Source: DTM (arXiv 2401.00254), dynamic scheduling.
     """
+    check_counts(num_tokens=num_tokens)
+    if not 0 <= num_prefix_tokens <= num_tokens:
+        raise ValueError(f"num_prefix_tokens must be between 0 and the {num_tokens} tokens, got {num_prefix_tokens}")
     left = num_tokens - num_prefix_tokens
     if not 0 <= min_tokens <= left:
         raise ValueError(f"min_tokens must be between 0 and the {left} tokens that may merge, got {min_tokens}")
-    if max_rounds < 1:
-        raise ValueError(f"max_rounds must be at least 1, got {max_rounds}")
+    check_counts(max_rounds=max_rounds)
     surplus = left - int(torch.randint(min_tokens, left + 1, (), generator=generator))
     count = int(torch.randint(1, max_rounds + 1, (), generator=generator))
     share = surplus // count

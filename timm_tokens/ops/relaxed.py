@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from timm_tokens.ops.matching import cosine_similarity, mergeable, take
+from timm_tokens.ops.ranges import check_counts, check_positive
 
 
 class RelaxedMatching(NamedTuple):
@@ -40,9 +41,15 @@ def relaxed_top_k(scores: Tensor, k: int, *, tau1: float = 0.1, tau2: float = 0.
     Returns:
         (B, |A|, |B|) float32; rows sum to at most 1, everything to at most k.
 
+    Raises:
+        ValueError: A temperature is not positive, or a count is out of range.
+
     Source: DTEM (arXiv 2412.10569), equations 5 and 6. The paper iterates over all pairs. As each choice weakens whole
     rows, the distribution within a row never changes: it is enough to iterate over one number a row, exactly.
     """
+    check_counts(0, k=k)
+    check_counts(candidates=candidates)
+    check_positive(tau1=tau1, tau2=tau2)
     columns = min(candidates, scores.shape[-1])
     values, index = scores.float().topk(columns, dim=-1)
     logits = values / (tau1 * tau2)
@@ -128,8 +135,16 @@ def relaxed_merge(
     Returns:
         Tokens (B, N, C) and sizes (B, N), the effective ones sorted by size, and the new effective count.
 
+    Raises:
+        ValueError: A temperature is not positive, or a count is out of range.
+
     Source: DTEM (arXiv 2412.10569), section 3.2.
     """
+    check_counts(0, r=r, num_prefix_tokens=num_prefix_tokens)
+    check_counts(candidates=candidates)
+    check_positive(tau1=tau1, tau2=tau2)
+    if not 0 <= effective <= x.shape[1]:
+        raise ValueError(f"effective must be between 0 and the {x.shape[1]} tokens, got {effective}")
     r = mergeable(r, effective, num_prefix_tokens)
     if not r:
         return x, size, effective

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from timm_tokens.ops.matching import mergeable
+from timm_tokens.ops.ranges import check_counts
 
 
 def schedule(r: int | Sequence[int] | tuple[int, float], depth: int) -> tuple[int, ...]:
@@ -16,10 +17,12 @@ def schedule(r: int | Sequence[int] | tuple[int, float], depth: int) -> tuple[in
 
     Raises:
         TypeError: If a number is not an int.
-        ValueError: If a number is negative, the inflection is outside [-1, 1], or there are more numbers than blocks.
+        ValueError: If a number is negative, the depth is not positive, the inflection is outside [-1, 1], or there are
+            more numbers than blocks.
 
     Source: the constant and the linear schedules of ToMe (arXiv 2210.09461), section 4.3 and appendix D.
     """
+    check_counts(depth=depth)
     if isinstance(r, Sequence) and not isinstance(r, str):
         if len(r) == 2 and (isinstance(r[1], float) or r[1] == -1):
             return _inflected(_count(r[0]), r[1], depth)

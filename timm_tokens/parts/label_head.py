@@ -1,5 +1,6 @@
 """Token labeling's head: a classifier for every patch token (Jiang et al., NeurIPS 2021, arXiv 2104.10858)."""
 
+import math
 from typing import Any, NamedTuple
 
 from timm.layers import trunc_normal_
@@ -59,6 +60,8 @@ class TokenLabelHead(nn.Module):
             raise ValueError(f"pool must be 'max' or 'avg', got {pool!r}")
         if isinstance(pool_weight, bool) or not isinstance(pool_weight, (int, float)):
             raise TypeError(f"pool_weight must be a number, got {pool_weight!r}")
+        if not math.isfinite(pool_weight):
+            raise ValueError(f"pool_weight must be finite, got {pool_weight}")
         self.num_classes, self.pool, self.pool_weight = num_classes, pool, pool_weight
         self.tokens = nn.Linear(embed_dim, num_classes)
         self.cls = None if own_classifier is None else nn.Linear(own_classifier, num_classes)

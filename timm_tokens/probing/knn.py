@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from timm_tokens.ops.ranges import check_positive
 from timm_tokens.probing._checks import check_pair
 
 # Cosines held at a time: 256 MB in float32.
@@ -39,6 +40,7 @@ def knn_accuracy(
         k and tau as DINO (arXiv 2104.14294) evaluates.
     """
     check_pair(train_features, train_labels, features, labels)
+    check_positive(temperature=temperature)
     if not k or min(k) < 1 or max(k) > len(train_features):
         raise ValueError(f"k must lie in [1, {len(train_features)}], the number of training features, got {tuple(k)}")
     right = dict.fromkeys(k, 0)

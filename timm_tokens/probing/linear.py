@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from timm_tokens.ops.ranges import check_weights, check_within
 from timm_tokens.probing._checks import check_pair
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -77,6 +78,8 @@ def linear_probe(
     """
     check_pair(train_features, train_labels, features, labels)
     _check_positive(lrs, epochs, batch_size)
+    check_weights(weight_decay=weight_decay)
+    check_within(momentum=momentum, held_out=held_out)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     num_classes = 1 + int(torch.cat([train_labels.cpu(), labels.cpu()]).max())
     x, target = _standardise(train_features.float(), features.to(train_features.device).float())

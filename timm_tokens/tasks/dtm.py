@@ -126,6 +126,11 @@ def _image_size(vit: TokenViT, wanted: int | tuple[int, int] | None) -> tuple[in
             f"the student takes images of {vit.image_size}, got image_size={wanted}: make it with img_size={size}, or "
             "with dynamic_img_size=True"
         )
+    stem = blocks.stem(vit.base)
+    patch = to_2tuple(getattr(stem, "patch_size", 1))
+    odd = not getattr(stem, "dynamic_img_pad", False) and any(s % p for s, p in zip(size, patch, strict=True))
+    if min(size) < 1 or odd:
+        raise ValueError(f"image_size must be a multiple of the student's patches of {patch}, got {wanted}")
     return size
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens.losses import MIRALoss
+from timm_tokens.ops.ranges import check_weights
 from timm_tokens.tasks.clustering import Projector, Prototypes
 from timm_tokens.tasks.schedules import cosine, over_the_run
 from timm_tokens.tasks.task import TokenTask
@@ -93,6 +94,7 @@ class MIRATask(TokenTask):
     ) -> None:
         counts = {"num_prototypes": num_prototypes, "hidden": hidden, "width": width, "global_crops": global_crops}
         _check(backbone, counts, beta, momentum)
+        check_weights(frozen_epochs=frozen_epochs)
         encoder = Encoder(backbone, hidden, width)
         super().__init__(ClusteringStudent(encoder, Prototypes(width, num_prototypes)), seed=seed)
         self.teacher = use_batch_statistics(frozen_copy(encoder))

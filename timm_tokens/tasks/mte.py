@@ -3,6 +3,7 @@
 Shapes: B images, V crops of each, T tokens of a crop, K prototypes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from timm_tokens import blocks
 from timm_tokens.data import random_ratio_masks
 from timm_tokens.distributed import batch_mean
 from timm_tokens.losses import IBOTPatchLoss, MTELoss, MTETerms
+from timm_tokens.ops.ranges import check_counts, check_positive, check_spans, check_weights, check_within
 from timm_tokens.tasks.encoder import token_counts
 from timm_tokens.tasks.objectives import OBJECTIVES, make_loss, make_student, token_backbone, token_names
 from timm_tokens.tasks.schedules import cosine, linear, over_the_run
@@ -89,6 +91,12 @@ class MTETask(TokenTask):
         queue_size: int = 4096,
         seed: int = 0,
     ) -> None:
+        counts = {"num_prototypes": num_prototypes, "hidden": hidden, "width": width, "global_crops": global_crops}
+        check_counts(**{name: count for name, count in counts.items() if count is not None}, queue_size=queue_size)
+        check_weights(tau_epochs=tau_epochs, frozen_epochs=frozen_epochs, patch_weight=patch_weight)
+        check_positive(**{f"tau_teacher[{i}]": tau for i, tau in enumerate(tau_teacher)})
+        check_within(momentum=momentum or 1.0, mask_ratio=mask_ratio, mask_prob=mask_prob)
+        check_spans(low=-math.inf, mask_ratio=mask_ratio)
         backbone, recipe = token_backbone(model, objective), OBJECTIVES[objective]
         prototypes = recipe.num_prototypes if num_prototypes is None else num_prototypes
         shape = (prototypes, hidden or recipe.hidden, width, learn_scale, heads, batch_norm)

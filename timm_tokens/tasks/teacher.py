@@ -6,6 +6,8 @@ import torch
 from timm.utils import unwrap_model
 from torch import nn
 
+from timm_tokens.ops.ranges import check_within
+
 
 def frozen_copy(student: nn.Module) -> nn.Module:
     """A deep copy without gradients, in evaluation mode (so without drop path). Call its `train()` where batch norm
@@ -24,8 +26,10 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
         momentum: In [0, 1]; 1 leaves the teacher as it is.
 
     Raises:
-        ValueError: The teacher has something that the student lacks, or of another shape.
+        ValueError: The momentum is out of range, or the teacher has something that the student lacks, or of another
+            shape.
     """
+    check_within(momentum=momentum)
     source, averaged = unwrap_model(student).state_dict(), ([], [])
     for name, value in teacher.state_dict().items():
         given = source.get(name)

@@ -19,9 +19,11 @@ class CropOptions(TrainOptions):
         None, "side of local crops in pixels (default: 96 where --img-size is 224)", at_least=1, at_most=16384
     )
     global_scale: tuple[float, float] | None = option(
-        None, "range of a global crop's area (default: 0.4 1, or 0.08 1 for MoBY)", above=0, at_most=1
+        None, "range of a global crop's area (default: 0.4 1, or 0.08 1 for MoBY)", above=0, at_most=1, ascending=True
     )
-    local_scale: tuple[float, float] = option((0.05, 0.4), "range of a local crop's area", above=0, at_most=1)
+    local_scale: tuple[float, float] = option(
+        (0.05, 0.4), "range of a local crop's area", above=0, at_most=1, ascending=True
+    )
 
 
 def crop_sides(options: CropOptions, backbone: nn.Module) -> tuple[int, int]:

@@ -50,7 +50,7 @@ class TeacherOptions(base.Options):
 class AugmentationOptions(base.Options):
     """Augmentation."""
 
-    scale: tuple[float, float] = option((0.2, 1.0), "range of a crop's area", above=0, at_most=1)
+    scale: tuple[float, float] = option((0.2, 1.0), "range of a crop's area", above=0, at_most=1, ascending=True)
     hflip: float = option(0.5, "probability of a left-right flip", at_least=0, at_most=1)
     color_jitter: float = option(0.0, "strength of colour jitter", at_least=0)
 

@@ -54,7 +54,7 @@ class LossOptions(base.Options):
     )  # fmt: skip
     frozen_epochs: float = option(1.0, "epochs in which the prototypes are frozen", at_least=0)
     mask_ratio: tuple[float, float] = option(
-        (0.1, 0.5), "iBOT: range of the share of patches that are masked", at_least=0, at_most=1
+        (0.1, 0.5), "iBOT: range of the share of patches that are masked", at_least=0, at_most=1, ascending=True
     )
     mask_prob: float = option(0.5, "iBOT: probability that an image is masked", at_least=0, at_most=1)
     queue_size: int = option(4096, "MoBY: length of the key queue", at_least=1)
