@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens.losses.center import Center
-from timm_tokens.losses.views import as_tokens, cross_view_losses
+from timm_tokens.losses.cross_view import as_tokens, cross_view_losses
 from timm_tokens.ops.cross_entropy import soft_cross_entropy
 from timm_tokens.ops.ranges import check_counts, check_positive
 

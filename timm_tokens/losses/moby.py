@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_tokens.distributed import all_gather_batch
-from timm_tokens.losses.views import as_tokens, cross_view_losses
+from timm_tokens.losses.cross_view import as_tokens, cross_view_losses
 
 
 class MoBYLoss(nn.Module):

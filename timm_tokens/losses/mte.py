@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens.distributed import batch_mean
-from timm_tokens.losses.views import cross_view_losses
+from timm_tokens.losses.cross_view import cross_view_losses
 
 
 class Baseline(Protocol):

@@ -18,7 +18,7 @@ from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy, update_teacher, use_batch_statistics
 
 
-class Encoder(nn.Module):
+class ProjectedBackbone(nn.Module):
     """A backbone and a projector, run on crops of several sizes, those of one size as one batch.
 
     Args:
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
 class ClusteringStudent(nn.Module):
     """An encoder and the prototypes that its projections are compared with: V crops -> V logits (B, K)."""
 
-    def __init__(self, encoder: Encoder, prototypes: Prototypes) -> None:
+    def __init__(self, encoder: ProjectedBackbone, prototypes: Prototypes) -> None:
         super().__init__()
         self.encoder, self.prototypes = encoder, prototypes
 
@@ -95,7 +95,7 @@ class MIRATask(TokenTask):
         counts = {"num_prototypes": num_prototypes, "hidden": hidden, "width": width, "global_crops": global_crops}
         _check(backbone, counts, beta, momentum)
         check_weights(frozen_epochs=frozen_epochs)
-        encoder = Encoder(backbone, hidden, width)
+        encoder = ProjectedBackbone(backbone, hidden, width)
         super().__init__(ClusteringStudent(encoder, Prototypes(width, num_prototypes)), seed=seed)
         self.teacher = use_batch_statistics(frozen_copy(encoder))
         self.criterion = MIRALoss() if criterion is None else criterion

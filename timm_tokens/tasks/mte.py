@@ -14,12 +14,12 @@ from timm_tokens.data import random_ratio_masks
 from timm_tokens.distributed import batch_mean
 from timm_tokens.losses import IBOTPatchLoss, MTELoss, MTETerms
 from timm_tokens.ops.ranges import check_counts, check_positive, check_spans, check_weights, check_within
-from timm_tokens.tasks.encoder import token_counts
-from timm_tokens.tasks.objectives import OBJECTIVES, make_loss, make_student, token_backbone, token_names
+from timm_tokens.tasks.baselines import BASELINES, make_loss, make_student, token_backbone, token_names
+from timm_tokens.tasks.multi_crop import CropOutputs
 from timm_tokens.tasks.schedules import cosine, linear, over_the_run
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy, update_teacher, use_batch_statistics
-from timm_tokens.tasks.views import Views
+from timm_tokens.tasks.token_encoder import token_counts
 
 
 class MTETask(TokenTask):
@@ -97,9 +97,9 @@ class MTETask(TokenTask):
         check_positive(**{f"tau_teacher[{i}]": tau for i, tau in enumerate(tau_teacher)})
         check_within(momentum=momentum or 1.0, mask_ratio=mask_ratio, mask_prob=mask_prob)
         check_spans(low=-math.inf, mask_ratio=mask_ratio)
-        backbone, recipe = token_backbone(model, objective), OBJECTIVES[objective]
-        prototypes = recipe.num_prototypes if num_prototypes is None else num_prototypes
-        shape = (prototypes, hidden or recipe.hidden, width, learn_scale, heads, batch_norm)
+        backbone, defaults = token_backbone(model, objective), BASELINES[objective]
+        prototypes = defaults.num_prototypes if num_prototypes is None else num_prototypes
+        shape = (prototypes, hidden or defaults.hidden, width, learn_scale, heads, batch_norm)
         student = make_student(backbone, objective, *shape)
         super().__init__(student, seed=seed)
         self.teacher = use_batch_statistics(frozen_copy(student))
@@ -112,7 +112,7 @@ class MTETask(TokenTask):
         self.patch_criterion = IBOTPatchLoss(prototypes) if objective == "ibot" else None
         self.mask_ratio, self.mask_prob, self.patch_weight = mask_ratio, mask_prob, patch_weight
         self.temperatures, self.tau_epochs, self.frozen_epochs = tuple(tau_teacher), tau_epochs, frozen_epochs
-        self.momenta = (recipe.momentum, 1.0) if momentum is None else tuple(momentum)
+        self.momenta = (defaults.momentum, 1.0) if momentum is None else tuple(momentum)
         self.start_step(0, 2, 1)
 
     @property
@@ -167,7 +167,7 @@ class MTETask(TokenTask):
     def end_step(self) -> None:
         update_teacher(self.teacher, self.student, self.momentum)
 
-    def _log(self, terms: MTETerms, student: Views, teacher: Views) -> dict[str, Tensor]:
+    def _log(self, terms: MTETerms, student: CropOutputs, teacher: CropOutputs) -> dict[str, Tensor]:
         rows = {
             "loss": terms.token_losses,
             "entropy": terms.entropy,

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from timm_tokens.tasks.encoder import Encoder
+from timm_tokens.tasks.token_encoder import TokenEncoder
 
 
-class Views(NamedTuple):
-    """What a `ViewEncoder` makes of crops.
+class CropOutputs(NamedTuple):
+    """What a `MultiCropEncoder` makes of crops.
 
     Attributes:
         tokens: A view each, (B, T, K): logits, or (B, T, D) where there are no prototypes.
@@ -29,7 +29,7 @@ class Views(NamedTuple):
     gradient_norms: Tensor
 
 
-class ViewEncoder(nn.Module):
+class MultiCropEncoder(nn.Module):
     """An encoder of crops of several sizes, and the prototypes or the predictor that tell views apart.
 
     Args:
@@ -39,7 +39,7 @@ class ViewEncoder(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, prototypes: nn.Module | None = None, predictor: nn.Module | None = None
+        self, encoder: TokenEncoder, prototypes: nn.Module | None = None, predictor: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.encoder, self.prototypes, self.predictor = encoder, prototypes, predictor
@@ -52,13 +52,13 @@ class ViewEncoder(nn.Module):
         aux_on_local: bool = False,
         mask: Tensor | None = None,
         patches: Tensor | None = None,
-    ) -> Views:
+    ) -> CropOutputs:
         """V views of B images: crops (B, 3, h, w), the global ones, of one size, first; one forward a size.
 
         Args:
             num_global: How many crops are global.
             aux_on_local: Whether local crops have auxiliary tokens too.
-            mask: (num_global B, N) of the global crops; patches: (M,) of them; see `Encoder`.
+            mask: (num_global B, N) of the global crops; patches: (M,) of them; see `TokenEncoder`.
         """
         batch, encoded = len(crops[0]), self.encoder(torch.cat(list(crops[:num_global])), mask=mask, patches=patches)
         norms = _norms_of_gradient(encoded.features)
@@ -66,7 +66,7 @@ class ViewEncoder(nn.Module):
         for _, same in groupby(crops[num_global:], key=lambda crop: crop.shape[1:]):
             projected.append(self.encoder(torch.cat(list(same)), aux=aux_on_local).projected)
         tokens, rows = self._compare(projected, encoded.patches)
-        return Views([view for x in tokens for view in x.split(batch)], rows, encoded.projected, norms)
+        return CropOutputs([view for x in tokens for view in x.split(batch)], rows, encoded.projected, norms)
 
     def _compare(self, projected: list[Tensor], patches: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """Logits of all tokens by one product with the prototypes; or the predictions."""

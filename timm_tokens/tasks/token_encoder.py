@@ -58,7 +58,7 @@ def token_counts(backbone: nn.Module) -> dict[str, int]:
 
 
 class Encoded(NamedTuple):
-    """What an `Encoder` makes of images.
+    """What an `TokenEncoder` makes of images.
 
     Attributes:
         features: (B, T, C) tokens of the backbone.
@@ -71,7 +71,7 @@ class Encoded(NamedTuple):
     patches: Tensor | None
 
 
-class Encoder(nn.Module):
+class TokenEncoder(nn.Module):
     """A backbone, and a head for each kind of token: "cls", which also serves patches, "aux" and "pooled".
 
     Args:

@@ -7,14 +7,14 @@ from torch import nn
 
 from timm_tokens.losses import DINOLoss, MoBYLoss
 from timm_tokens.tasks.clustering import Prototypes
-from timm_tokens.tasks.encoder import Encoder, PooledTokens, token_counts
 from timm_tokens.tasks.heads import DINOHead, MoBYHead, TokenHeads
-from timm_tokens.tasks.views import ViewEncoder
+from timm_tokens.tasks.multi_crop import MultiCropEncoder
+from timm_tokens.tasks.token_encoder import PooledTokens, TokenEncoder, token_counts
 from timm_tokens.vit import TokenViT
 from timm_tokens.wrap import add_mask_token
 
 
-class Recipe(NamedTuple):
+class Defaults(NamedTuple):
     """What a paper sets: the heads' hidden width, the number of prototypes, the teacher's momentum at first."""
 
     hidden: int
@@ -22,10 +22,10 @@ class Recipe(NamedTuple):
     momentum: float
 
 
-OBJECTIVES = {
-    "dino": Recipe(2048, 65536, 0.996),
-    "ibot": Recipe(2048, 8192, 0.996),
-    "moby": Recipe(4096, 0, 0.99),
+BASELINES = {
+    "dino": Defaults(2048, 65536, 0.996),
+    "ibot": Defaults(2048, 8192, 0.996),
+    "moby": Defaults(4096, 0, 0.99),
 }
 
 
@@ -36,8 +36,8 @@ def token_backbone(model: nn.Module, objective: str) -> TokenViT | PooledTokens:
         ValueError: If the objective is unknown, the model has a classifier, or it has no patches that iBOT could mask.
         TypeError: If the model can't be driven.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if objective not in BASELINES:
+        raise ValueError(f"objective must be one of {', '.join(BASELINES)}, got {objective!r}")
     base = getattr(model, "base", model)
     if base.num_classes:
         raise ValueError(
@@ -62,7 +62,7 @@ def make_student(
     learn_scale: bool,
     heads: str,
     batch_norm: bool,
-) -> ViewEncoder:
+) -> MultiCropEncoder:
     """Heads on a backbone: for each "kind" of token, or "shared" by all of them.
 
     Prototypes are always shared, so that assignments can be averaged.
@@ -78,9 +78,9 @@ def make_student(
     if objective == "moby":
         projectors = _alike(lambda size: MoBYHead(size, hidden, width), features)
         predictors = _alike(lambda size: MoBYHead(size, hidden, width), dict.fromkeys(features, width))
-        return ViewEncoder(Encoder(backbone, projectors), predictor=TokenHeads(predictors, counts))
+        return MultiCropEncoder(TokenEncoder(backbone, projectors), predictor=TokenHeads(predictors, counts))
     projectors = _alike(lambda size: DINOHead(size, hidden, width, batch_norm), features)
-    return ViewEncoder(Encoder(backbone, projectors), Prototypes(width, num_prototypes, learn_scale))
+    return MultiCropEncoder(TokenEncoder(backbone, projectors), Prototypes(width, num_prototypes, learn_scale))
 
 
 def _alike(make: Callable[[int], nn.Module], features: dict[str, int]) -> dict[str, nn.Module]:
