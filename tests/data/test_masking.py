@@ -1,5 +1,7 @@
+import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +79,44 @@ def test_random_ratios():
     shares = counts[counts > 0] / 196
     assert 0.09 < shares.min() < 0.12 and 0.48 < shares.max() <= 0.5 and abs(shares.mean() - 0.3) < 0.02
     assert (random_ratio_masks(20, (6, 6), ratio=(0.3, 0.3), prob=1.0).sum(1) == 11).all()
+
+
+def published_mask(high, grid, attempts):
+    """iBOT's code (loader.py), rectangle by rectangle; an attempt takes the next four of the draws in [0, 1)."""
+    (H, W), mask, low = grid, np.zeros(grid, dtype=bool), (min(grid) // 3) ** 2
+    while mask.sum() < high:
+        missing, done = high - mask.sum(), False
+        for _ in range(10):
+            u = next(attempts)
+            area = low + (missing - low) * u[0]
+            ratio = math.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * u[1])
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if w < W and h < H:
+                top, left = int(u[2] * (H - h + 1)), int(u[3] * (W - w + 1))
+                new = h * w - mask[top : top + h, left : left + w].sum()
+                if 0 < new <= missing:
+                    mask[top : top + h, left : left + w] = done = True
+            if done:
+                break
+        if not done:
+            break
+    return mask
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (6, 6), (7, 12)])
+def test_masks_with_rejection_are_the_published_ones(grid):
+    batch, patches = 200, grid[0] * grid[1]
+    masks = random_ratio_masks(batch, grid, exact=False, generator=[generator(i) for i in range(batch)])
+    short = 0
+    for i, mask in enumerate(masks):
+        own = generator(i)
+        share, chosen = torch.rand(2, generator=own)
+        high = float((0.1 + (0.5 - 0.1) * share) * (chosen < 0.5) * patches)
+        attempts = iter(torch.rand(400, 4, generator=own).tolist())
+        expected = published_mask(high, grid, attempts)
+        assert torch.equal(mask, torch.from_numpy(expected).flatten()), i
+        short += mask.sum() < high - 1
+    assert short > 5
 
 
 @pytest.mark.parametrize(

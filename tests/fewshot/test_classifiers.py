@@ -50,6 +50,28 @@ def test_equals_the_loop(classifier, ways, shots, queries):
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
 
+def published(support, labels, query, alpha=0.2):
+    """BD-CSPN step by step as the code of ESFR's authors has it (algorithm.py, with shift), one episode."""
+    ways = int(labels.max()) + 1
+    means = F.normalize(torch.stack([support[labels == k].mean(0) for k in range(ways)]), dim=1)
+    support, query = F.normalize(support, dim=1), F.normalize(query, dim=1)
+    logits = -torch.stack([(query - mean).square().sum(1) for mean in means], 1)
+    pseudo = torch.cat([F.one_hot(labels, ways).float(), (logits / alpha).softmax(1)])
+    query = query - query.mean(0) + support.mean(0)
+    weights = F.one_hot(pseudo.argmax(1), ways) * pseudo
+    rectified = weights.T @ torch.cat([support, query]) / weights.sum(0)[:, None]
+    return -torch.stack([(query - mean).square().sum(1) for mean in rectified], 1)
+
+
+@pytest.mark.parametrize(("ways", "shots", "queries"), [(5, 1, 75), (5, 5, 75), (3, 2, 4)])
+def test_bd_cspn_of_normalised_features_is_the_published_one(ways, shots, queries):
+    support, labels, query, _ = episodes(ways=ways, shots=shots, queries=queries, noise=2.0)
+    scores = bd_cspn(support, labels, query, normalized=True)
+    expected = torch.stack([published(*episode) for episode in zip(support, labels, query, strict=True)])
+    torch.testing.assert_close(-scores.square(), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(scores, bd_cspn(support, labels, query))
+
+
 @pytest.mark.parametrize("classifier", ALL)
 def test_finds_clear_classes(classifier):
     support, labels, query, truth = episodes(queries=60, dim=32, noise=0.3)

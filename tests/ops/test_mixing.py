@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -16,6 +18,25 @@ def test_boxes_lie_on_the_grid_and_have_the_area_of_a_uniform_lambda():
     # Uniform lambda and centre: E[area] = integral of (r - r^2 / 4)^2 2r dr = 0.32, less what rounding down takes.
     area = (((bottom - top) * (right - left)) / 140.0).mean()
     assert 0.25 < area < 0.32
+
+
+def published_box(height, width, lam, centre):
+    """The paper's code (tlt/models/lvvit.py, rand_bbox), for draws in [0, 1)."""
+    cut_h, cut_w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
+    y, x = int(height * centre[0]), int(width * centre[1])
+    top, bottom = max(y - cut_h // 2, 0), min(y + cut_h // 2, height)
+    left, right = max(x - cut_w // 2, 0), min(x + cut_w // 2, width)
+    return [top, left, bottom, right]
+
+
+def test_even_boxes_are_the_published_ones():
+    odd = 0
+    for seed in range(300):
+        draws = torch.rand(3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+        box = draw_mix_box((14, 9), torch.Generator().manual_seed(seed), even=True)
+        assert box.tolist() == published_box(14, 9, draws[0], draws[1:])
+        odd += not torch.equal(box, draw_mix_box((14, 9), torch.Generator().manual_seed(seed)))
+    assert 150 < odd < 290  # most boxes have an odd side
 
 
 def test_same_generator_same_box():

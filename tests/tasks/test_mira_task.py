@@ -68,6 +68,24 @@ def test_the_loss_by_hand():
     assert 2 / 3 < task.beta < 0.75 and not torch.allclose(student[0], teacher[0])
 
 
+def test_crop_by_crop_by_hand():
+    """As the paper's code: backbone and projector on one crop after the other, batch norms and all."""
+    task, inputs = make("test_resnet", crop_by_crop=True).train(), crops()
+    student, teacher = copy.deepcopy(task.student), copy.deepcopy(task.teacher)
+
+    def logits(encoder, crop):
+        features = nn.Sequential.forward(encoder.projector, encoder.backbone(crop))
+        return F.normalize(features, dim=1) @ F.normalize(student.prototypes.weight, dim=1).T
+
+    expected = MIRALoss(beta=task.beta)(
+        [logits(student.encoder, crop) for crop in inputs], [logits(teacher, crop) for crop in inputs[:2]]
+    )
+    torch.testing.assert_close(task(inputs), expected._asdict())
+    for found, reference in ((task.student, student), (task.teacher, teacher)):
+        torch.testing.assert_close(found.state_dict(), reference.state_dict())
+    assert not torch.allclose(make("test_resnet").train()(inputs)["loss"], expected.loss)
+
+
 def test_the_criterion_decides_the_pseudo_labels():
     losses = [make(criterion=MIRALoss(assign=assign))(crops())["loss"] for assign in (None, sinkhorn_assign)]
     assert losses[0] != losses[1]

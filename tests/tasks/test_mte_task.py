@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer
 
 import timm_tokens
+from timm_tokens.data import random_ratio_masks
 from timm_tokens.losses import DINOLoss, MoBYLoss, MTELoss
 from timm_tokens.tasks import MTETask, PooledTokens
 
@@ -104,6 +105,50 @@ def test_ibot_by_hand():
     out = task(inputs)
     torch.testing.assert_close(out["loss/patch"], patch.detach())
     torch.testing.assert_close(out["loss"], expected + patch)
+
+
+@pytest.mark.parametrize("center", ["masked", "all"])
+def test_ibots_patch_centre_by_hand(center):
+    """The mean of the teacher's logits of the masked patches, or of all patches of the global crops, as published."""
+    task, inputs = make("ibot", patch_center=center).train(), crops("ibot")
+    other, mask = make("ibot"), make("ibot")._draw_mask(inputs)
+    weight = F.normalize(task.teacher.prototypes.weight, dim=1).T
+    patches = torch.cat([project(task.teacher.encoder, x)[1] for x in inputs[:2]])
+    logits = task.teacher.encoder.heads["cls"](patches) @ weight
+    out = task(inputs)
+    expected = logits[mask] if center == "masked" else logits.flatten(0, 1)
+    torch.testing.assert_close(task.patch_criterion.center.value, 0.1 * expected.mean(0))
+    torch.testing.assert_close(out["loss"], other(inputs)["loss"])  # the centre is for the next step
+
+
+def test_masks_as_ibots_code_draws_them():
+    task = make("ibot", exact_masks=False)
+    generators = make("ibot").sample_generators(4)
+    expected = [random_ratio_masks(4, (4, 4), exact=False, generator=generators) for _ in range(2)]
+    assert torch.equal(task._draw_mask(crops("ibot")), torch.cat(expected))
+
+
+@pytest.mark.parametrize("objective", ["dino", "moby"])
+def test_crop_by_crop(objective):
+    """Batch norms of heads see one crop of each image at a time, in the teacher and the student."""
+    options = dict(crop_by_crop=True) | ({} if objective == "moby" else {"batch_norm": True})
+    apart, together = (make(objective, **options | dict(crop_by_crop=x)).train() for x in (True, False))
+    seen, inputs = [], crops(objective)
+    for part in (apart, together):  # without batch statistics it is the same
+        part.criterion.eval()
+        for module in (*part.student.modules(), *part.teacher.modules()):
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.eval()
+                module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    torch.testing.assert_close(apart(inputs)["loss"], together(inputs)["loss"])
+    seen.clear()
+    for part in (apart, together):
+        for module in (*part.student.modules(), *part.teacher.modules()):
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.train()
+    loss = apart(inputs)["loss"]
+    assert set(seen) == {4, 8}  # of 4 images, one token of a kind or two
+    assert not torch.allclose(loss, together(inputs)["loss"])
 
 
 @pytest.mark.parametrize("heads", ["shared", "kind"])
@@ -309,6 +354,8 @@ def test_backbones_without_class_tokens(name, num_pooled):
         (lambda: make("simclr"), "objective must be one of dino, ibot, moby, got 'simclr'"),
         (lambda: MTETask(vit(num_classes=10)), "has a classifier for 10 classes.*reset_classifier"),
         (lambda: make(aux_target="none"), "got 'none'"),
+        (lambda: make("ibot", patch_center="none"), "patch_center must be 'masked' or 'all', got 'none'"),
+        (lambda: make("ibot", crop_by_crop=True), "crop_by_crop is for batch norm, which iBOT's heads do without"),
         (lambda: make(heads="each"), "heads must be 'kind' or 'shared', got 'each'"),
         (
             lambda: MTETask(PooledTokens(timm.create_model("test_efficientnet", num_classes=0)), "ibot"),

@@ -50,6 +50,14 @@ def test_is_the_loss_of_the_parts(batch, truth):
     assert trained.student.head.tokens.weight.grad.abs().sum() > 0
 
 
+def test_even_boxes():
+    even = task(even_boxes=True)
+    box = draw_mix_box((4, 4), task().step_generator(), even=True)
+    assert not torch.equal(box, draw_mix_box((4, 4), task().step_generator()))
+    images = tiny.images(2)
+    torch.testing.assert_close(even(images, labelled(2))["output"], even.student(images, dense=True, box=box).cls)
+
+
 def test_mixing_is_for_training_and_can_be_left_out():
     images, target = tiny.images(4), labelled()
     plain = task(mix=False)(images, target)["loss"]

@@ -11,6 +11,7 @@ from timm_tokens.ops.ranges import check_counts, check_spans, check_within
 # On the CPU: one for the whole batch, one for each image, or torch's own
 Generator = torch.Generator | Sequence[torch.Generator] | None
 _ROUNDS = 100  # 5 to 20 do, unless nearly everything is to be masked
+_ATTEMPTS = 400  # with rejection; of 14 x 14 patches all images are done after 150
 
 
 def block_masks(
@@ -68,9 +69,21 @@ def random_ratio_masks(
     prob: float = 0.5,
     min_block: int | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    exact: bool = True,
     generator: Generator = None,
 ) -> Tensor:
     """`block_masks` of a different share of each image: with probability `prob` uniform in `ratio`, otherwise none.
+
+    Args:
+        batch: B.
+        grid: (H, W), patches in a column and in a row.
+        ratio: Range of the share.
+        prob: Probability that an image has a mask.
+        min_block: As for `block_masks`.
+        aspect: As for `block_masks`.
+        exact: Mask exactly the drawn share. False: as iBOT's code does, which rejects rectangles that mask too much,
+            and gives up after ten in a row, so that masks may fall short.
+        generator: As for `block_masks`.
 
     Returns:
         (B, H W) bool, True where masked, on the CPU.
@@ -86,6 +99,8 @@ def random_ratio_masks(
     check_counts(0, batch=batch)
     share, chosen = _uniform(batch, (2,), generator).unbind(1)
     counts = (ratio[0] + (ratio[1] - ratio[0]) * share) * (chosen < prob) * (grid[0] * grid[1])
+    if not exact:
+        return _rejecting(counts, grid, (min(grid) // 3) ** 2 if min_block is None else min_block, aspect, generator)
     return block_masks(counts.round().long(), grid, min_block=min_block, aspect=aspect, generator=generator)
 
 
@@ -102,17 +117,46 @@ def _blocks(
     missing: Tensor, grid: tuple[int, int], min_block: int, aspect: tuple[float, float], drawn: Tensor
 ) -> Tensor:
     """One rectangle an image, (B, H, W) bool, of min_block to `missing` (B,) patches, by numbers (B, 4) in [0, 1)."""
-    area, shape, down, right = drawn.unbind(1)
-    area = missing.clamp(max=min_block) + (missing - min_block).clamp(min=0) * area
-    shape = (math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * shape).exp()
-    sides = (area * shape).sqrt(), (area / shape).sqrt()
+    area = missing.clamp(max=min_block) + (missing - min_block).clamp(min=0) * drawn[:, 0]
+    sides = [side.clamp(1, size) for side, size in zip(_sides(area, aspect, drawn[:, 1]), grid, strict=True)]
+    return _rectangles(sides, grid, drawn[:, 2:])
+
+
+def _sides(area: Tensor, aspect: tuple[float, float], drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """Height and width (B,) in whole patches, by numbers (B,) in [0, 1) for the aspect ratio."""
+    ratio = (math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * drawn).exp()
+    return (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+
+
+def _rectangles(sides: Sequence[Tensor], grid: tuple[int, int], drawn: Tensor) -> Tensor:
+    """Rectangles (B, H, W) bool with these sides, (B,) each, placed by numbers (B, 2) in [0, 1)."""
     inside = []
-    for size, side, place in zip(grid, sides, (down, right), strict=True):
-        side = side.round().clamp(1, size)
-        first = (place * (size - side + 1)).floor()
-        index = torch.arange(size)
+    for size, side, place in zip(grid, sides, drawn.unbind(1), strict=True):
+        first, index = (place * (size - side + 1)).floor(), torch.arange(size)
         inside.append((index >= first[:, None]) & (index < (first + side)[:, None]))  # (B, size)
     return inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def _rejecting(
+    wanted: Tensor, grid: tuple[int, int], min_block: int, aspect: tuple[float, float], generator: Generator
+) -> Tensor:
+    """Masks (B, H W) as iBOT's code draws them, which may fall short of the (B,) patches that are wanted.
+
+    A rectangle that masks nothing new, or too much, is rejected; after ten in a row the image has enough.
+    """
+    mask, rejected = torch.zeros(len(wanted), *grid, dtype=torch.bool), torch.zeros(len(wanted))
+    for drawn in _uniform(len(wanted), (_ATTEMPTS, 4), generator).unbind(1):
+        missing = wanted - mask.sum((1, 2))
+        active = (missing > 0) & (rejected < 10)
+        if not active.any():
+            break
+        height, width = _sides(min_block + (missing - min_block) * drawn[:, 0], aspect, drawn[:, 1])
+        new = _rectangles((height, width), grid, drawn[:, 2:]) & ~mask
+        count = new.sum((1, 2))
+        taken = active & (height < grid[0]) & (width < grid[1]) & (count > 0) & (count <= missing)
+        mask |= new & taken[:, None, None]
+        rejected = torch.where(taken, 0, rejected + 1)
+    return mask.flatten(1)
 
 
 def _counts(count: int | Tensor, batch: int | None, patches: int) -> Tensor:

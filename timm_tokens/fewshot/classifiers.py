@@ -5,7 +5,7 @@ The features are those of `prepare` or of `ESFR.adapt`, split into support and q
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, one_hot
+from torch.nn.functional import cosine_similarity, normalize, one_hot
 
 from timm_tokens.ops.finite import check_finite
 from timm_tokens.ops.ranges import check_positive
@@ -33,7 +33,9 @@ def cosine_centroid(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     return _cosine(query, _centroids(support, _one_hot(support, labels, query)))
 
 
-def bd_cspn(support: Tensor, labels: Tensor, query: Tensor, temperature: float = 0.2) -> Tensor:
+def bd_cspn(
+    support: Tensor, labels: Tensor, query: Tensor, temperature: float = 0.2, *, normalized: bool = False
+) -> Tensor:
     """Prototype rectification: the queries join the class means, and are compared with these once more.
 
     Liu et al., "Prototype Rectification for Few-Shot Learning", ECCV 2020, arXiv 1911.10713. Every query is
@@ -46,6 +48,8 @@ def bd_cspn(support: Tensor, labels: Tensor, query: Tensor, temperature: float =
         labels: (T, S) or (S,).
         query: (T, Q, D).
         temperature: Temperature of the softmax.
+        normalized: Scale each feature to unit length before the shift and the weighted means, as the code of ESFR's
+            authors does. The class means that label the queries are those of the features as they come.
 
     Returns:
         Minus the distances to the rectified class means, (T, Q, K).
@@ -55,6 +59,8 @@ def bd_cspn(support: Tensor, labels: Tensor, query: Tensor, temperature: float =
     cosine = _cosine(query, _centroids(support, known))
     probability, best = (2 * cosine / temperature).softmax(-1).max(-1)  # |u - v|^2 = 2 - 2 cos on the unit sphere
     guessed = one_hot(best, known.shape[-1]) * probability[..., None]
+    if normalized:
+        support, query = normalize(support, dim=-1), normalize(query, dim=-1)
     query = query + support.mean(-2, keepdim=True) - query.mean(-2, keepdim=True)
     rectified = _centroids(torch.cat([support, query], dim=-2), torch.cat([known, guessed], dim=-2))
     return -_distance(query, rectified)

@@ -19,8 +19,9 @@ class IBOTPatchLoss(nn.Module):
 
     Averaged over the masked patches of an image, then over images (those without a mask count as 0), then over views.
     iBOT adds this to `DINOLoss` on the class token, with the same weight. Logits may be given for the masked patches
-    alone, (M, K) in the order of `x[mask]`, so that the head need not run on the others; the centre then is the mean
-    over those. In training mode each call moves the centre, after it was used.
+    alone, (M, K) in the order of `x[mask]`, so that the head need not run on the others. In training mode each call
+    moves the centre, after it was used, towards the mean of the teacher's logits that were given: iBOT's own code gives
+    those of all patches.
 
     Args:
         num_prototypes: K.

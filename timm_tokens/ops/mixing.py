@@ -12,12 +12,13 @@ from torch import Tensor
 from timm_tokens.ops.ranges import check_counts
 
 
-def draw_mix_box(grid: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
+def draw_mix_box(grid: tuple[int, int], generator: torch.Generator | None = None, *, even: bool = False) -> Tensor:
     """Draw a CutMix box on the patch grid: an area of about 1 - lambda, lambda ~ Beta(1, 1), around a uniform centre.
 
     Args:
         grid: H, W of the patch grid.
         generator: on the CPU.
+        even: extents are even numbers of cells, 2 * (cut // 2), as in the paper's code: odd ones lose a cell there.
 
     Returns:
         (4,) int64 on the CPU: top, left, bottom, right, the last two exclusive. The box is cut at the border and may be
@@ -30,6 +31,7 @@ def draw_mix_box(grid: tuple[int, int], generator: torch.Generator | None = None
     lam, *centre = torch.rand(3, generator=generator, dtype=torch.float64).unbind()  # Beta(1, 1) is uniform
     cells = torch.tensor(grid)
     extent = (cells * (1 - lam).sqrt()).long()
+    extent = extent // 2 * 2 if even else extent
     start = (cells * torch.stack(centre)).long() - extent // 2
     return torch.cat([start.clamp(min=0), torch.minimum(start + extent, cells)])
 

@@ -62,14 +62,17 @@ def make_student(
     learn_scale: bool,
     heads: str,
     batch_norm: bool,
+    crop_by_crop: bool = False,
 ) -> MultiCropEncoder:
     """Heads on a backbone: for each "kind" of token, or "shared" by all of them.
 
     Prototypes are always shared, so that assignments can be averaged.
 
     Raises:
-        ValueError: If heads is unknown.
+        ValueError: If heads is unknown, or crops are to be encoded one by one for iBOT.
     """
+    if crop_by_crop and objective == "ibot":
+        raise ValueError("crop_by_crop is for batch norm, which iBOT's heads do without: leave it out")
     if heads not in ("kind", "shared"):
         raise ValueError(f"heads must be 'kind' or 'shared', got {heads!r}")
     base, counts = backbone.base, token_counts(backbone)
@@ -78,9 +81,11 @@ def make_student(
     if objective == "moby":
         projectors = _alike(lambda size: MoBYHead(size, hidden, width), features)
         predictors = _alike(lambda size: MoBYHead(size, hidden, width), dict.fromkeys(features, width))
-        return MultiCropEncoder(TokenEncoder(backbone, projectors), predictor=TokenHeads(predictors, counts))
+        predictor = TokenHeads(predictors, counts)
+        return MultiCropEncoder(TokenEncoder(backbone, projectors), predictor=predictor, crop_by_crop=crop_by_crop)
     projectors = _alike(lambda size: DINOHead(size, hidden, width, batch_norm), features)
-    return MultiCropEncoder(TokenEncoder(backbone, projectors), Prototypes(width, num_prototypes, learn_scale))
+    prototypes = Prototypes(width, num_prototypes, learn_scale)
+    return MultiCropEncoder(TokenEncoder(backbone, projectors), prototypes, crop_by_crop=crop_by_crop)
 
 
 def _alike(make: Callable[[int], nn.Module], features: dict[str, int]) -> dict[str, nn.Module]:

@@ -19,21 +19,24 @@ from timm_tokens.tasks.teacher import frozen_copy, update_teacher, use_batch_sta
 
 
 class ProjectedBackbone(nn.Module):
-    """A backbone and a projector, run on crops of several sizes, those of one size as one batch.
+    """A backbone and a projector, run on crops of several sizes, those of one size as one batch, or one by one.
 
     Args:
         backbone: Any timm model with num_classes=0.
         hidden: Width of the projector's hidden layers.
         width: D.
+        crop_by_crop: Whether batch norms see one crop of each image at a time.
     """
 
-    def __init__(self, backbone: nn.Module, hidden: int, width: int) -> None:
+    def __init__(self, backbone: nn.Module, hidden: int, width: int, crop_by_crop: bool = False) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.crop_by_crop = backbone, crop_by_crop
         self.projector = Projector(getattr(backbone, "head_hidden_size", backbone.num_features), hidden, width)
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         """V crops (B, 3, h, w), equal sizes next to each other -> (V B, D) of unit length, in the same order."""
+        if self.crop_by_crop:
+            return torch.cat([self.projector(self.backbone(crop)) for crop in crops])
         sizes = groupby(crops, key=lambda crop: crop.shape[1:])
         return self.projector(torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes]))
 
@@ -70,6 +73,8 @@ class MIRATask(TokenTask):
         beta: Strength of the information, from and to, along half a cosine; each in [0, 1).
         momentum: Momentum of the teacher's average at the start and at the end, following half a cosine.
         frozen_epochs: For so long the prototypes do not learn.
+        crop_by_crop: Whether crops are encoded one by one, as in the paper's code, so that batch norms see one crop of
+            each image at a time. It is slower; otherwise crops of one size are encoded together.
         seed: Seed of the run.
 
     Raises:
@@ -90,12 +95,13 @@ class MIRATask(TokenTask):
         beta: tuple[float, float] = (0.75, 2 / 3),
         momentum: tuple[float, float] = (0.99, 1.0),
         frozen_epochs: float = 1.0,
+        crop_by_crop: bool = False,
         seed: int = 0,
     ) -> None:
         counts = {"num_prototypes": num_prototypes, "hidden": hidden, "width": width, "global_crops": global_crops}
         _check(backbone, counts, beta, momentum)
         check_weights(frozen_epochs=frozen_epochs)
-        encoder = ProjectedBackbone(backbone, hidden, width)
+        encoder = ProjectedBackbone(backbone, hidden, width, crop_by_crop)
         super().__init__(ClusteringStudent(encoder, Prototypes(width, num_prototypes)), seed=seed)
         self.teacher = use_batch_statistics(frozen_copy(encoder))
         self.criterion = MIRALoss() if criterion is None else criterion

@@ -53,8 +53,13 @@ class MTETask(TokenTask):
         frozen_epochs: Epochs at the start in which prototypes are frozen.
         mask_ratio: iBOT: range of the share of masked patches; see `random_ratio_masks`.
         mask_prob: iBOT: probability that an image is masked.
+        exact_masks: iBOT: whether exactly the drawn share is masked, or as by iBOT's code; see `random_ratio_masks`.
         patch_weight: iBOT: weight of the patch loss.
+        patch_center: iBOT: "masked": the patch loss is centred by the teacher's masked patches; "all": by all patches
+            of the global crops, as in iBOT's code, which sends them all through the head.
         queue_size: MoBY: length of the key queue.
+        crop_by_crop: Whether crops are encoded one by one, as in MoBY's code, so that batch norms see one crop of each
+            image at a time. It is slower; otherwise crops of one size are encoded together.
         seed: Seed of the run.
 
     Raises:
@@ -87,8 +92,11 @@ class MTETask(TokenTask):
         frozen_epochs: float = 1.0,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
         mask_prob: float = 0.5,
+        exact_masks: bool = True,
         patch_weight: float = 1.0,
+        patch_center: str = "masked",
         queue_size: int = 4096,
+        crop_by_crop: bool = False,
         seed: int = 0,
     ) -> None:
         counts = {"num_prototypes": num_prototypes, "hidden": hidden, "width": width, "global_crops": global_crops}
@@ -99,7 +107,7 @@ class MTETask(TokenTask):
         check_spans(low=-math.inf, mask_ratio=mask_ratio)
         backbone, defaults = token_backbone(model, objective), BASELINES[objective]
         prototypes = defaults.num_prototypes if num_prototypes is None else num_prototypes
-        shape = (prototypes, hidden or defaults.hidden, width, learn_scale, heads, batch_norm)
+        shape = (prototypes, hidden or defaults.hidden, width, learn_scale, heads, batch_norm, crop_by_crop)
         student = make_student(backbone, objective, *shape)
         super().__init__(student, seed=seed)
         self.teacher = use_batch_statistics(frozen_copy(student))
@@ -110,7 +118,10 @@ class MTETask(TokenTask):
         options = dict(aux_target=aux_target, include_global=include_global, global_weight=global_weight)
         self.criterion = MTELoss(baseline, **options)
         self.patch_criterion = IBOTPatchLoss(prototypes) if objective == "ibot" else None
-        self.mask_ratio, self.mask_prob, self.patch_weight = mask_ratio, mask_prob, patch_weight
+        if patch_center not in ("masked", "all"):
+            raise ValueError(f"patch_center must be 'masked' or 'all', got {patch_center!r}")
+        self.mask_ratio, self.mask_prob, self.exact_masks = mask_ratio, mask_prob, exact_masks
+        self.patch_weight, self.patch_center = patch_weight, patch_center
         self.temperatures, self.tau_epochs, self.frozen_epochs = tuple(tau_teacher), tau_epochs, frozen_epochs
         self.momenta = (defaults.momentum, 1.0) if momentum is None else tuple(momentum)
         self.start_step(0, 2, 1)
@@ -150,12 +161,15 @@ class MTETask(TokenTask):
         options = dict(num_global=self.global_crops, aux_on_local=self.aux_on_local, mask=hidden, patches=chosen)
         student = self.trainable_module(crops, **options)
         with torch.no_grad():
-            views = crops[: self.global_crops]
-            teacher = self.teacher(views, num_global=self.global_crops, patches=chosen)
+            views, taught = crops[: self.global_crops], chosen
+            if mask is not None and self.patch_center == "all":
+                taught = torch.arange(mask.numel(), device=device)
+            teacher = self.teacher(views, num_global=self.global_crops, patches=taught)
         terms = self.criterion(student.tokens, teacher.tokens)
         outputs = {"loss": terms.loss}
         if mask is not None:
-            patch = self.patch_criterion([student.patches], [teacher.patches], [mask])
+            targets = teacher.patches if taught is chosen else teacher.patches.unflatten(0, mask.shape)
+            patch = self.patch_criterion([student.patches], [targets], [mask])
             outputs = {"loss": terms.loss + self.patch_weight * patch, "loss/patch": patch.detach()}
         return outputs | self._log(terms, student, teacher)
 
@@ -182,7 +196,7 @@ class MTETask(TokenTask):
         """(global_crops B, N) on the CPU."""
         generators = self.sample_generators(len(crops[0]))
         grid = blocks.grid_size(self.student.encoder.backbone.base, crops[0].shape[-2:])
-        options = dict(ratio=self.mask_ratio, prob=self.mask_prob, generator=generators)
+        options = dict(ratio=self.mask_ratio, prob=self.mask_prob, exact=self.exact_masks, generator=generators)
         return torch.cat([random_ratio_masks(len(generators), grid, **options) for _ in range(self.global_crops)])
 
     def _check(self, crops: list[Tensor]) -> list[Tensor]:

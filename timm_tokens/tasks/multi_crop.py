@@ -36,13 +36,18 @@ class MultiCropEncoder(nn.Module):
         encoder: Encodes images of one size.
         prototypes: (..., D) -> (..., K), shared by tokens of all kinds and by patches; None for contrastive methods.
         predictor: (B, T, D) -> (B, T, D) of the student alone, or None.
+        crop_by_crop: Whether crops are encoded one by one, so that batch norms see one crop of each image at a time.
     """
 
     def __init__(
-        self, encoder: TokenEncoder, prototypes: nn.Module | None = None, predictor: nn.Module | None = None
+        self,
+        encoder: TokenEncoder,
+        prototypes: nn.Module | None = None,
+        predictor: nn.Module | None = None,
+        crop_by_crop: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.prototypes, self.predictor = encoder, prototypes, predictor
+        self.encoder, self.prototypes, self.predictor, self.crop_by_crop = encoder, prototypes, predictor, crop_by_crop
 
     def forward(
         self,
@@ -60,13 +65,18 @@ class MultiCropEncoder(nn.Module):
             aux_on_local: Whether local crops have auxiliary tokens too.
             mask: (num_global B, N) of the global crops; patches: (M,) of them; see `TokenEncoder`.
         """
-        batch, encoded = len(crops[0]), self.encoder(torch.cat(list(crops[:num_global])), mask=mask, patches=patches)
-        norms = _norms_of_gradient(encoded.features)
-        projected = [encoded.projected]
-        for _, same in groupby(crops[num_global:], key=lambda crop: crop.shape[1:]):
-            projected.append(self.encoder(torch.cat(list(same)), aux=aux_on_local).projected)
-        tokens, rows = self._compare(projected, encoded.patches)
-        return CropOutputs([view for x in tokens for view in x.split(batch)], rows, encoded.projected, norms)
+        whole = [self.encoder(x, mask=mask, patches=patches) for x in self._together(crops[:num_global])]
+        local = [self.encoder(x, aux=aux_on_local) for x in self._together(crops[num_global:])]
+        norms = _norms_of_gradient([encoded.features for encoded in whole])
+        tokens, rows = self._compare([encoded.projected for encoded in whole + local], whole[0].patches)
+        views = [view for x in tokens for view in x.split(len(crops[0]))]
+        return CropOutputs(views, rows, torch.cat([encoded.projected for encoded in whole]), norms)
+
+    def _together(self, crops: Sequence[Tensor]) -> list[Tensor]:
+        """The batches that are encoded at once: those of a size together, or each for itself."""
+        if self.crop_by_crop:
+            return list(crops)
+        return [torch.cat(list(same)) for _, same in groupby(crops, key=lambda crop: crop.shape[1:])]
 
     def _compare(self, projected: list[Tensor], patches: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """Logits of all tokens by one product with the prototypes; or the predictions."""
@@ -78,13 +88,14 @@ class MultiCropEncoder(nn.Module):
         return tokens, None if patches is None else logits[-1]
 
 
-def _norms_of_gradient(features: Tensor) -> Tensor:
-    """(T,) norms of the gradient of features (B, T, C), of each sample's own loss, averaged; filled in by backward."""
-    norms = torch.zeros(features.shape[1], device=features.device)
+def _norms_of_gradient(features: Sequence[Tensor]) -> Tensor:
+    """(T,) norms of the gradient of features, (B, T, C) each, of a sample's loss, averaged; filled in by backward."""
+    norms = torch.zeros(features[0].shape[1], device=features[0].device)
 
     def fill(gradient: Tensor) -> None:
-        norms.copy_(gradient.float().norm(dim=2).sum(0))
+        norms.add_(gradient.float().norm(dim=2).sum(0))
 
-    if features.requires_grad:
-        features.register_hook(fill)
+    for x in features:
+        if x.requires_grad:
+            x.register_hook(fill)
     return norms

@@ -29,6 +29,7 @@ class TokenLabelTask(TokenTask):
         mix: Whether to mix the patches of two images in a random box (MixToken). Partners are neighbours in the batch,
             the first and the second, the third and the fourth, ..., and a step has one box. So on several processes, or
             in accumulated parts, that hold an even number of images each, it is what it is for the whole batch at once.
+        even_boxes: Whether MixToken's boxes have even extents, as in the paper's code, see `draw_mix_box`.
         num_classes: Number of classes of the labels, checked against the model's; None: not checked.
         seed: Seed of the run.
 
@@ -42,13 +43,14 @@ class TokenLabelTask(TokenTask):
         loss: TokenLabelLoss | None = None,
         *,
         mix: bool = True,
+        even_boxes: bool = False,
         num_classes: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(model, seed=seed)
         self.dense = isinstance(model, TokenViT) and model.head is not None
         self.loss = TokenLabelLoss() if loss is None else loss
-        self.mix = mix
+        self.mix, self.even_boxes = mix, even_boxes
         self.find_unused_parameters = isinstance(model, TokenViT) and _has_unused(model)
         if num_classes is not None:
             check_classes(model, num_classes)
@@ -70,7 +72,8 @@ class TokenLabelTask(TokenTask):
             return self._dense(input, target, None)
         order = mirrored_neighbours(len(input)).to(input.device, non_blocking=True)
         target = LabeledTarget(*(x[order] for x in target)) if labelled else target[order]
-        out = self._dense(input[order], target, draw_mix_box(self._grid(input), self.step_generator()))
+        box = draw_mix_box(self._grid(input), self.step_generator(), even=self.even_boxes)
+        out = self._dense(input[order], target, box)
         return out | {"output": torch.empty_like(out["output"]).index_copy_(0, order, out["output"])}
 
     def _dense(self, input: Tensor, target: LabeledTarget | Tensor, box: Tensor | None) -> dict[str, Tensor]:
