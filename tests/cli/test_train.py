@@ -15,7 +15,7 @@ from timm_tokens.cli.commands import COMMANDS
 from timm_tokens.cli.common import checks
 from timm_tokens.cli.train.token_label import class_numbers
 from timm_tokens.data import TokenLabelWriter, unpack_labels
-from timm_tokens.data.label_format import write_label_file
+from timm_tokens.data.label_format import LabelMap, write_label_file
 
 # timm's ImageDataset leaves the closing of its files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -77,6 +77,17 @@ def test_with_token_labels(images, labels, tmp_path, capsys):
         torch.testing.assert_close(hub(x), result.model(x))
     assert json.loads((out / "options.json").read_text())["command"] == "train token-label"
     assert f"The model is in {out / 'model.safetensors'}" in capsys.readouterr().out
+
+
+def test_warns_of_published_labels_that_say_little(images, tmp_path, capsys):
+    """Those of annotators trained by binary cross entropy: classes without a score, at 0, outweigh the others."""
+    for colour in COLOURS:
+        for i in range(4):
+            label = LabelMap(torch.full((2, 4, 4), -7.0), torch.tensor([0, 1])[:, None, None].expand(2, 4, 4))
+            write_label_file(tmp_path / "files" / colour / f"train{i}.pt", label)
+    options = QUICK | {"steps": 1, "data_dir": str(images), "num_classes": 3, "labels": str(tmp_path / "files")}
+    call("train token-label", out=str(tmp_path / "out"), **options)
+    assert "warning: the labels leave 100% of a cell's probability to the classes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["test_vit", "test_resnet"])

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 from timm_tokens.data.label_format import LabelMap
 from timm_tokens.data.label_transforms import View
 from timm_tokens.data.reading import check_indexed, image_name, image_names, read_image
+from timm_tokens.ops import others_share
 
 
 class LabeledTarget(NamedTuple):
@@ -65,6 +67,20 @@ class TokenLabelDataset(Dataset):
         image, label = read_image(self.dataset, index)
         view = self.transform(image)
         return view.image, LabeledTarget(label, values, indices, view.map)
+
+    def others_share(self, num_classes: int, images: int = 64) -> float:
+        """The mean probability that a cell leaves to all classes together that it does not keep, see `top_scores`.
+
+        Where it is high the labels say little. Published `.pt` files of annotators that were trained by binary cross
+        entropy are such labels.
+
+        Args:
+            num_classes: K.
+            images: How many images to look at, evenly spaced.
+        """
+        chosen = range(0, len(self), max(1, len(self) // images))
+        values = (self.labels[image_name(self.dataset, index)].values for index in chosen)
+        return float(torch.stack([others_share(x.movedim(0, -1), num_classes).mean() for x in values]).mean())
 
     def missing_labels(self) -> list[str]:
         """Ids of the images without a label. Ask before a long run."""

@@ -16,7 +16,7 @@ from timm_tokens.cli.common.datasets import open_split
 from timm_tokens.cli.common.models import make_backbone
 from timm_tokens.cli.train.crops import CropOptions, crop_sides
 from timm_tokens.cli.train.objective import Objective, launch, make_student
-from timm_tokens.data import MultiCrop, swav_crops
+from timm_tokens.data import MultiCrop, dino_crops, swav_crops
 from timm_tokens.losses import MIRALoss
 from timm_tokens.ops import sinkhorn_assign
 from timm_tokens.options import changed, option
@@ -51,6 +51,14 @@ class ClusterOptions(base.Options):
 class Options(ClusterOptions, CropOptions):
     """MIRA."""
 
+    colors: str = option(
+        "swav", "colour changes of the crops: strong and the same for all (SwAV), or those of MIRA's code, which blur "
+        "and solarise the two global crops differently", choices=("swav", "mira"), group="Crops", rare=True,
+    )  # fmt: skip
+    crop_by_crop: bool = option(
+        False, "encode one crop after the other, so that batch norms see one crop of each image at a time",
+        group="Clusters and pseudo-labels", rare=True,
+    )  # fmt: skip
     local_crops: int = changed(CropOptions, "local_crops", 6)
     global_scale: tuple[float, float] = changed(CropOptions, "global_scale", (0.14, 1.0))
     local_scale: tuple[float, float] = changed(CropOptions, "local_scale", (0.05, 0.14))
@@ -70,9 +78,11 @@ def build(options: Options) -> Objective:
     task = MIRATask(
         backbone, loss, num_prototypes=options.prototypes, hidden=options.head_hidden, width=options.head_dim,
         beta=options.beta, momentum=options.teacher_momentum, frozen_epochs=options.frozen_epochs,
+        crop_by_crop=options.crop_by_crop,
     )  # fmt: skip
     train = open_split(options, options.train_split)
     sides = crop_sides(options, backbone)
-    crops = swav_crops(*sides, options.local_crops, options.global_scale, options.local_scale)
+    kinds = swav_crops if options.colors == "swav" else dino_crops  # which are BYOL's colours, as MIRA has them
+    crops = kinds(*sides, options.local_crops, options.global_scale, options.local_scale)
     train.transform = MultiCrop.for_model(backbone, crops)
     return Objective(task, train)

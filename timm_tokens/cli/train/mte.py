@@ -57,7 +57,18 @@ class LossOptions(base.Options):
         (0.1, 0.5), "iBOT: range of the share of patches that are masked", at_least=0, at_most=1, ascending=True
     )
     mask_prob: float = option(0.5, "iBOT: probability that an image is masked", at_least=0, at_most=1)
+    exact_masks: bool = option(
+        True, "iBOT: draw masks as its published code does, which rejects blocks and may mask less than drawn",
+        flag="--rejected-masks", rare=True,
+    )  # fmt: skip
+    patch_center: str = option(
+        "masked", "iBOT: patches of the teacher that centre the patch loss; published: all of the global crops",
+        choices=("masked", "all"), rare=True,
+    )  # fmt: skip
     queue_size: int = option(4096, "MoBY: length of the key queue", at_least=1)
+    crop_by_crop: bool = option(
+        False, "encode one crop after the other, so that batch norms see one crop of each image at a time", rare=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +155,10 @@ def make_task(options: Options) -> MTETask:
         frozen_epochs=options.frozen_epochs,
         mask_ratio=options.mask_ratio,
         mask_prob=options.mask_prob,
+        exact_masks=options.exact_masks,
+        patch_center=options.patch_center,
         queue_size=options.queue_size,
+        crop_by_crop=options.crop_by_crop,
     )
 
 

@@ -20,6 +20,7 @@ from timm_tokens.cli.common.datasets import class_names, open_split
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import TokenLabelDataset, TokenLabelStore, TokenLabelTransform
+from timm_tokens.distributed import rank
 from timm_tokens.losses import TokenLabelLoss
 from timm_tokens.options import option
 from timm_tokens.tasks import TokenLabelTask
@@ -44,6 +45,9 @@ class LabelOptions(base.Options):
     ground_truth: bool = option(False, "mix the class token's label with the true class")
     smoothing: float = option(0.1, "label smoothing", at_least=0, below=1)
     mix: bool = option(True, "train without MixToken")
+    even_boxes: bool = option(
+        False, "draw MixToken's boxes with an even number of patches per side, as the published code does", rare=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,8 @@ def build(options: Options) -> Objective:
         model = token_label_head(model)
     config = resolve_model_data_config(model, args={"img_size": options.img_size})
     loss = TokenLabelLoss(options.dense_weight, options.cls_weight, options.ground_truth, options.smoothing)
-    task = TokenLabelTask(model, loss, mix=options.mix, num_classes=None if store is None else count)
+    classes = None if store is None else count
+    task = TokenLabelTask(model, loss, mix=options.mix, even_boxes=options.even_boxes, num_classes=classes)
     evaluate = None
     if options.val_split:
         val = open_split(options, options.val_split, class_map=numbers)
@@ -134,6 +139,12 @@ def _training_data(train: Dataset, store: TokenLabelStore | None, options: Optio
         raise CommandError(
             f"{len(missing)} of {len(train)} images have no label in {options.labels}, such as {missing[0]}: "
             "annotate them, with timm-tokens annotate"
+        )
+    share = labelled.others_share(store.num_classes)
+    if share > 0.5 and rank() == 0:
+        print(
+            f"warning: the labels leave {share:.0%} of a cell's probability to the classes that they do not name, on "
+            "average, and training learns little from them: make them again with timm-tokens annotate"
         )
     return labelled
 
