@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from timm_tokens.cli import CommandError
+from timm_tokens.cli.errors import explained
 from timm_tokens.data import Images, input_config, input_transform, open_folder, unreadable
 
 
 def run_example(name: str, run: Callable[[Any], Any], args: Any) -> int:
     """Run an example; what the user can mend is one line, and the exit code 2."""
     try:
-        run(args)
+        with explained():
+            run(args)
     except CommandError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
