@@ -86,7 +86,7 @@ SPOILT = {
     "no folder": (lambda root: (root / "images" / "val").rename(root / "gone"), "no folder .*images/val"),
     "classes differ": (lambda root: (root / "images/val/hat").rename(root / "images/val/cap"), "cap.*hat"),
     "no image": (lambda root: [cut(path, 9) for path in root.glob("images/val/*/*")], "no images; .*hat/3.jpg"),
-    "checkpoint": (break_checkpoint, "test_vit.*[Mm]issing key"),
+    "checkpoint": (break_checkpoint, "vit.safetensors: it has no weights of the model; it has head.weight"),
     "out is a file": (lambda root: (root / "out").write_text(""), "out is a file: give a folder"),
 }
 
