@@ -96,3 +96,17 @@ def test_the_way_with_a_gradient_and_the_compiled_one_give_the_same():
     assert torch.autograd.grad(followed.sum(), leaf)[0].isfinite().all()
     compiled = torch.compile(local_intrinsic_dimensionality, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, 7), expected)
+
+
+def test_compiles_without_what_inductor_warns_of():
+    """The lowering of diagonal calls what torch itself has deprecated."""
+    called = []
+
+    def backend(graph, example):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    x = torch.randn(3, 30, 8)
+    compiled = torch.compile(local_intrinsic_dimensionality, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x, 7), local_intrinsic_dimensionality(x, 7))
+    assert called and not any("diagonal" in name for name in called)

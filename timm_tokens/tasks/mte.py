@@ -103,8 +103,8 @@ class MTETask(TokenTask):
         check_counts(**{name: count for name, count in counts.items() if count is not None}, queue_size=queue_size)
         check_weights(tau_epochs=tau_epochs, frozen_epochs=frozen_epochs, patch_weight=patch_weight)
         check_positive(**{f"tau_teacher[{i}]": tau for i, tau in enumerate(tau_teacher)})
-        check_within(momentum=momentum or 1.0, mask_ratio=mask_ratio, mask_prob=mask_prob)
-        check_spans(low=-math.inf, mask_ratio=mask_ratio)
+        _check_masks(mask_ratio, mask_prob, patch_center)
+        check_within(momentum=momentum or 1.0)
         backbone, defaults = token_backbone(model, objective), BASELINES[objective]
         prototypes = defaults.num_prototypes if num_prototypes is None else num_prototypes
         shape = (prototypes, hidden or defaults.hidden, width, learn_scale, heads, batch_norm, crop_by_crop)
@@ -118,8 +118,6 @@ class MTETask(TokenTask):
         options = dict(aux_target=aux_target, include_global=include_global, global_weight=global_weight)
         self.criterion = MTELoss(baseline, **options)
         self.patch_criterion = IBOTPatchLoss(prototypes) if objective == "ibot" else None
-        if patch_center not in ("masked", "all"):
-            raise ValueError(f"patch_center must be 'masked' or 'all', got {patch_center!r}")
         self.mask_ratio, self.mask_prob, self.exact_masks = mask_ratio, mask_prob, exact_masks
         self.patch_weight, self.patch_center = patch_weight, patch_center
         self.temperatures, self.tau_epochs, self.frozen_epochs = tuple(tau_teacher), tau_epochs, frozen_epochs
@@ -209,6 +207,13 @@ class MTETask(TokenTask):
             shapes = [tuple(crop.shape) for crop in crops]
             raise ValueError(f"the first {self.global_crops} crops are global, of one size, got {shapes}")
         return crops
+
+
+def _check_masks(mask_ratio: tuple[float, float], mask_prob: float, patch_center: str) -> None:
+    check_within(mask_ratio=mask_ratio, mask_prob=mask_prob)
+    check_spans(low=-math.inf, mask_ratio=mask_ratio)
+    if patch_center not in ("masked", "all"):
+        raise ValueError(f"patch_center must be 'masked' or 'all', got {patch_center!r}")
 
 
 def _cosines(projected: Tensor) -> Tensor:
