@@ -70,7 +70,8 @@ class Constant(Follow):
     """Its teacher's momentum does not depend on the length of the run."""
 
     def start_step(self, step, total_steps, steps_per_epoch):
-        super().start_step(step, steps_per_epoch, steps_per_epoch)
+        super().start_step(step, total_steps, steps_per_epoch)
+        self.momentum = 0.95
 
     def bound_to_length(self):
         return []
