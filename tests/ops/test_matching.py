@@ -62,6 +62,7 @@ def test_golden(golden, case):
 
 def test_total_size_is_conserved_and_prefix_tokens_pass_untouched():
     x, size = torch.randn(4, 23, 8), torch.rand(4, 23) + 0.5
+    size[:, :3] = 1
     merged, merged_size = merge(bipartite_match(x, 7, 3), x, size)
     torch.testing.assert_close(merged_size.sum(1), size.sum(1))
     assert torch.equal(merged[:, :3], x[:, :3])
@@ -98,7 +99,7 @@ def test_half_precision_keeps_float32_sizes_and_matching(dtype):
     matching = bipartite_match(metric, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = bipartite_match(metric, 8)
-    assert all(torch.equal(a, b) for a, b in zip(matching, under_autocast, strict=True))
+    assert torch.equal(matching.rows, under_autocast.rows) and torch.equal(matching.into, under_autocast.into)
     merged, size = merge(matching, x.to(dtype))
     assert size.dtype == torch.float32 and merged.dtype == dtype
     torch.testing.assert_close(merged.float(), merge(matching, x)[0], atol=3e-2, rtol=1e-2)

@@ -14,23 +14,35 @@ class Matching(NamedTuple):
     """Which tokens stay and where the others go.
 
     Attributes:
-        order: (B, N) int64, the input position of each token: first the N - R that stay, in the order of the output
-            (prefix, even positions, odd positions), then the R that are merged away.
-        destination: (B, R) int64, where in the output each of those is merged into.
+        rows: (B, N) int64, where each token stands among the B * N of the whole batch: first the N - R that stay, in
+            the order of the output (prefix, even positions, odd positions), then the R that are merged away.
+        into: (B, R) int64, which of the tokens at odd positions, counted from 0, each of those is merged into.
+        first_odd: where in the output the tokens at odd positions begin.
     """
 
-    order: Tensor
-    destination: Tensor
+    rows: Tensor
+    into: Tensor
+    first_odd: int
+
+    @property
+    def order(self) -> Tensor:
+        """(B, N) int64: the position in its image of each token, in the order of `rows`."""
+        return self.rows % self.rows.shape[1]
+
+    @property
+    def destination(self) -> Tensor:
+        """(B, R) int64: the output position that each of the merged tokens goes to."""
+        return self.into + self.first_odd
 
     def kept(self) -> Tensor:
         """(B, N - R) int64: the input position of each output token."""
-        return self.order[:, : self.order.shape[1] - self.destination.shape[1]]
+        return self.order[:, : self.rows.shape[1] - self.into.shape[1]]
 
     def position(self) -> Tensor:
         """(B, N) int64: the output position that holds each input token."""
         b, left = self.kept().shape
-        slots = torch.arange(left, device=self.order.device).expand(b, -1)
-        return torch.empty_like(self.order).scatter(1, self.order, torch.cat([slots, self.destination], dim=1))
+        slots = torch.arange(left, device=self.rows.device).expand(b, -1)
+        return torch.empty_like(self.rows).scatter(1, self.order, torch.cat([slots, self.destination], dim=1))
 
 
 def mergeable(r: int, num_tokens: int, num_prefix_tokens: int) -> int:
@@ -57,13 +69,16 @@ def cosine_similarity(metric: Tensor, first: slice, second: slice) -> Tensor:
     return torch.bmm(metric[:, first], metric[:, second].transpose(1, 2))
 
 
-def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Matching:
+def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1, numbers: Tensor | None = None) -> Matching:
     """Match each token at an even position with its most similar one at an odd position, and merge the r best pairs.
+
+    Of equally similar tokens the first is taken, on every device.
 
     Args:
         metric: (B, N, E) what tokens are compared by; compared by cosine, in float32.
         r: tokens to remove; at most half of the tokens after the prefix are.
         num_prefix_tokens: leading tokens (class, registers, distillation) that neither merge nor are merged into.
+        numbers: int64, 0 to B * N - 1 or further; a model makes them once for all its blocks. None: they are made here.
 
     Returns:
         The matching, for `merge` and `unmerge`.
@@ -80,34 +95,43 @@ def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1) -> Match
     b, n = metric.shape[:2]
     r = mergeable(r, n, num_prefix_tokens)
     even, odd = split_positions(num_prefix_tokens)
-    positions = torch.arange(n, device=metric.device).expand(b, -1)
+    numbers = torch.arange(b * n, device=metric.device) if numbers is None else numbers[: b * n]
+    rows = numbers.view(b, n)
+    prefix, evens, odds = rows[:, :num_prefix_tokens], rows[:, even::2], rows[:, odd::2]
+    first_odd = num_prefix_tokens + evens.shape[1] - r
     if not r:
-        order = torch.cat([positions[:, :num_prefix_tokens], positions[:, even::2], positions[:, odd::2]], dim=1)
-        return Matching(order, order[:, :0])
-    similarity = cosine_similarity(metric, slice(even, None, 2), slice(odd, None, 2))  # (B, |A|, |B|)
-    best, partner = similarity.max(dim=-1)
-    ranked = best.argsort(dim=-1, descending=True)  # ONNX has no stable sort
-    evens = positions[:, even::2].gather(1, ranked)
+        return Matching(torch.cat([prefix, evens, odds], dim=1), rows[:, :0], first_odd)
+    best, partner = cosine_similarity(metric, slice(even, None, 2), slice(odd, None, 2)).max(dim=-1)
+    ranked = _rank(best)
+    evens = evens.gather(1, ranked)
     stay = evens[:, r:].sort(dim=-1).values
-    order = torch.cat([positions[:, :num_prefix_tokens], stay, positions[:, odd::2], evens[:, :r]], dim=1)
-    first_odd = num_prefix_tokens + stay.shape[1]  # where B begins in the output
-    return Matching(order, first_odd + partner.gather(1, ranked[:, :r]))
+    return Matching(torch.cat([prefix, stay, odds, evens[:, :r]], dim=1), partner.gather(1, ranked[:, :r]), first_odd)
+
+
+def _rank(scores: Tensor) -> Tensor:
+    """Indices (B, N) of the scores, the highest first; equal ones stay in their order."""
+    # A CPU sorts stably in any case, and so does what ONNX has, which can't be asked to.
+    stable = scores.is_cuda and not torch.onnx.is_in_onnx_export()
+    return scores.sort(dim=-1, descending=True, stable=True).indices if stable else scores.argsort(-1, descending=True)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, N, ...) by index (B, M) -> (B, M, ...).
+    """Rows of x (B, N, ...) by index (B, M) -> (B, M, ...)."""
+    return take_rows(x, flat_rows(index, x.shape[1]))
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x (B, N, ...) by their number in the whole batch (B, M) -> (B, M, ...).
 
     One index_select over the flattened batch copies whole rows; a gather would look each element up (13 times slower
     for 384 channels on a CPU).
     """
-    return x.flatten(0, 1).index_select(0, flat_rows(index, x.shape[1])).unflatten(0, index.shape)
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def flat_rows(index: Tensor, n: int) -> Tensor:
-    """Indices (B, M) into n tokens of each image as indices (B * M,) into the flattened batch."""
-    if index.shape[0] == 1:  # a single image waits for every small operation
-        return index.flatten()
-    return (index + torch.arange(0, index.shape[0] * n, n, device=index.device).unsqueeze(1)).flatten()
+    """Indices (B, M) into n tokens of each image as rows (B, M) of the flattened batch."""
+    return index + torch.arange(0, index.shape[0] * n, n, device=index.device).unsqueeze(1)
 
 
 def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -123,28 +147,23 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
 
     Source: ToMe (arXiv 2210.09461), section 3.
     """
-    order, destination = matching
-    left = order.shape[1] - destination.shape[1]
-    size = torch.ones(x.shape[:2], device=x.device) if size is None else size.gather(1, order)
-    gone_size = size[:, left:]
-    new_size = size[:, :left].scatter_add(1, destination, gone_size)
-    # The weighted mean as a step from the destination towards what it takes in: x_d + sum of share * (x_s - x_d). So
-    # all rows are copied once, and nothing exceeds the tokens in half precision.
-    share = (gone_size / new_size.gather(1, destination)).to(x.dtype).unsqueeze(2)
-    kept = take(x, order[:, :left])
-    step = (take(x, order[:, left:]) - take(kept, destination)) * share  # (B, R, C)
-    return _add_rows(kept, destination, step), new_size
+    rows, into, first_odd = matching
+    odds, gone = slice(first_odd, rows.shape[1] - into.shape[1]), slice(rows.shape[1] - into.shape[1], None)
+    size = torch.ones(x.shape[:2], device=x.device) if size is None else size
+    # Sums are divided in the end: few operations, which is what a single image waits for. Sizes are float32, and so
+    # are the sums of tokens in half precision, which could not hold them.
+    total, new_size = take_rows(x * size.unsqueeze(2), rows), take_rows(size, rows)
+    _add_rows(total[:, odds], into, total[:, gone])
+    new_size[:, odds].scatter_add_(1, into, new_size[:, gone])
+    return (total[:, : odds.stop] / new_size[:, : odds.stop].unsqueeze(2)).to(x.dtype), new_size[:, : odds.stop]
 
 
-def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """x (B, N, C), which may be overwritten, with rows (B, R, C) added to its rows index (B, R)."""
-    if x.is_cpu and not torch.compiler.is_compiling():
-        flat = x.flatten(0, 1).index_add_(0, flat_rows(index, x.shape[1]), rows.flatten(0, 1))
-        return flat.view(x.shape)
-    # A small matrix product: deterministic, where a GPU that adds rows in any order is not (and inductor of torch 2.6
-    # gets that wrong).
-    into = x.new_zeros(*x.shape[:2], index.shape[1]).scatter(1, index.unsqueeze(1), 1.0)
-    return x + torch.bmm(into, rows)  # torch 2.6 exports no baddbmm to ONNX
+def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add rows (B, R, C) to those of x (B, M, C) that index (B, R) says, in place."""
+    if x.is_cuda:  # a product is deterministic, where a GPU would add rows in any order
+        x.baddbmm_(x.new_zeros(*x.shape[:2], index.shape[1]).scatter_(1, index.unsqueeze(1), 1.0), rows)
+    else:
+        x.scatter_add_(1, index.unsqueeze(2).expand(rows.shape), rows)
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def _match(gram: Tensor, even: Tensor, odd: Tensor, r: int) -> tuple[Tensor, Ten
 def _add_rows_and_columns(gram: Tensor, source: Tensor, destination: Tensor) -> None:
     """Merge in place: the inner products of a sum are sums of inner products."""
     n = gram.shape[1]
-    gram.view(-1, n).index_add_(0, flat_rows(destination, n), take(gram, source).flatten(0, 1))
+    gram.view(-1, n).index_add_(0, flat_rows(destination, n).flatten(), take(gram, source).flatten(0, 1))
     columns = gram.gather(2, source.unsqueeze(1).expand(-1, n, -1))
     gram.scatter_add_(2, destination.unsqueeze(1).expand(-1, n, -1), columns)
 
@@ -137,7 +137,7 @@ def _add_rows_and_columns(gram: Tensor, source: Tensor, destination: Tensor) -> 
 def group_sums(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     """The sum of the tokens of each group: (B, N, C) and (B, N) int64 -> (B, G, C)."""
     b, _, c = x.shape
-    sums = x.new_zeros(b * num_groups, c).index_add(0, flat_rows(groups, num_groups), x.reshape(-1, c))
+    sums = x.new_zeros(b * num_groups, c).index_add(0, flat_rows(groups, num_groups).flatten(), x.reshape(-1, c))
     return sums.view(b, num_groups, c)
 
 
