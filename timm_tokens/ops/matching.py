@@ -36,13 +36,15 @@ class Matching(NamedTuple):
 
     def kept(self) -> Tensor:
         """(B, N - R) int64: the input position of each output token."""
-        return self.order[:, : self.rows.shape[1] - self.into.shape[1]]
+        n = self.rows.shape[1]  # torch 2.6 does not compile properties of a NamedTuple
+        return self.rows[:, : n - self.into.shape[1]] % n
 
     def position(self) -> Tensor:
         """(B, N) int64: the output position that holds each input token."""
-        b, left = self.kept().shape
-        slots = torch.arange(left, device=self.rows.device).expand(b, -1)
-        return torch.empty_like(self.rows).scatter(1, self.order, torch.cat([slots, self.destination], dim=1))
+        b, n = self.rows.shape
+        slots = torch.arange(n - self.into.shape[1], device=self.rows.device).expand(b, -1)
+        slots = torch.cat([slots, self.into + self.first_odd], dim=1)
+        return torch.empty_like(self.rows).scatter(1, self.rows % n, slots)
 
 
 def mergeable(r: int, num_tokens: int, num_prefix_tokens: int) -> int:
@@ -137,6 +139,8 @@ def flat_rows(index: Tensor, n: int) -> Tensor:
 def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Merge tokens by their size-weighted mean; sizes add up.
 
+    A GPU adds several tokens to one in any order, unless torch.use_deterministic_algorithms(True) is set.
+
     Args:
         matching: From `bipartite_match`.
         x: (B, N, C) tokens.
@@ -152,7 +156,7 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     size = torch.ones(x.shape[:2], device=x.device) if size is None else size
     # Sums are divided in the end: few operations, which is what a single image waits for. Sizes are float32, and so
     # are the sums of tokens in half precision, which could not hold them.
-    total, new_size = take_rows(x * size.unsqueeze(2), rows), take_rows(size, rows)
+    total, new_size = take_rows(x * size.unsqueeze(2), rows), size.take(rows)
     _add_rows(total[:, odds], into, total[:, gone])
     new_size[:, odds].scatter_add_(1, into, new_size[:, gone])
     return (total[:, : odds.stop] / new_size[:, : odds.stop].unsqueeze(2)).to(x.dtype), new_size[:, : odds.stop]
@@ -160,10 +164,11 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
 
 def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> None:
     """Add rows (B, R, C) to those of x (B, M, C) that index (B, R) says, in place."""
-    if x.is_cuda:  # a product is deterministic, where a GPU would add rows in any order
-        x.baddbmm_(x.new_zeros(*x.shape[:2], index.shape[1]).scatter_(1, index.unsqueeze(1), 1.0), rows)
-    else:
+    if not torch.compiler.is_compiling():
         x.scatter_add_(1, index.unsqueeze(2).expand(rows.shape), rows)
+        return
+    # A small product: inductor of torch 2.6 scatters wrong sums (and it exports no baddbmm).
+    x += torch.bmm(x.new_zeros(*x.shape[:2], index.shape[1]).scatter(1, index.unsqueeze(1), 1.0), rows)
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:
