@@ -8,7 +8,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from timm_tokens import blocks, hooks
-from timm_tokens.ops import mix_tokens, size_bias
+from timm_tokens.ops import mix_tokens
 from timm_tokens.ops.matching import Matching
 from timm_tokens.ops.relaxed import RelaxedMatching
 from timm_tokens.parts import AuxTokens, TokenMerger
@@ -26,6 +26,7 @@ class Stream(NamedTuple):
         effective: How many of the N are still active: N, but for relaxed merging, which removes none.
         size: (B, N) float32, how many patches each stands for; None while it is one each.
         rows: (B, N - P) int64, which patch each token after the prefix has its rotary embedding from; None: its own.
+        numbers: int64, 0 to B * N - 1 at the start, for the merger to number tokens with; None without one.
     """
 
     x: Tensor
@@ -33,6 +34,7 @@ class Stream(NamedTuple):
     effective: int
     size: Tensor | None = None
     rows: Tensor | None = None
+    numbers: Tensor | None = None
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The model's own tokens and the auxiliary ones of x (B, N + A, C)."""
@@ -110,7 +112,9 @@ def encode(
             raise ValueError(
                 f"{' and '.join(limits)} can't say what auxiliary tokens may attend to; call with aux=False"
             )
-    stream, prefix, recompute = Stream(x, num_aux, effective=own), base.num_prefix_tokens, base.grad_checkpointing
+    numbers = None if merger is None else torch.arange(x.shape[0] * own, device=x.device)
+    stream = Stream(x, num_aux, effective=own, numbers=numbers)
+    prefix, recompute = base.num_prefix_tokens, base.grad_checkpointing
     watched = merger is not None and merger.watched
     # At batch size 1, Python and small operations take most of the time: nothing is looked up twice in this loop.
     for i, block in enumerate(base.blocks):
@@ -139,12 +143,12 @@ def run_block(
     limits: Mapping[str, Any],
 ) -> tuple[Stream, Matching | RelaxedMatching | None]:
     """Run block i of `encode`: the tokens after it, and what it merged, None if nothing."""
-    x, num_aux, effective, size, rows = stream
-    weighted = size is not None and merger.prop_attn  # no bias while all sizes are 1: keeps the flash kernel
-    attention = _attention(x, size if weighted else None, rope, rows, num_aux, aux, prefix)
+    x, num_aux, effective, size, rows, numbers = stream
+    bias = None if size is None else merger.bias(size, x.dtype)  # none while all sizes are 1: keeps the flash kernel
+    attention = _attention(x, bias, rope, rows, num_aux, aux, prefix)
     r = 0 if merger is None else merger.count(i, effective, prefix)
     if not r:
-        return Stream(block(x, **attention, **limits), num_aux, effective, size, rows), None
+        return stream._replace(x=block(x, **attention, **limits)), None
     if limits:
         raise ValueError(
             f"{' and '.join(limits)} can't say what merged tokens may attend to, and block {i} merges {r}; set "
@@ -152,11 +156,11 @@ def run_block(
         )
     halves, merges = blocks.halves(block), []
 
-    def forward(x: Tensor, **attention: Tensor | None) -> Tensor:
+    def forward(x: Tensor, **attention: Tensor) -> Tensor:  # torch 2.6 compiles no union types here
         """What the block does, with merging between its halves."""
         y = halves.read(block, x)
         # chosen before the attention, while y is in the caches
-        choice = merger.choose(i, block, stream.split(y)[0] if num_aux else y, r, effective, prefix)
+        choice = merger.choose(i, block, stream.split(y)[0] if num_aux else y, r, effective, prefix, numbers)
         x = halves.attend(block, x, y, **attention)
         if num_aux:
             x, extra = stream.split(x)
@@ -167,12 +171,12 @@ def run_block(
     x = hooks.call(block, forward, (x,), attention) if hooks.is_hooked(block) else forward(x, **attention)
     _, size, effective, matching = merges[-1]
     rows = None if rope is None else _kept_rows(rows, matching, prefix)
-    return Stream(x, num_aux, effective, size, rows), matching
+    return Stream(x, num_aux, effective, size, rows, numbers), matching
 
 
 def _attention(
     x: Tensor,
-    size: Tensor | None,
+    bias: Tensor | None,
     rope: Tensor | None,
     rows: Tensor | None,
     num_aux: int,
@@ -184,7 +188,6 @@ def _attention(
     if rope is not None:
         rope = blocks.rope_rows(rope, rows)
         arguments["rope"] = blocks.unrotated(rope, num_aux) if num_aux else rope
-    bias = None if size is None else size_bias(size).to(x.dtype)
     if num_aux:
         mask = aux.mask(x, prefix)
         bias = mask if bias is None else mask + nn.functional.pad(bias, (0, num_aux))

@@ -115,6 +115,20 @@ def test_compiles_to_one_graph():
         torch.testing.assert_close(ours, eager)
 
 
+def test_of_equal_tokens_the_first_merge_into_the_first():
+    matching = bipartite_match(torch.ones(2, 301, 4), 100)  # more than a sort that is not stable leaves in order
+    position = [*range(301)]
+    assert matching.kept()[1].tolist() == [0, *position[202::2], *position[1::2]]
+    assert matching.destination.eq(51).all()  # behind the class token and the 50 even ones that stay
+    assert matching.order[1, 201:].tolist() == position[2:201:2]
+
+
+def test_numbers_made_once_serve_smaller_inputs():
+    metric = torch.randn(3, 17, 4)
+    for ours, own in zip(bipartite_match(metric, 4, 1, torch.arange(99)), bipartite_match(metric, 4), strict=True):
+        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(own))
+
+
 def test_refuses_what_makes_no_sense():
     with pytest.raises(ValueError, match=r"\(B, N, E\), got \(4, 5\)"):
         bipartite_match(torch.randn(4, 5), 1)

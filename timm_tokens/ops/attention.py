@@ -6,15 +6,18 @@ from torch import Tensor
 from timm_tokens.ops.ranges import check_counts
 
 
-def size_bias(size: Tensor) -> Tensor:
+def size_bias(size: Tensor, eps: float = 1e-6) -> Tensor:
     """Additive attention bias by which a token counts as many times as it has members: (B, N) -> (B, 1, 1, N).
 
-    log(size + 1e-6): the gradient of log alone is infinite at size 0, which relaxed merging reaches, and clamping the
-    size instead would kill the gradient of the tokens that fade.
+    Args:
+        size: (B, N) how many members each token has.
+        eps: Added to the size: the gradient of log alone is infinite at size 0, which relaxed merging reaches, and
+            clamping the size instead would kill the gradient of the tokens that fade. Sizes of at least 1 need none.
 
     Source: proportional attention, ToMe (arXiv 2210.09461), equation 1.
     """
-    return (size.float() + 1e-6).log_().unsqueeze(1).unsqueeze(1)
+    size = size.float() + eps if eps else size.float()
+    return size.log().unsqueeze(1).unsqueeze(1)
 
 
 def aux_attention_mask(

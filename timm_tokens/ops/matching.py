@@ -112,9 +112,9 @@ def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1, numbers:
 
 def _rank(scores: Tensor) -> Tensor:
     """Indices (B, N) of the scores, the highest first; equal ones stay in their order."""
-    # A CPU sorts stably in any case, and so does what ONNX has, which can't be asked to.
-    stable = scores.is_cuda and not torch.onnx.is_in_onnx_export()
-    return scores.sort(dim=-1, descending=True, stable=True).indices if stable else scores.argsort(-1, descending=True)
+    if torch.onnx.is_in_onnx_export():  # whose sort keeps the order of equal ones, too, but can't be asked to
+        return scores.argsort(dim=-1, descending=True)
+    return scores.argsort(dim=-1, descending=True, stable=True)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

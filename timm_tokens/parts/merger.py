@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens import blocks, keys
-from timm_tokens.ops import bipartite_match, merge, schedule
+from timm_tokens.ops import bipartite_match, merge, schedule, size_bias
 from timm_tokens.ops.matching import Matching, mergeable, take
 from timm_tokens.ops.relaxed import RelaxedMatching, relaxed_apply, relaxed_match, relaxed_unmerge
 
@@ -122,7 +122,14 @@ class TokenMerger(nn.Module):
             self.embed = self.embed[:depth]
 
     def choose(
-        self, index: int, block: nn.Module, y: Tensor, r: int, effective: int, num_prefix_tokens: int
+        self,
+        index: int,
+        block: nn.Module,
+        y: Tensor,
+        r: int,
+        effective: int,
+        num_prefix_tokens: int,
+        numbers: Tensor | None = None,
     ) -> Matching | Tensor:
         """What block `index` merges: pairs of tokens, or (relaxed) which part of each goes to which.
 
@@ -131,9 +138,10 @@ class TokenMerger(nn.Module):
             r: How many tokens to merge away, from `count`.
             effective: Number of active tokens: N, or less after relaxed merges.
             num_prefix_tokens: Leading tokens that don't merge.
+            numbers: As in `timm_tokens.ops.bipartite_match`.
         """
         if not self.relaxed:
-            return bipartite_match(self.compared_by(index, block, y), r, num_prefix_tokens)
+            return bipartite_match(self.compared_by(index, block, y), r, num_prefix_tokens, numbers)
         y = y.detach()  # the embedding learns from the task but never changes what the trunk learns
         options = dict(tau1=self.tau1, tau2=self.tau2, candidates=self.candidates)
         metric = self.compared_by(index, block, y)
@@ -162,6 +170,12 @@ class TokenMerger(nn.Module):
             return Merged(x, size, effective - r, choice)
         x, size, matching = relaxed_apply(choice, x, size, effective, num_prefix_tokens)
         return Merged(x, size, effective - r, matching)
+
+    def bias(self, size: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What is added to attention scores so that tokens of these sizes (B, N) count as often as they should."""
+        if not self.prop_attn:
+            return None
+        return size_bias(size, eps=1e-6 if self.relaxed else 0).to(dtype)
 
     @property
     def watched(self) -> bool:
