@@ -74,7 +74,7 @@ def cosine_similarity(metric: Tensor, first: slice, second: slice) -> Tensor:
 def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1, numbers: Tensor | None = None) -> Matching:
     """Match each token at an even position with its most similar one at an odd position, and merge the r best pairs.
 
-    Of equally similar tokens the first is taken, on every device.
+    Of equally similar tokens the first is taken, on every device; an exported model leaves that to what runs it.
 
     Args:
         metric: (B, N, E) what tokens are compared by; compared by cosine, in float32.
@@ -112,7 +112,8 @@ def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1, numbers:
 
 def _rank(scores: Tensor) -> Tensor:
     """Indices (B, N) of the scores, the highest first; equal ones stay in their order."""
-    if torch.onnx.is_in_onnx_export():  # whose sort keeps the order of equal ones, too, but can't be asked to
+    exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    if exporting or torch.onnx.is_in_onnx_export():  # ONNX can't be asked for a stable sort; ONNX Runtime has no other
         return scores.argsort(dim=-1, descending=True)
     return scores.argsort(dim=-1, descending=True, stable=True)
 
