@@ -103,7 +103,7 @@ def converted(name: str, kind: Kind, value: Any) -> Any:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
         raise ValueError(f"{name} must be several values, got {value!r}")
     values = tuple(_one(name, kind.type, item) for item in value)
-    if len(values) != kind.count and (kind.count or not values):
+    if len(values) != kind.count if kind.count else not values:
         raise ValueError(f"{name} must be {kind.count or 'one or more'} values, got {len(values)}")
     return values
 

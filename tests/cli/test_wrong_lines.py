@@ -4,6 +4,7 @@ They are made of the commands' dataclasses, so that an option that is added is c
 one value that can't be meant.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,8 @@ def out_of_range(limits, whole):
         if limits.get(name) is not None:
             beyond = (limits[name],) if name in ("above", "below") else ()
             yield from (*beyond, limits[name] + sign * step, sign * 10**30)
+    if whole and limits.get("below") is None:
+        yield 2**31
     if not whole and not limits.get("infinite"):
         yield from ("inf", "-inf")
 
@@ -99,6 +102,8 @@ def wrong_lines(command, known=()):
         for value in wrong_values(command, each, holds):
             named = flag(each) if each.name not in WRONG else ""
             yield [f"{flag(each)}={value}"] if not holds.count else [flag(each), *[str(value)] * holds.count], named
+        if each.metadata.get("ascending"):
+            yield [flag(each), "0.9", "0.8"], flag(each)
         if holds.type is not dict:
             yield [flag(each)], flag(each)  # without a value
     if command == "run":
@@ -133,6 +138,11 @@ def folder(tmp_path_factory):
     (folder / "folder.png").mkdir()
     (folder / "other.json").write_text('{"command": "sleep", "lr": 1}')
     (folder / "list.json").write_text("[1]")
+    for name, value in {"workers": "x", "model": 1, "lrs": 0.1, "nothing": 1}.items():
+        (folder / f"{name}.json").write_text(json.dumps({"command": "probe", name: value}))
+    for name, value in {"workers": "x", "device": 1, "nothing": 1}.items():
+        lines = {"command": "probe", name: value}
+        (folder / f"{name}.json").write_text(json.dumps(lines))
     return folder
 
 
@@ -163,6 +173,13 @@ def test_the_right_lines_are_right(command, inside, capsys):
     assert main([*command.split(), *RIGHT[command].split()]) == 0, capsys.readouterr().err
     for made in ("run", "maps", "few", "probe"):
         shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["workers", "model", "lrs", "nothing"])
+def test_wrong_values_in_a_config(name, inside, capsys):
+    assert main(["probe", "--config", f"{name}.json"]) == 2
+    said = capsys.readouterr().err
+    assert name in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("words", [["--version"], ["train", "--help"]])

@@ -11,7 +11,7 @@ from timm_tokens.options import Options, option
 class ModelOptions(Options):
     """Model."""
 
-    model: str | None = option(None, "name of a model in timm or in this package")
+    model: str | None = option(None, "name of a model in timm or in this package (default: none)")
     pretrained: bool = option(False, "use timm's pretrained weights of the model")
     checkpoint: Path | None = option(
         None, "file with the model's weights, .safetensors or .pth (default: none)", metavar="FILE"
@@ -56,7 +56,9 @@ class LoadingOptions(DeviceOptions):
 class ImageOptions(Options):
     """Images."""
 
-    data_dir: Path | None = option(None, "folder with one folder of images for each class", metavar="FOLDER")
+    data_dir: Path | None = option(
+        None, "folder with one folder of images for each class (default: none)", metavar="FOLDER"
+    )
     dataset: str = option(
         "", "name of a data set that timm knows, such as torch/cifar10, which is then kept in --data-dir"
     )
@@ -66,7 +68,9 @@ class ImageOptions(Options):
 class SplitOptions(ImageOptions):
     """Images."""
 
-    data_dir: Path | None = option(None, "folder with train/<class>/ and val/<class>/", metavar="FOLDER")
+    data_dir: Path | None = option(
+        None, "folder with train/<class>/ and val/<class>/ (default: none)", metavar="FOLDER"
+    )
     train_split: str = option("train", "folder in --data-dir, or split of --dataset, with the training images")
     val_split: str = option("val", "folder in --data-dir, or split of --dataset, with the validation images")
 

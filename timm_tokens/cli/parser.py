@@ -16,6 +16,7 @@ from timm_tokens.files import replacing
 from timm_tokens.options import Options, kind
 
 RARE = "Rarely used"
+_PLACE = "place of "  # before the name of an option that is given without one
 CONFIG = "options.json"  # of a run, in its folder
 
 
@@ -42,6 +43,11 @@ def parse(command: str, of: type[Options], argv: Sequence[str], description: str
     given = vars(make_parser(command, of, description).parse_intermixed_args(argv[:1] if rest else argv))
     if rest:
         given[rest] = argv[1:]
+    for place in [name for name in given if name.startswith(_PLACE)]:
+        name = place.removeprefix(_PLACE)
+        if name in given:
+            raise CommandError(f"{name.upper()} is given twice: {given[place]} and --{name} {given[name]}")
+        given[name] = given.pop(place)
     given.pop("traceback", None)  # see `main`
     path, name = given.pop("config", None), given.get("recipe")
     if path and name:
@@ -77,8 +83,13 @@ def build(of: type[Options], values: dict[str, Any]) -> Options:
 
 
 def flags(of: type[Options]) -> dict[str, str]:
-    """How the command line writes each option, by its name in Python."""
-    return {each.name: flag(each) for each in fields(of)}
+    """How the command line writes each option, by its name in Python and by older ones, which the library may use."""
+    names = {alias.strip("-").replace("-", "_"): each for each in fields(of) for alias in _aliases(each)}
+    return {name: flag(each) for name, each in (names | {each.name: each for each in fields(of)}).items()}
+
+
+def _aliases(each: Field) -> tuple[str, ...]:
+    return each.metadata.get("aliases", ())
 
 
 def required(each: Field) -> bool:
@@ -171,11 +182,11 @@ def _add(group: Any, each: Field, hint: Any) -> None:
         reads |= {"type": holds.type, "choices": metadata.get("choices")}
     if holds.count is not None:
         reads["nargs"] = holds.count or "+"
-    names = [flag(each), *metadata.get("aliases", ())]
+    names = [flag(each), *_aliases(each)]
     if metadata.get("positional"):
         # Left as text: argparse would convert even the mark that it is not given.
         place = {"nargs": "?", "default": SUPPRESS, "metavar": each.name.upper(), "help": described(each)}
-        group.add_argument(each.name, **place)
+        group.add_argument(_PLACE + each.name, **place)
     else:
         group.add_argument(names.pop(0), **reads, help=described(each))
     for name in names:

@@ -27,7 +27,7 @@ from timm_tokens.vit import TokenViT
 class Options(PictureOptions, RunOptions, ModelOptions):
     """What to draw."""
 
-    model: str | None = option(None, "instead of --run: name of a model with auxiliary tokens, such as vit_small_mte")
+    model: str | None = option(None, "name of a model with auxiliary tokens, instead of --run (default: none)")
     checkpoint: Path | None = option(
         None, "checkpoint of the whole model: the weights of its base are not enough (default: none)", metavar="FILE"
     )

@@ -57,7 +57,7 @@ class AugmentationOptions(base.Options):
     scale: tuple[float, float] = option((0.08, 1.0), "range of a crop's area", above=0, at_most=1, ascending=True)
     ratio: tuple[float, float] = option((3 / 4, 4 / 3), "range of a crop's aspect ratio", above=0, ascending=True)
     hflip: float = option(0.5, "probability of a left-right flip", at_least=0, at_most=1)
-    aa: str = option("rand-m9-mstd0.5-inc1", "RandAugment as timm writes it; '' for none")
+    aa: str = option("rand-m9-mstd0.5-inc1", "RandAugment as timm writes it; '' for none", aliases=("--auto-augment",))
     re_prob: float = option(0.25, "probability of random erasing", at_least=0, at_most=1)
 
 
