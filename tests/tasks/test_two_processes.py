@@ -9,7 +9,9 @@ from gloo import on_two
 from tiny import base
 
 import timm_tokens
+from timm_tokens import seeding
 from timm_tokens.data import LabeledTarget
+from timm_tokens.distributed import rank
 from timm_tokens.models.lvvit_base import lvvit_base
 from timm_tokens.ops import crop_maps
 from timm_tokens.tasks import DTMTask, MIRATask, MTETask, TokenLabelTask
@@ -32,8 +34,8 @@ def mira_conv():
     return MIRATask(backbone, num_prototypes=20, hidden=24, width=8, frozen_epochs=0)
 
 
-def token_label():
-    return TokenLabelTask(timm_tokens.token_label_head(base()))
+def token_label(**options):
+    return TokenLabelTask(timm_tokens.token_label_head(base(**options)))
 
 
 def token_label_conv():
@@ -42,8 +44,9 @@ def token_label_conv():
     return TokenLabelTask(timm_tokens.token_label_head(lvvit_base(**shape)))
 
 
-def mte(objective, **options):
-    model = timm_tokens.add_aux_tokens(base(num_classes=0, dynamic_img_size=True), 2, 1, kernel_size=3)
+def mte(objective, drop_path_rate=0.0, **options):
+    vit = base(num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path_rate)
+    model = timm_tokens.add_aux_tokens(vit, 2, 1, kernel_size=3)
     return MTETask(model, objective, num_prototypes=20, hidden=24, width=8, queue_size=12, frozen_epochs=0, **options)
 
 
@@ -57,6 +60,9 @@ TASKS = {
     "dino, batch norm": lambda: mte("dino", batch_norm=True),
     "ibot": lambda: mte("ibot"),
     "moby": lambda: mte("moby"),
+    "dino, drop path": lambda: mte("dino", drop_path_rate=0.5),
+    "moby, drop path": lambda: mte("moby", drop_path_rate=0.5),
+    "token-label, drop path": lambda: token_label(drop_path_rate=0.5),
 }
 PARTS = ["dtm", "token-label"]  # whose losses have no term of the whole batch
 
@@ -75,7 +81,7 @@ def batch(name, step, part):
         return draw(3, 32, 32)[part], LabeledTarget(*(x[part] for x in target))
     if name == "dtm":
         return draw(3, 32, 32)[part], None
-    sizes = (32, 32) if name == "moby" else (32, 32, 16)
+    sizes = (32, 32) if name.startswith("moby") else (32, 32, 16)
     return [draw(3, size, size)[part] for size in sizes], None
 
 
@@ -89,6 +95,7 @@ def trained(name, part, parts=1):
     optimizer = torch.optim.SGD(task.student.parameters(), lr=0.1)
     for step in range(STEPS):
         task.start_step(step, STEPS, STEPS)
+        torch.manual_seed(seeding.derived_seed(0, step, rank()))  # as the trainer does
         optimizer.zero_grad()
         for some in torch.arange(BATCH)[part].chunk(parts):
             images, target = batch(name, step, some)

@@ -98,6 +98,7 @@ class DTEMTask(TokenTask):
         Args:
             target: Classes (B,) or their probabilities (B, K), with target="labels"; otherwise it is not read.
         """
+        self.place_in_order(len(input))
         given = outputs(self.trainable_module, input, self.logits)
         if self.target == "labels":
             loss = F.cross_entropy(given.float(), target)

@@ -98,6 +98,7 @@ class DTMTask(TokenTask):
         """The loss of images (B, C, H, W); of [images, mask (B, N)] with these masks instead of drawn ones."""
         images, mask = (input, self._draw_masks(input)) if isinstance(input, Tensor) else input
         self._check_grid(images)
+        self.place_in_order(len(images))
         tokens = self.trainable_module(images, mask)
         counted = mask if self.masked_only else None
         loss = self.criterion(tokens, self.teacher(images), counted, generator=self.step_generator())

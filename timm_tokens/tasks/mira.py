@@ -128,6 +128,7 @@ class MIRATask(TokenTask):
         if isinstance(input, Tensor) or len(input) < max(2, self.global_crops):
             got = "one tensor" if isinstance(input, Tensor) else f"{len(input)} crops"
             raise ValueError(f"MIRATask takes a list of {max(2, self.global_crops)} crops or more, got {got}")
+        self.place_in_order(len(input[0]))
         logits = self.trainable_module(input)
         terms = self.criterion(logits, self._teach(input[: self.global_crops]), beta=self.beta)
         return terms._asdict()

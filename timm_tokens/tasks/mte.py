@@ -157,6 +157,7 @@ class MTETask(TokenTask):
             hidden = mask.to(device, non_blocking=True)
             chosen = mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
         options = dict(num_global=self.global_crops, aux_on_local=self.aux_on_local, mask=hidden, patches=chosen)
+        self.place_in_order(len(crops[0]))
         student = self.trainable_module(crops, **options)
         with torch.no_grad():
             views, taught = crops[: self.global_crops], chosen

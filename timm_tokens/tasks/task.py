@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_tokens import seeding
 from timm_tokens.distributed import rank, world_size
 from timm_tokens.tasks.batch_norm import make_batch_norms_global
+from timm_tokens.tasks.drop_path import make_drop_paths_global
 
 
 class TokenTask(TrainingTask):
@@ -33,7 +34,8 @@ class TokenTask(TrainingTask):
       its state dict, and is the same on every process. Values from `start_step` are plain floats, set anew each step.
     * Randomness comes from `self.sample_generators()` where each image has a draw of its own, from
       `self.step_generator()` where the batch has one, from `self.generator()` where processes may differ, or from
-      torch's global generators, which the trainer seeds every step on each process.
+      torch's global generators, which the trainer seeds every step on each process. `self.place_in_order(batch)` before
+      the forward makes stochastic depth the same on however many processes.
 
     `train()` and `eval()` reach the trainable module alone; teachers and losses stay as the task made them.
 
@@ -51,6 +53,7 @@ class TokenTask(TrainingTask):
         super().__init__(verbose=False)
         self.trainable_module = trainable_module
         self.seed, self.step, self._draws, self._parts = seed, 0, 0, 0
+        self._drop_paths, self._stream = (), None  # a tuple: they are parts of the trainable module already
 
     def forward(self, input: Tensor | list[Tensor], target: Any = None) -> dict[str, Tensor]:
         """The loss of one batch.
@@ -82,7 +85,7 @@ class TokenTask(TrainingTask):
 
     def start_step(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Before step 0 <= step < total_steps: set what is scheduled. Call this one first: super().start_step(...)."""
-        self.step, self._draws, self._parts = step, 0, 0
+        self.step, self._draws, self._parts, self._stream = step, 0, 0, None
 
     def before_optimizer(self) -> None:
         """Gradients are complete: cancel some of them, or clip them in a way that the trainer doesn't know."""
@@ -112,6 +115,25 @@ class TokenTask(TrainingTask):
         self._parts += 1
         return [seeding.generator(self.seed, self.step, -1, place) for place in range(first, first + batch)]
 
+    def place(self, rows: Tensor, total: int) -> None:
+        """Say where this process's images are in the global batch, before a forward: stochastic depth goes by it.
+
+        Args:
+            rows: (B,) int64.
+            total: How many images the global batch has.
+        """
+        if not self._drop_paths:
+            return
+        device = next(self.trainable_module.parameters()).device
+        if self._stream is None:  # what one process draws from, as the trainer seeds it
+            self._stream = torch.Generator(device).manual_seed(seeding.derived_seed(self.seed, self.step, 0))
+        for drop_path in self._drop_paths:
+            drop_path.generator, drop_path.rows, drop_path.total = self._stream, rows.to(device), total
+
+    def place_in_order(self, batch: int) -> None:
+        """`place` of as many images on each process, process after process."""
+        self.place(torch.arange(batch) + rank() * batch, world_size() * batch)
+
     def train(self, mode: bool = True) -> "TokenTask":
         self.training = mode
         self.trainable_module.train(mode)
@@ -124,7 +146,11 @@ class TokenTask(TrainingTask):
     # The rest is the protocol of timm's own training script, of timm 1.0.31; 1.0.26 has less of it and never calls it.
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "TokenTask":
-        """Wrap the trainable module in DistributedDataParallel; batch norms, which see the global batch, before."""
+        """Wrap the trainable module in DistributedDataParallel.
+
+        Before, its batch norms and stochastic depth are replaced by ones that know of the global batch.
+        """
+        self._drop_paths = tuple(make_drop_paths_global(self.trainable_module))
         if next(self.trainable_module.parameters()).device.type == "cpu":  # on GPUs timm's convert_sync_batchnorm does
             make_batch_norms_global(self)
         options = {"find_unused_parameters": self.find_unused_parameters} | ddp_kwargs

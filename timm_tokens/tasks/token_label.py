@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from timm_tokens import blocks
 from timm_tokens.data import LabeledTarget
+from timm_tokens.distributed import rank, world_size
 from timm_tokens.losses import TokenLabelLoss
 from timm_tokens.ops import draw_mix_box, warp_token_labels
 from timm_tokens.tasks.task import TokenTask
@@ -62,6 +63,7 @@ class TokenLabelTask(TokenTask):
             ValueError: Token labels are given to a model without a token-label head.
         """
         labelled = isinstance(target, LabeledTarget)
+        self.place_in_order(len(input))
         if not self.dense:
             if labelled:
                 raise ValueError("token labels need a model with a token-label head: token_label_head(model)")
@@ -70,7 +72,10 @@ class TokenLabelTask(TokenTask):
             return {"loss": loss, "output": output.detach()}
         if not (self.mix and self.training):
             return self._dense(input, target, None)
-        order = mirrored_neighbours(len(input)).to(input.device, non_blocking=True)
+        order = mirrored_neighbours(len(input))
+        total = len(input) * world_size()
+        self.place(mirrored_neighbours(total).argsort()[len(input) * rank() + order], total)
+        order = order.to(input.device, non_blocking=True)
         target = LabeledTarget(*(x[order] for x in target)) if labelled else target[order]
         box = draw_mix_box(self._grid(input), self.step_generator(), even=self.even_boxes)
         out = self._dense(input[order], target, box)

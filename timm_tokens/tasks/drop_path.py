@@ -1,0 +1,48 @@
+"""Stochastic depth over the global batch: each image is dropped as it would be if one process had them all."""
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+
+class GlobalDropPath(DropPath):
+    """timm's DropPath, which draws for the images of all processes and takes its own.
+
+    Attributes:
+        generator: The stream that one process would draw from, on the images' device.
+        rows: (B,) where this process's images are in the global batch; None: it draws for its own, as timm's does.
+        total: How many images the global batch has.
+    """
+
+    generator: torch.Generator | None = None
+    rows: Tensor | None = None
+    total: int = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """V crops of B images, (V B, ...), crop by crop."""
+        if self.rows is None or len(x) % len(self.rows) or torch.compiler.is_compiling():  # programs take no generators
+            return super().forward(x)
+        if not self.training or self.drop_prob == 0:
+            return x
+        crops = len(x) // len(self.rows)
+        drawn = x.new_empty(crops * self.total, *[1] * (x.ndim - 1))
+        kept = drawn.bernoulli_(1 - self.drop_prob, generator=self.generator)
+        if self.scale_by_keep and self.drop_prob < 1:
+            kept.div_(1 - self.drop_prob)
+        return x * kept.unflatten(0, (crops, self.total))[:, self.rows].flatten(0, 1)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"generator": None, "rows": None}  # a copy belongs to no batch, nor do generators copy
+
+
+def make_drop_paths_global(module: nn.Module) -> list[GlobalDropPath]:
+    """Replace timm's DropPaths in a module, in place, by global ones; those are returned."""
+    made = []
+    for name, child in module.named_children():
+        if type(child) is DropPath:
+            new = GlobalDropPath(child.drop_prob, child.scale_by_keep).train(child.training)
+            setattr(module, name, new)
+            made.append(new)
+        else:
+            made += make_drop_paths_global(child)
+    return made
