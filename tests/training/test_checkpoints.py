@@ -12,7 +12,7 @@ from timm_tokens.training import checkpoints, train
 from timm_tokens.training.checkpoints import LAST, PREVIOUS
 
 ONE_EPOCH = dict(epochs=1, batch_size=1, dataset=Points(15), warmup_epochs=0)  # of 15 steps
-TABLES = ("steps.csv", "summary.csv", "model.safetensors")
+FILES = ("steps.csv", "summary.csv", "model.safetensors", LAST, PREVIOUS)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def flip(path, place=0.5):
 
 def same_as_whole(folder, tmp_path):
     run(tmp_path / "whole", **ONE_EPOCH)
-    return all((folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in TABLES)
+    return all((folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in FILES)
 
 
 def steps(folder):

@@ -1,5 +1,6 @@
 """Optimizer, schedules of learning rate and weight decay, loss scaling and clipping."""
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -78,7 +79,7 @@ class Optimization:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(_interned(state["optimizer"]))
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -109,6 +110,13 @@ def clip(parameters: Iterable[nn.Parameter], value: float, mode: str) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     factors = [(value / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(gradients)]
     torch._foreach_mul_(gradients, factors)
+
+
+def _interned(nest: Any) -> Any:
+    """With one object for equal names, as they are in a new optimizer: or else pickle writes them in another way."""
+    if isinstance(nest, dict):
+        return {sys.intern(name) if isinstance(name, str) else name: _interned(x) for name, x in nest.items()}
+    return [_interned(x) for x in nest] if isinstance(nest, list) else nest
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, plan: Plan) -> Any:
