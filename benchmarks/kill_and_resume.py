@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
 def make_inputs() -> None:
     """Images of two classes, a teacher, and label maps by it, in the current folder."""
     torch.manual_seed(0)
-    for split, count in (("train", 24), ("val", 4)):
+    for split, count in (("train", 12), ("val", 4)):
         for name in "ab":
             folder = Path("images", split, name)
             folder.mkdir(parents=True)
