@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     loading = {"batch_size": args.batch_size, "workers": args.workers, "device": args.device}
     call(
         "annotate", dataset=str(args.data_dir / "train"), out=labels, model=args.annotator, **loading,
-        checkpoint=args.checkpoint, num_classes=args.num_classes, folder_classes=args.folder_classes,
+        checkpoint=args.checkpoint, pretrained=args.checkpoint is None, num_classes=args.num_classes,
+        folder_classes=args.folder_classes,
     )  # fmt: skip
     shared |= {"data_dir": args.data_dir, "model": args.model, "img_size": args.img_size, "val_split": args.val_split}
     classes = TokenLabelStore(labels).num_classes  # both tell as many classes apart

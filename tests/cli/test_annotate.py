@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 
@@ -245,8 +246,7 @@ def test_processes_take_disjoint_shares_of_one_store(arguments, images, tmp_path
     assert in_processes(1, lambda rank: annotate_until_killed(arguments, 2)) == [-signal.SIGKILL]
 
     def work(rank):
-        with pytest.raises(CommandError, match=r"1 of 15 images can't be read.*'cat/4.png'"):
-            call("annotate", **arguments)
+        assert call("annotate", **arguments)[:3] == (15, 12, 14)
         (tmp_path / f"{rank} is done").touch()
 
     assert in_processes(2, work) == [0, 0]
@@ -262,15 +262,18 @@ def test_processes_take_disjoint_shares_of_one_store(arguments, images, tmp_path
     assert call("annotate", **arguments)[:3] == (14, 0, 14)
 
 
-def test_a_damaged_image_is_named_and_costs_no_other(arguments, images):
+def test_unreadable_images_are_named_and_left_out(arguments, images, capsys):
     broken = images / "bee" / "2.png"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
     (images / "cat" / "4.png").write_text("no picture")
-    with pytest.raises(
-        CommandError, match=r"2 of 15 images can't be read: repair or remove .*'bee/2.png'.*; .*'cat/4.png'"
-    ):
-        call("annotate", **arguments)
+    (images / "cat" / "notes.txt").write_text("no picture")
+    for workers, new in ((2, 13), (0, 0)):
+        assert call("annotate", **arguments | {"workers": workers})[:3] == (15, new, 13)
+        said = capsys.readouterr()
+        assert "13 of 15 images have a map" in said.out and f"Weights: {arguments['checkpoint']}. " in said.out
+        named = r"left out 2 \(can't be read\): bee/2.png \(image file is truncated\), cat/4.png \(it is empty, or"
+        assert re.search(named, said.err) and "left out 1 (no images by their suffix): cat/notes.txt" in said.err
     assert len(TokenLabelStore(arguments["out"])) == 13
     broken.write_bytes(whole)
     (images / "cat" / "4.png").unlink()
@@ -289,7 +292,7 @@ def test_two_runs_in_one_folder_are_refused(arguments):
     ("change", "message"),
     [
         (
-            {"model": "pit_ti_224", "img_size": None, "checkpoint": None},
+            {"model": "pit_ti_224", "img_size": None, "checkpoint": None, "random": True},
             "^PoolingVisionTransformer reads a class token",
         ),
         ({"model": "test_resnett"}, "timm has no model 'test_resnett'; close are"),

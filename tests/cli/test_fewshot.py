@@ -71,6 +71,7 @@ def test_seed_decides_and_shots_are_independent(feature_file, tmp_path):
 
 def test_features_of_a_model_are_computed_once(images, tmp_path, monkeypatch):
     arguments = QUICK | {"model": "test_vit", "data_dir": images, "out": tmp_path / "out", "batch_size": 5}
+    arguments |= {"random": True}
     calls = []
     extract = _features._extract
     monkeypatch.setattr(_features, "_extract", lambda *a: calls.append(a) or extract(*a))
@@ -111,7 +112,7 @@ def test_interrupted_extraction_leaves_no_file(images, tmp_path, monkeypatch):
 
     monkeypatch.setattr(_features, "save_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _features.cached_features(tmp_path / "cache", open_dataset(images), named("test_vit"), LOADING)
+        _features.cached_features(tmp_path / "cache", open_dataset(images), named("test_vit", random=True), LOADING)
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -161,7 +162,7 @@ def class_feature(net, x):
 
 def test_a_model_that_can_not_merge_is_refused(images, tmp_path):
     with pytest.raises(CommandError, match="ResNet can't be driven from outside; supported are"):
-        call("fewshot", **QUICK | {"model": "test_resnet", "r": 8, "data_dir": images, "out": tmp_path})
+        call("fewshot", **QUICK | {"model": "test_resnet", "random": True, "r": 8, "data_dir": images, "out": tmp_path})
 
 
 @pytest.mark.parametrize(
@@ -170,8 +171,9 @@ def test_a_model_that_can_not_merge_is_refused(images, tmp_path):
         ({}, "pass either --features FILE, or --model NAME with --data-dir FOLDER"),
         ({"model": "test_vit"}, "pass either --features"),
         ({"features": "nowhere.safetensors"}, "no feature file nowhere.safetensors"),
-        ({"model": "test_vit", "data_dir": "nowhere"}, "no folder nowhere"),
-        ({"model": "test_vit", "data_dir": "."}, r"no images of \., split '': Found 0 images"),
+        ({"model": "test_vit", "random": True, "data_dir": "nowhere"}, "no folder nowhere"),
+        ({"model": "test_vit", "random": True, "data_dir": "."}, r"^no images in \.$"),
+        ({"model": "test_vit", "data_dir": "."}, "which weights.* --pretrained .* --checkpoint FILE.* --random"),
         ({"classifiers": ["svm"]}, "--classifiers must be one of nearest_centroid, .* got 'svm'"),
         ({"model": "test_vit", "data_dir": ".", "out": __file__}, "--out .*test_fewshot.py is a file: give a folder"),
         ({"model": "test_vit", "data_dir": ".", "device": "nowhere"}, "can't use --device nowhere: "),
@@ -186,7 +188,7 @@ def test_refuses_in_words(arguments, message, tmp_path, monkeypatch):
 def test_refuses_models_and_checkpoints_that_do_not_fit(images, tmp_path):
     arguments = QUICK | {"data_dir": images, "out": tmp_path}
     with pytest.raises(CommandError, match=r"timm has no model 'no_such_vit'"):
-        call("fewshot", **arguments, model="no_such_vit")
+        call("fewshot", **arguments, model="no_such_vit", random=True)
     with pytest.raises(CommandError, match=r"no checkpoint file nowhere.pth"):
         call("fewshot", **arguments, model="test_vit", checkpoint="nowhere.pth")
     save_file({"cls_token": torch.zeros(1, 1, 64)}, tmp_path / "part.safetensors")
@@ -194,11 +196,42 @@ def test_refuses_models_and_checkpoints_that_do_not_fit(images, tmp_path):
         call("fewshot", **arguments, model="test_vit", checkpoint=tmp_path / "part.safetensors")
 
 
-def test_a_damaged_image_is_named_and_not_replaced_by_the_next(images, tmp_path):
+def test_unreadable_images_are_named_and_left_out(images, tmp_path, capsys):
     (images / "red" / "1.png").write_text("no picture")
-    with pytest.raises(CommandError, match=r"1 of 12 images can't be read, repair or remove them: image 'red/1.png'"):
-        call("fewshot", **QUICK, data_dir=images, out=tmp_path / "out", model="test_vit")
-    assert not (tmp_path / "out").exists()
+    (images / "blue" / "notes.txt").write_text("no picture")
+    given = QUICK | {"data_dir": images, "out": tmp_path / "out", "model": "test_vit", "random": True, "shots": [1]}
+    for _ in range(2):  # the second takes the features from the first's
+        call("fewshot", **given | {"ways": 3, "queries": 2, "episodes": 2})
+        said = capsys.readouterr()
+        assert "left out 1 (can't be read): red/1.png (it is empty, or of no format that Pillow knows)" in said.err
+        assert "left out 1 (no images by their suffix): blue/notes.txt" in said.err
+        assert "Weights of test_vit: random" in said.out
+    (kept,) = (tmp_path / "out").glob("*.safetensors")
+    assert _features.load_features(kept).labels.bincount().tolist() == [4, 4, 3]
+    for image in images.glob("*/*.png"):
+        image.write_bytes(b"")
+    with pytest.raises(CommandError, match=r"no images; .*left out 12 \(can't be read\): blue/0.png \(it is empty"):
+        call("fewshot", **given)
+
+
+def test_weights_that_are_not_finite_are_refused(images, tmp_path):
+    state = timm.create_model("test_vit").state_dict()
+    state["norm.weight"][0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    given = QUICK | {"data_dir": images, "out": tmp_path / "out", "model": "test_vit"}
+    with pytest.raises(CommandError, match=r"^norm.weight of the model has 1 of 64 numbers that are not finite"):
+        call("fewshot", **given, checkpoint=tmp_path / "nan.safetensors")
+    state["norm.weight"][0] = 3e38  # finite, but its product is not
+    state["patch_embed.proj.weight"].mul_(1e20)
+    save_file(state, tmp_path / "large.safetensors")
+    with pytest.raises(CommandError, match=r"features of \d+ images are not finite, the first of them blue/.*png"):
+        call("fewshot", **given, checkpoint=tmp_path / "large.safetensors")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    save_file(
+        {"features": torch.full((40, 3), torch.inf), "labels": torch.arange(40) % 5}, tmp_path / "inf.safetensors"
+    )
+    with pytest.raises(CommandError, match=r"features must be finite, got inf at \[0, 0\]; 40 of 40 rows"):
+        call("fewshot", **QUICK, features=tmp_path / "inf.safetensors", out=tmp_path / "out")
 
 
 def test_refuses_feature_files_that_do_not_fit(feature_file, tmp_path):

@@ -225,7 +225,7 @@ def test_refuses_in_words(change, message, arguments):
 
 def test_splits_of_other_classes_are_refused(arguments, images):
     (images / "val" / "red").rename(images / "val" / "orange")
-    with pytest.raises(CommandError, match="splits train and val have other classes than each other"):
+    with pytest.raises(CommandError, match="splits train and val differ in their classes, only one has orange, red"):
         call("probe", **arguments)
 
 

@@ -119,7 +119,7 @@ def test_a_student_that_takes_any_size_gets_the_size_asked_for(images, tmp_path,
         ("mira", {"beta": (0.7, 1.0)}, "--beta must be at least 0 and below 1, got 1.0"),
         ("mira", {"tau_teacher": 0.0}, "--tau-teacher must be above 0, got 0"),
         ("mira", {"tau_teacher": -1.0, "targets": "sinkhorn"}, "--tau-teacher must be above 0, got -1"),
-        ("mira", {"local_size": 20}, "--local-size must be a multiple of the model's patches of 16 px, got 20"),
+        ("mira", {"local_size": 20}, "--local-size 20 does not fit: images of 20 x 20 px are not filled by"),
         ("mira", {"global_scale": (0.5, 0.2)}, "--global-scale must be a range, its lower end first"),
     ],
 )

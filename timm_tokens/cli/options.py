@@ -27,6 +27,9 @@ class ModelOptions(Options):
         at_most=16384,
         aliases=("--image-size",),
     )
+    in_chans: int | None = option(
+        None, "channels of the images: 3 for colour, 1 for grey (default: the model's own)", choices=(1, 3)
+    )
     model_kwargs: dict[str, Any] = option(
         {}, "further arguments of timm.create_model, such as depth=6 embed_dim=192", rare=True
     )
@@ -35,6 +38,13 @@ class ModelOptions(Options):
         super().__post_init__()
         if self.checkpoint_key is not None and self.checkpoint is None:
             raise ValueError(f"checkpoint_key needs a checkpoint, got {self.checkpoint_key!r} without one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOptions(ModelOptions):
+    """Model."""
+
+    random: bool = option(False, "use random weights, to compare with")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,12 +81,7 @@ class Images(Dataset):
     @property
     def classes(self) -> list[str] | None:
         """The names of the classes, by their numbers; None where the data set has none."""
-        source = self._source
-        for name in ("class_to_idx", "class_name_to_idx"):
-            numbers = getattr(source, name, None)
-            if numbers:
-                return sorted(numbers, key=numbers.get)
-        return list(getattr(source, "classes", ())) or None
+        return classes_of(self._source)
 
     @property
     def targets(self) -> list[int] | None:
@@ -96,6 +91,15 @@ class Images(Dataset):
         if targets is None and hasattr(source, "samples"):
             targets = [target for _, target in source.samples]
         return None if targets is None else [int(targets[row]) for row in self.rows]
+
+
+def classes_of(source: Any) -> list[str] | None:
+    """The names of the classes that timm's reader, or a data set of torchvision, knows; None where it knows none."""
+    for name in ("class_to_idx", "class_name_to_idx"):
+        numbers = getattr(source, name, None)
+        if numbers:
+            return sorted(numbers, key=numbers.get)
+    return list(getattr(source, "classes", ())) or None
 
 
 def as_images(dataset: Dataset) -> Dataset:

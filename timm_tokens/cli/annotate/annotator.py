@@ -3,21 +3,20 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_tokens.cli.common import checkpoints, models
 from timm_tokens.cli.common.datasets import model_classes
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.options import ModelOptions
-from timm_tokens.data import LabelMap
+from timm_tokens.cli.options import WeightOptions
+from timm_tokens.data import LabelMap, input_config, input_transform
 from timm_tokens.dense import dense_scores
 from timm_tokens.ops import top_scores
+from timm_tokens.ops.finite import check_weights
 from timm_tokens.options import option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +45,7 @@ class Annotator(NamedTuple):
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> LabelMap:
-        """Label maps of transformed images (B, 3, h, w), on the CPU: the best classes (B, top, H, W) of every cell."""
+        """Label maps of transformed images (B, C, h, w), on the CPU: the best classes (B, top, H, W) of every cell."""
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
             scores = dense_scores(self.model, images)
         if self.kept is not None:
@@ -64,13 +63,10 @@ class Annotator(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnnotatorOptions(ModelOptions):
+class AnnotatorOptions(WeightOptions):
     """Model."""
 
     model: str = option(help="name of a classifier in timm, or of a model of this package")
-    checkpoint: Path | None = option(
-        None, "file with the model's weights, .safetensors or .pth (default: timm's pretrained)", metavar="FILE"
-    )
     num_classes: int | None = option(
         None, "number of classes of the checkpoint's classifier (default: the model's own)", at_least=1
     )
@@ -100,17 +96,17 @@ def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | 
     config = _config(model, options.img_size)
     height, width = config["input_size"][1:]
     try:
-        if hasattr(model, "set_input_size") and (height, width) != resolve_model_data_config(model)["input_size"][1:]:
+        if hasattr(model, "set_input_size") and (height, width) != input_config(model)["input_size"][1:]:
             model.set_input_size(img_size=(height, width))
         model = model.to(device).eval()
         with torch.inference_mode():
-            shape = dense_scores(model, torch.zeros(1, 3, height, width, device=device)).shape
+            shape = dense_scores(model, torch.zeros(1, *config["input_size"], device=device)).shape
     except (RuntimeError, AssertionError, ValueError) as error:
         name = options.model
         raise CommandError(f"{name} can't annotate images of {height} x {width} pixels: {error}") from error
     kept = None if folders is None else _named(folders, model)
     grid, dtype = (shape[1], shape[2]), DTYPES[options.dtype]
-    annotator = Annotator(model, create_transform(**config), config, grid, options.top_k, dtype, kept)
+    annotator = Annotator(model, input_transform(config), config, grid, options.top_k, dtype, kept)
     if not 1 <= options.top_k <= annotator.num_classes:
         raise CommandError(f"--top-k must lie in [1, {annotator.num_classes}], the classes, got {options.top_k}")
     return annotator
@@ -118,9 +114,10 @@ def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | 
 
 def _make(options: AnnotatorOptions) -> nn.Module:
     classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
-    model = models.create(options.model, pretrained=options.checkpoint is None, **classes | options.model_kwargs)
+    model = models.create(options.model, pretrained=models.by_timm(options), **classes | models.arguments(options))
     if options.checkpoint is not None:
         checkpoints.load(model, options.checkpoint, options.checkpoint_key, classifier=True)
+    check_weights(model)
     return model
 
 
@@ -136,7 +133,6 @@ def _named(folders: list[str], model: nn.Module) -> tuple[int, ...]:
 
 def _config(model: nn.Module, img_size: Sequence[int] | None) -> dict:
     """How images become the model's input: the whole image, squashed, because the map is the whole image's."""
-    config = resolve_model_data_config(model, use_test_size=True)
-    if img_size is not None:
-        config["input_size"] = (3, img_size[0], img_size[-1])
+    size = None if img_size is None else (img_size[0], img_size[-1])
+    config = input_config(model, size, use_test_size=True)
     return config | {"crop_mode": "squash", "crop_pct": 1.0}

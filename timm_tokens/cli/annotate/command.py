@@ -1,11 +1,12 @@
 """Label every cell of every image with a classifier's best classes, once, for token labeling.
 
-    timm-tokens annotate imagenet/train labels --model dm_nfnet_f6.dm_in1k --batch-size 64 --dtype bfloat16
+    timm-tokens annotate imagenet/train labels --model dm_nfnet_f6.dm_in1k --pretrained --batch-size 64 --dtype bfloat16
     timm-tokens annotate images labels --model vit_tiny_patch16_224 --checkpoint weights.safetensors
-    torchrun --nproc-per-node 8 -m timm_tokens annotate imagenet/train labels --model dm_nfnet_f6.dm_in1k
+    torchrun --nproc-per-node 8 -m timm_tokens annotate imagenet/train labels --model dm_nfnet_f6.dm_in1k --pretrained
 
 The model may be any of timm's with a spatial map: conv nets, ViTs, Swin. It sees the whole image, squashed to its input
-size. OUT becomes a label store that `TokenLabelDataset` reads. A run that was stopped continues where it was.
+size. OUT becomes a label store that `TokenLabelDataset` reads. A run that was stopped continues where it was. Images
+that can't be read are named and left out.
 """
 
 import sys
@@ -16,11 +17,12 @@ from timm_tokens.cli.annotate.annotator import AnnotatorOptions, make_annotator
 from timm_tokens.cli.annotate.job import Job, fill, prepare
 from timm_tokens.cli.annotate.summary import Summary, describe, summarise
 from timm_tokens.cli.common import checks
-from timm_tokens.cli.common.datasets import class_names, open_dataset
+from timm_tokens.cli.common.datasets import class_names, open_dataset, tell
+from timm_tokens.cli.common.models import weights_of
 from timm_tokens.cli.common.processes import joined
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions
-from timm_tokens.data import TokenLabelWriter, image_names
+from timm_tokens.data import Images, TokenLabelWriter, image_names
 from timm_tokens.options import option
 from timm_tokens.peers import together
 from timm_tokens.stopping import Stopped, listening
@@ -48,7 +50,7 @@ def run(options: Options) -> Summary:
     Called by several processes of one group, each takes its share, and all return the same.
 
     Raises:
-        CommandError: Something is missing or does not fit, or images can't be read; then all others are annotated.
+        CommandError: Something is missing or does not fit.
         RuntimeError, TypeError, ValueError: The model or the label store can't be used.
     """
     checks.folder(options.out)
@@ -61,17 +63,19 @@ def run(options: Options) -> Summary:
         folders = (class_names(dataset) or []) if options.folder_classes else None
         annotator = make_annotator(options, process.device, folders)
         job = Job(options.out, dataset, image_names(dataset), annotator, process)
-        annotated, errors = _annotate(job, options)
-        errors = process.gather(errors)  # which waits for all to have written
+        annotated, unread = _annotate(job, options)
+        unread = dict(process.gather([*unread.items()]))  # which waits for all to have written
         summary = summarise(job, annotated)
     if process.rank == 0:
-        print(describe(summary, annotator))
-    _complain(errors, summary.images)
+        print(f"Weights: {weights_of(options)}. {describe(summary, annotator)}")
+    if isinstance(dataset, Images):
+        notes = dataset.without(unread).notes()
+        tell(notes if process.rank == 0 else [])
     return summary
 
 
-def _annotate(job: Job, options: Options) -> tuple[int, list[str]]:
-    """Fill the store: how many images this process annotated, and a line for each that can't be read.
+def _annotate(job: Job, options: Options) -> tuple[int, dict[int, str]]:
+    """Fill the store: how many images this process annotated, and by their numbers why others can't be read.
 
     Raises:
         Stopped: By a signal; what is done is in shards.
@@ -87,12 +91,3 @@ def _annotate(job: Job, options: Options) -> tuple[int, list[str]]:
                 print(stopped, file=sys.stderr)
             raise stopped
     return done
-
-
-def _complain(errors: list[str], images: int) -> None:
-    """About images that can't be read, ten at the most."""
-    if errors:
-        raise CommandError(
-            f"{len(errors)} of {images} images can't be read: repair or remove them and run this again "
-            f"(the others are annotated): {'; '.join(errors[:10])}{'; ...' if len(errors) > 10 else ''}"
-        )

@@ -69,19 +69,19 @@ def _keep(folder: Path, settings: dict) -> None:
         )
 
 
-def fill(job: Job, writer: TokenLabelWriter, loading: LoadingOptions, requests: Requests) -> tuple[int, list[str]]:
-    """Annotate this process's images that have no map, until a signal asks to stop: how many, and a line for each that
-    can't be read."""
+def fill(job: Job, writer: TokenLabelWriter, loading: LoadingOptions, requests: Requests) -> tuple[int, dict[int, str]]:
+    """Annotate this process's images that have no map, until a signal asks to stop: how many, and by their numbers why
+    others can't be read."""
     pending = [i for i, name in enumerate(job.names) if name not in writer]
     job.process.wait()  # until all know what is pending: the first shard that one writes is not part of it
     todo = pending[job.process.rank :: job.process.world]
     if todo and job.process.world == 1:  # complete the batch that a kill cut: in another, numbers are rounded otherwise
         todo = [*range(todo[0] - todo[0] % loading.batch_size, todo[0]), *todo]
-    device, added, errors = job.process.device, 0, []
+    device, added, unread = job.process.device, 0, {}
     pin = device.startswith("cuda")
     with tqdm(total=len(todo), unit="image", disable=job.process.rank > 0) as bar:
         for batch in batches(job.dataset, job.annotator.transform, loading, todo, pin_memory=pin):
-            errors += batch.errors
+            unread |= batch.unread
             if batch.images is not None:
                 maps = job.annotator(batch.images.to(device, non_blocking=True))
                 named = zip((job.names[number] for number in batch.numbers), *maps, strict=True)
@@ -89,7 +89,7 @@ def fill(job: Job, writer: TokenLabelWriter, loading: LoadingOptions, requests: 
             bar.update(len(batch))
             if requests.received:
                 break
-    return added, errors
+    return added, unread
 
 
 def _add(writer: TokenLabelWriter, name: str, values: Tensor, indices: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from timm_tokens.cli.common import models
 from timm_tokens.cli.options import DeviceOptions, ModelOptions
+from timm_tokens.data import input_config
 from timm_tokens.options import option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,9 +52,7 @@ def build(machine: MachineOptions, setting: Setting) -> nn.Module:
 
 def make_step(machine: MachineOptions, setting: Setting, model: nn.Module) -> Callable[[], None]:
     """The work to time: a forward pass, or a whole optimisation step."""
-    images = torch.randn(setting.batch, *timm.data.resolve_model_data_config(model)["input_size"])
-    if machine.img_size is not None:
-        images = torch.randn(setting.batch, 3, machine.img_size, machine.img_size)
+    images = torch.randn(setting.batch, *input_config(model, machine.img_size)["input_size"])
     forward = torch.compile(model) if machine.compile else model
     if setting.step == "forward":
         images = images.to(machine.device, DTYPES[machine.dtype])

@@ -1,8 +1,9 @@
-"""Data sets for the sub-commands: a folder of class folders, or a name that timm knows."""
+"""Data sets for the commands: a folder of class folders, or a name that timm knows."""
 
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from timm.data import ImageNetInfo, create_dataset, infer_imagenet_subset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import ImageOptions
+from timm_tokens.data import Images, open_folder
+from timm_tokens.data.images import classes_of
 
-_VALIDATION = ("val", "valid", "validation", "eval", "test")
+_TRAINING, _VALIDATION = ("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test")
 _NAMED = "or a data set of timm with its prefix, such as torch/cifar10"
 
 
@@ -30,9 +33,10 @@ def open_dataset(data: str | Path, root: str | Path | None = None, split: str = 
 
     Raises:
         CommandError: there is no such data set.
+        OSError, ValueError: The folder has no images.
     """
     if Path(data).exists():
-        return create("", data, split)
+        return open_folder(_find(Path(data), split) or data)
     if not _has_name(str(data)):
         raise CommandError(f"no folder {data}: give a folder with one folder of images a class, {_NAMED}")
     return create(str(data), root, split)
@@ -48,26 +52,25 @@ def open_split(options: ImageOptions, split: str, class_map: dict[str, int] | No
     """A split of the images, without a transform; `class_map` numbers the classes, of folders only.
 
     Raises:
-        CommandError: There is no such data set, or no image in it.
+        CommandError: There is no such data set.
+        OSError, ValueError: The folder has no images.
     """
     if options.data_dir is None:
         raise CommandError("--data-dir is missing: a folder with train/<class>/ and val/<class>/")
-    root, numbered = options.data_dir, {"class_map": class_map}
-    if not options.dataset:
-        root = _split_folder(root, split)
-    elif not _has_name(options.dataset):
+    if _has_name(options.dataset):
+        return create(options.dataset, options.data_dir, split)
+    if options.dataset:
         raise CommandError(f"no data set {options.dataset}: give none, for the images in --data-dir, {_NAMED}")
-    elif class_map is not None:
-        numbered = {}  # its classes are numbered already
-    return create(options.dataset, root, split, search_split=False, **numbered)
+    root = _find(options.data_dir, split)
+    if root is None:
+        raise CommandError(f"no folder {options.data_dir / split}: --data-dir must have {split}/<class>/ with images")
+    return open_folder(root, class_map)
 
 
-def _split_folder(root: Path, split: str) -> Path:
-    names = _VALIDATION if split in _VALIDATION else (split,)
-    found = next((root / name for name in (split, *names) if (root / name).is_dir()), None)
-    if found is None:
-        raise CommandError(f"no folder {root / split}: --data-dir must have {split}/<class>/ with images")
-    return found
+def _find(root: Path, split: str) -> Path | None:
+    """The folder of a split, which may have another of its names."""
+    names = next((names for names in (_TRAINING, _VALIDATION) if split in names), ())
+    return next((root / name for name in (split, *names) if name and (root / name).is_dir()), None)
 
 
 def create(name: str, root: str | Path | None, split: str, **options: Any) -> Dataset:
@@ -78,17 +81,23 @@ def create(name: str, root: str | Path | None, split: str, **options: Any) -> Da
     """
     what = " in ".join(str(part) for part in (name, root) if part)
     try:
-        dataset = create_dataset(name, None if root is None else str(root), split=split, **options)
+        dataset = create_dataset(name, None if root is None else str(root), split=split, search_split=False, **options)
     except (AssertionError, OSError, RuntimeError, ValueError, TypeError, ImportError, KeyError) as error:
         raise CommandError(f"no images of {what}, split {split!r}: {str(error) or 'timm has no such set'}") from error
     if not len(dataset):
         raise CommandError(f"no images of {what}, split {split!r}")
-    return dataset
+    return dataset if isinstance(dataset, IterableDataset) else Images(dataset)
+
+
+def tell(notes: list[str], what: str | Path = "") -> None:
+    """Print what was left out of a data set, and where."""
+    for note in notes:
+        print(f"{what}: {note}" if what else note, file=sys.stderr)
 
 
 def identity(dataset: Dataset) -> dict[str, str]:
     """What tells a data set from others: where it is, and a digest of its images' names and sizes, or their number."""
-    reader = getattr(dataset, "reader", dataset)
+    reader = source_of(dataset)
     where = str(Path(getattr(reader, "root", None) or "").resolve())
     if isinstance(reader, ReaderImageFolder):
         files = [(os.path.relpath(path, reader.root), Path(path).stat().st_size) for path, _ in reader.samples]
@@ -102,22 +111,18 @@ def identity(dataset: Dataset) -> dict[str, str]:
 
 def class_names(dataset: Dataset) -> list[str] | None:
     """The names of the classes by their numbers in the data set; None where it has none."""
-    reader = getattr(dataset, "reader", dataset)
-    for name in ("class_to_idx", "class_name_to_idx"):
-        numbers = getattr(reader, name, None)
-        if numbers:
-            return sorted(numbers, key=numbers.get)
-    return list(getattr(reader, "classes", ())) or None
+    return classes_of(source_of(dataset))
 
 
 def class_targets(dataset: Dataset) -> list[int] | None:
     """The class of every image, without reading images; None where the data set does not say."""
-    reader = getattr(dataset, "reader", dataset)
-    targets = getattr(reader, "targets", None)
-    if targets is not None:
-        return [int(target) for target in targets]
-    samples = getattr(reader, "samples", None)
-    return None if samples is None else [int(target) for _, target in samples]
+    return dataset.targets if isinstance(dataset, Images) else None
+
+
+def source_of(dataset: Dataset) -> Any:
+    """What knows a data set's files and classes: timm's reader, or the data set of torchvision."""
+    inner = dataset.dataset if isinstance(dataset, Images) else dataset
+    return getattr(inner, "reader", inner)
 
 
 def model_classes(names: list[str] | None, model: nn.Module) -> Tensor | None:

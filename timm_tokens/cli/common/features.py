@@ -10,18 +10,20 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_tokens.cli.common import checkpoints, models
-from timm_tokens.cli.common.datasets import class_names, identity
+from timm_tokens.cli.common.datasets import class_names, identity, tell
 from timm_tokens.cli.common.loading import batches
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.options import LoadingOptions, MergingOptions, ModelOptions
+from timm_tokens.cli.options import LoadingOptions, MergingOptions, WeightOptions
+from timm_tokens.data import Images, input_config, input_transform
+from timm_tokens.data.reading import file_name
 from timm_tokens.digests import save_tensors
 from timm_tokens.files import replacing
+from timm_tokens.ops.finite import check_weights
 from timm_tokens.vit import TokenViT
 
 
@@ -31,6 +33,11 @@ class Features(NamedTuple):
     features: Tensor
     labels: Tensor
     metadata: dict[str, str]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of the images; see `Images.notes`."""
+        return json.loads(self.metadata.get("notes", "[]"))
 
 
 def load_features(path: Path) -> Features:
@@ -74,7 +81,7 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureOptions(ModelOptions, MergingOptions):
+class FeatureOptions(WeightOptions, MergingOptions):
     """Model."""
 
 
@@ -84,10 +91,9 @@ def named(options: FeatureOptions) -> Source:
     Raises:
         CommandError: There is no such checkpoint.
     """
-    path = options.checkpoint
-    weights = str(path) if path else "timm's" if options.pretrained else "random"
+    path, weights = options.checkpoint, models.weights_of(options)
     about = {"model": options.model, "checkpoint": checkpoints.identity(path) if path else weights}
-    about |= {"merge_r": str(options.r)}
+    about |= {"merge_r": str(options.r), "in_chans": str(options.in_chans)}
     if options.checkpoint_key:
         about["checkpoint_key"] = options.checkpoint_key
     if options.model_kwargs:
@@ -98,7 +104,7 @@ def named(options: FeatureOptions) -> Source:
 def cached_features(
     cache_dir: Path, dataset: Dataset, source: Source, loading: LoadingOptions, device: str = "cpu"
 ) -> Features:
-    """Features of all the images of a data set, from the cache when it has them.
+    """Features of all the images of a data set that can be read, from the cache when it has them; the others are named.
 
     Args:
         cache_dir: where feature files are kept; each is named after the model and all that decides its content.
@@ -108,7 +114,8 @@ def cached_features(
         device: where to compute.
 
     Raises:
-        CommandError: the model can't be made, or an image can't be read.
+        CommandError: the model can't be made.
+        ValueError: its weights, or features, are not finite; or no image can be read.
     """
     metadata = source.about | {"img_size": str(source.img_size)} | identity(dataset)
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:12]
@@ -116,24 +123,27 @@ def cached_features(
     if path.is_file():
         cached = load_features(path)
         if metadata.items() <= cached.metadata.items():
+            tell(cached.notes)
             return cached
-    net = source.make().to(device).eval()
+    net = source.make()
+    check_weights(net)
     transform = eval_transform(net, source.img_size)
-    metadata["classes"] = json.dumps(class_names(dataset))
-    features = Features(*_extract(net, dataset, transform, loading, device), metadata)
-    save_features(path, features)
-    return features
+    features, labels, notes = _extract(net.to(device).eval(), dataset, transform, loading, device)
+    metadata |= {"classes": json.dumps(class_names(dataset)), "notes": json.dumps(notes)}
+    save_features(path, made := Features(features, labels, metadata))
+    tell(notes)
+    return made
 
 
 def eval_transform(net: nn.Module, img_size: int | None) -> Callable:
     """timm's transform of PIL images for evaluation, to squares of this size; None: the model's own."""
-    return create_transform(**resolve_model_data_config(net, args={"img_size": img_size}))
+    return input_transform(input_config(net, img_size))
 
 
 def _make(options: FeatureOptions) -> nn.Module:
     """The model without its classifier; what merges its tokens is its own merger if it has one, else its keys."""
     name, size = options.model, options.img_size
-    net = models.create(name, pretrained=options.pretrained, num_classes=0, **options.model_kwargs)
+    net = models.create(name, pretrained=models.by_timm(options), num_classes=0, **models.arguments(options))
     if options.checkpoint:
         checkpoints.load(net, options.checkpoint, options.checkpoint_key)
     if size is not None:
@@ -149,18 +159,23 @@ def _make(options: FeatureOptions) -> nn.Module:
 @torch.inference_mode()
 def _extract(
     net: nn.Module, dataset: Dataset, transform: Callable, loading: LoadingOptions, device: str
-) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and labels (N,) on the CPU."""
-    features, labels, errors = [], [], []
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Features (N, D) and labels (N,) on the CPU, and lines about the images that were left out."""
+    features, labels, unread = [], [], {}
     with tqdm(total=len(dataset), desc="features", unit="image") as bar:
         for batch in batches(dataset, transform, loading):
-            errors += batch.errors
+            unread |= batch.unread
             if batch.images is not None:
                 features.append(net(batch.images.to(device)).float().cpu())
                 labels += batch.labels
+                _check(features[-1], dataset, batch.numbers)
             bar.update(len(batch))
-    if errors:
-        raise CommandError(
-            f"{len(errors)} of {len(dataset)} images can't be read, repair or remove them: {'; '.join(errors[:10])}"
-        )
-    return torch.cat(features), torch.tensor(labels)
+    notes = dataset.without(unread).notes() if isinstance(dataset, Images) else []
+    return torch.cat(features), torch.tensor(labels), notes
+
+
+def _check(features: Tensor, dataset: Dataset, numbers: list[int]) -> None:
+    bad = ~features.isfinite().all(dim=1)
+    if bad.any():
+        first = file_name(dataset, numbers[int(bad.nonzero()[0])])
+        raise ValueError(f"the model's features of {int(bad.sum())} images are not finite, the first of them {first}")

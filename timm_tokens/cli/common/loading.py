@@ -1,27 +1,33 @@
-"""Batches of a data set's images, where corrupt images are reported and skipped."""
+"""Batches of a data set's images, without those that can't be read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_tokens.cli.options import LoadingOptions
 from timm_tokens.data import read_image
+from timm_tokens.data.decoding import to_rgb
 from timm_tokens.stopping import outlast_signals
 
 
 class Batch(NamedTuple):
-    """Transformed images (B, 3, h, w), their numbers in the data set and classes, and why others can't be read."""
+    """Transformed images (B, C, h, w), their numbers in the data set and classes, and why others can't be read.
+
+    Attributes:
+        unread: The reasons, by the numbers of the images in the data set.
+    """
 
     numbers: list[int]
     images: Tensor | None
     labels: list[int]
-    errors: list[str]
+    unread: dict[int, str]
 
     def __len__(self) -> int:
-        return len(self.labels) + len(self.errors)
+        return len(self.labels) + len(self.unread)
 
 
 def batches(
@@ -29,22 +35,32 @@ def batches(
 ) -> Iterator[Batch]:
     """The images in order, or those of the numbers in `chosen`; `more` is for torch's DataLoader.
 
-    A stream is read as timm reads it: a corrupt image is left out, with a warning.
+    A stream is read as timm reads it, and turned upright afterwards; it may leave images out with a warning of its own.
     """
     loading = {"batch_size": options.batch_size, "num_workers": options.workers, "worker_init_fn": outlast_signals}
     loading |= more
     if isinstance(dataset, IterableDataset):
-        dataset.transform, count = transform, 0
+        dataset.transform, count = _Upright(transform), 0
         for images, labels in DataLoader(dataset, **loading):
-            yield Batch(list(range(count, count + len(labels))), images, labels.tolist(), [])
+            yield Batch(list(range(count, count + len(labels))), images, labels.tolist(), {})
             count += len(labels)
         return
     chosen = range(len(dataset)) if chosen is None else chosen
     yield from DataLoader(_Images(dataset, transform, chosen), collate_fn=_collate, **loading)
 
 
+class _Upright:
+    """A transform of images that are read by others."""
+
+    def __init__(self, transform: Callable):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.transform(to_rgb(image))
+
+
 class _Images(Dataset):
-    """(number, transformed image (3, h, w), class), with a line on why it can't be read in the place of an image."""
+    """(number, transformed image (C, h, w), class), with the reason why it can't be read in the place of an image."""
 
     def __init__(self, dataset: Dataset, transform: Callable, chosen: Sequence[int]):
         self.dataset, self.transform, self.chosen = dataset, transform, chosen
@@ -56,13 +72,13 @@ class _Images(Dataset):
         number = self.chosen[row]
         try:
             image, label = read_image(self.dataset, number)
-            return number, self.transform(image), int(label)
         except OSError as error:
-            return number, str(error), -1
+            return number, str(error.__cause__), -1
+        return number, self.transform(image), int(label)
 
 
 def _collate(items: list[tuple[int, Tensor | str, int]]) -> Batch:
     good = [item for item in items if isinstance(item[1], Tensor)]
     numbers, images, labels = ([list(column) for column in zip(*good, strict=True)]) if good else ([], [], [])
-    errors = [line for _, line, _ in items if isinstance(line, str)]
-    return Batch(numbers, torch.stack(images) if images else None, labels, errors)
+    unread = {number: why for number, why, _ in items if isinstance(why, str)}
+    return Batch(numbers, torch.stack(images) if images else None, labels, unread)

@@ -4,12 +4,13 @@ from difflib import get_close_matches
 from typing import Any
 
 import timm
-from timm.layers import PatchEmbed
 from torch import nn
 
 from timm_tokens.cli.common import checkpoints
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.options import ModelOptions
+from timm_tokens.cli.options import ModelOptions, WeightOptions
+from timm_tokens.data import model_input
+from timm_tokens.ops.finite import check_weights
 from timm_tokens.vit import TokenViT
 from timm_tokens.wrap import apply_dtem_merging
 
@@ -42,7 +43,7 @@ def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
         CommandError: There is no such model or checkpoint, or they don't fit.
     """
     name, path = options.model, options.checkpoint
-    kwargs |= {"pretrained": options.pretrained and path is None} | options.model_kwargs
+    kwargs |= {"pretrained": options.pretrained and path is None} | arguments(options)
     sized = {} if options.img_size is None else {"img_size": options.img_size}
     if sized.keys() & options.model_kwargs.keys():
         raise CommandError("give the image size by --img-size or in --model-kwargs, not both")
@@ -56,7 +57,46 @@ def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
         check_size(model, options.img_size)
     if path is not None:
         checkpoints.load(model, path, options.checkpoint_key)
+    check_weights(model)
     return model
+
+
+def arguments(options: ModelOptions) -> dict[str, Any]:
+    """What the options say for timm.create_model, beside names, weights and sizes."""
+    channels = {} if options.in_chans is None else {"in_chans": options.in_chans}
+    return channels | options.model_kwargs
+
+
+def weights_of(options: WeightOptions) -> str:
+    """Where the weights come from, in words, for commands that measure or use what a model has learned.
+
+    Raises:
+        CommandError: The options do not say, or say two things.
+    """
+    if options.random:
+        if options.pretrained or options.checkpoint:
+            raise CommandError("--random is for a model without --pretrained and --checkpoint: leave them out")
+        return "random"
+    if options.checkpoint:
+        return str(options.checkpoint)
+    if ":" in (options.model or ""):  # "hf-hub:..." and "local-dir:..." name weights
+        return f"those of {options.model}"
+    if not options.pretrained:
+        raise CommandError(
+            "which weights? Give --pretrained for timm's, or --checkpoint FILE. Without them the weights would be "
+            "random, which --random asks for"
+        )
+    return "timm's"
+
+
+def by_timm(options: WeightOptions) -> bool:
+    """Whether timm is to load the weights.
+
+    Raises:
+        CommandError: As `weights_of`.
+    """
+    weights_of(options)
+    return options.checkpoint is None and not options.random
 
 
 def make_backbone(options: ModelOptions, **kwargs: Any) -> nn.Module:
@@ -96,6 +136,7 @@ def check_size(model: nn.Module, size: int, option: str = "--img-size") -> None:
     Raises:
         CommandError: Names the option.
     """
-    stem = getattr(plain(model), "patch_embed", None)
-    if isinstance(stem, PatchEmbed) and size % stem.patch_size[0] and not stem.dynamic_img_pad:
-        raise CommandError(f"{option} must be a multiple of the model's patches of {stem.patch_size[0]} px, got {size}")
+    try:
+        model_input.check_size(model, size, size)
+    except ValueError as error:
+        raise CommandError(f"{option} {size} does not fit: {error}") from error

@@ -18,13 +18,14 @@ from timm_tokens.cli.common.runs import RunOptions, load_run
 from timm_tokens.cli.draw.looks import Looks, looks
 from timm_tokens.cli.draw.photo import PictureOptions, as_seen, check_picture, read_image
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.options import ModelOptions
+from timm_tokens.cli.options import WeightOptions
+from timm_tokens.ops.finite import check_weights
 from timm_tokens.options import option
 from timm_tokens.vit import TokenViT
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(PictureOptions, RunOptions, ModelOptions):
+class Options(PictureOptions, RunOptions, WeightOptions):
     """What to draw."""
 
     model: str | None = option(None, "name of a model with auxiliary tokens, instead of --run (default: none)")
@@ -54,6 +55,7 @@ def run(options: Options) -> Looks:
     if block is not None and block > depth:
         raise CommandError(f"--block takes a number from 1 to {depth}, the model's depth, got {block}")
     if options.img_size is not None and options.run_dir:
+        models.check_size(net, options.img_size)
         net.set_input_size((options.img_size, options.img_size))
     pixels, shown = as_seen(net, photo)
     seen = looks(net, pixels, (block or depth) - 1)
@@ -72,14 +74,15 @@ def _of_run(folder: Path) -> TokenViT:
 
 
 def _by_name(options: Options) -> TokenViT:
-    if options.checkpoint is None and ":" not in options.model:
+    if options.checkpoint is None and not options.random and ":" not in options.model:
         raise CommandError("give --checkpoint: the weights of a model trained with auxiliary tokens; timm has none")
-    bare = replace(options, checkpoint=None, checkpoint_key=None, pretrained=options.checkpoint is None)
+    bare = replace(options, checkpoint=None, checkpoint_key=None, pretrained=models.by_timm(options))
     net = models.make_model(bare)
     if not isinstance(net, TokenViT) or net.aux is None:
         raise CommandError(f"{options.model} has no auxiliary tokens: give a model that has, such as vit_small_mte")
     if options.checkpoint is not None:
         checkpoints.load_whole(net, options.checkpoint, options.checkpoint_key)
+        check_weights(net)
     return net
 
 

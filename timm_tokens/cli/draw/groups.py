@@ -1,6 +1,6 @@
 """Draw which patches of an image a model treats as one token.
 
-    timm-tokens draw photo.jpg groups.png --model vit_small_patch16_224 --metric keys --r 16
+    timm-tokens draw photo.jpg groups.png --model vit_small_patch16_224 --pretrained --metric keys --r 16
     timm-tokens draw photo.jpg groups.png --model vit_small_patch16_224 --checkpoint trained.safetensors
 
 The picture shows the image as the model sees it, then for each chosen block every group of patches, outlined and filled
@@ -17,7 +17,8 @@ from torch import Tensor
 from timm_tokens.cli.common import checkpoints, checks, models
 from timm_tokens.cli.draw.photo import PictureOptions, as_seen, check_picture, read_image
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.options import DeviceOptions, ModelOptions
+from timm_tokens.cli.options import DeviceOptions, WeightOptions
+from timm_tokens.ops.finite import check_weights
 from timm_tokens.options import option
 from timm_tokens.vit import TokenViT
 
@@ -31,12 +32,12 @@ class Panel(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(PictureOptions, ModelOptions, DeviceOptions):
+class Options(PictureOptions, WeightOptions, DeviceOptions):
     """What to draw."""
 
     model: str = option(help="name of a ViT in timm, or of a model of this package")
     checkpoint: Path | None = option(
-        None, "weights of the ViT, or of the whole merged model (default: timm's pretrained)", metavar="FILE"
+        None, "file with the weights of the ViT, or of the whole merged model (default: none)", metavar="FILE"
     )
     r: int = option(8, "tokens to merge in each block", at_least=0)
     blocks: tuple[int, ...] | None = option(
@@ -59,11 +60,11 @@ def run(options: Options) -> list[Panel]:
     """
     check_picture(options.out)
     photo, device = read_image(options.image), checks.device(options.device)
-    pretrained = options.pretrained or options.checkpoint is None
-    weights = replace(options, checkpoint=None, checkpoint_key=None, pretrained=pretrained)
-    net = models.merged(models.make_model(weights), options.r, options.metric)
+    bare = replace(options, checkpoint=None, checkpoint_key=None, pretrained=models.by_timm(options))
+    net = models.merged(models.make_model(bare), options.r, options.metric)
     if options.checkpoint is not None:
         checkpoints.load_merged(net, options.checkpoint, options.checkpoint_key)
+        check_weights(net)
     blocks = _check_blocks(options.blocks, depth=len(net.base.blocks))
     pixels, shown = as_seen(net, photo)
     panels = [_panel(net.to(device), pixels.to(device), block) for block in blocks]

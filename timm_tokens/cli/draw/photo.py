@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_tokens.cli.common import checks
 from timm_tokens.cli.errors import CommandError
+from timm_tokens.data import decode_image, input_config, input_transform
 from timm_tokens.options import Options, option
 from timm_tokens.vit import TokenViT
 
@@ -27,7 +27,7 @@ class PictureOptions(Options):
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file in RGB.
+    """An image file in RGB, upright.
 
     Raises:
         CommandError: If there is none, or it can't be read.
@@ -35,9 +35,8 @@ def read_image(path: Path) -> Image.Image:
     if not path.is_file():
         raise CommandError(f"{path} is a folder, not an image" if path.is_dir() else f"no image {path}")
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
+        return decode_image(path)
+    except OSError as error:
         raise CommandError(f"{path} can't be read as an image: {error}") from error
 
 
@@ -56,10 +55,8 @@ def check_picture(path: Path) -> None:
 
 
 def as_seen(model: nn.Module, photo: Image.Image) -> tuple[Tensor, Tensor]:
-    """The image (1, 3, h, w) as the model takes it, and (3, h, w) in colours from 0 to 1."""
-    config = resolve_model_data_config(model)
-    if isinstance(model, TokenViT):
-        config["input_size"] = (config["input_size"][0], *model.image_size)
-    pixels = create_transform(**config)(photo)
+    """The image (1, C, h, w) as the model takes it, and (3, h, w) in colours from 0 to 1."""
+    config = input_config(model, model.image_size if isinstance(model, TokenViT) else None)
+    pixels = input_transform(config)(photo)
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    return pixels[None], (pixels * std + mean).clamp(0, 1)
+    return pixels[None], (pixels * std + mean).clamp(0, 1).expand(3, -1, -1)

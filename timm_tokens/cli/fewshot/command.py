@@ -65,9 +65,12 @@ def run(options: Options) -> list[Comparison]:
     device = checks.device(options.device)
     if options.features:
         x, labels, _ = load_features(options.features)
+        print(f"Features: {options.features}")
     else:
+        source = named(options)
         dataset = open_dataset(options.dataset or options.data_dir, options.data_dir, split="")
-        x, labels, _ = cached_features(options.out, dataset, named(options), options, device)
+        x, labels, _ = cached_features(options.out, dataset, source, options, device)
+        print(f"Weights of {options.model}: {source.weights}")
     results = [row for shots in options.shots for row in _compare(x.to(device), labels, shots, options)]
     print(table(results))
     write_config(options.out, "fewshot", options)

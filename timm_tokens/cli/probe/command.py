@@ -24,6 +24,7 @@ from timm_tokens.cli.options import LoadingOptions, SplitOptions
 from timm_tokens.cli.parser import write_config
 from timm_tokens.cli.probe.prototypes import nmi_by_tokens
 from timm_tokens.cli.probe.report import Report, draw, table, write
+from timm_tokens.data.folders import listed
 from timm_tokens.options import option
 from timm_tokens.probing import LEARNING_RATES, knn_accuracy, linear_probe
 
@@ -59,7 +60,7 @@ def run(options: Options) -> Report:
     if trained and trained.task:
         nmi = nmi_by_tokens(trained, splits[1], options, device)
         report = report._replace(nmi=nmi, tokens=tuple(trained.task.names))
-    print(table(report))
+    print(f"Weights: {source.weights}\n\n{table(report)}")
     write_config(options.out, "probe", options)
     if options.plot:
         draw(options.out / "probe.png", report)
@@ -73,8 +74,11 @@ def _check(options: Options) -> None:
     checks.folder(options.out)
     if bool(options.model) == bool(options.run_dir):
         raise CommandError("pass either --model NAME, or --run FOLDER")
-    if options.run_dir and (options.checkpoint or options.pretrained or options.r or options.img_size):
-        raise CommandError("--run brings its model: leave out --checkpoint, --pretrained, --r and --img-size")
+    model = options.checkpoint, options.pretrained, options.random, options.r, options.img_size, options.in_chans
+    if options.run_dir and any(model):
+        raise CommandError(
+            "--run brings its model: leave out --checkpoint, --pretrained, --random, --r, --img-size and --in-chans"
+        )
 
 
 def _open(options: Options) -> tuple[Dataset, Dataset]:
@@ -83,7 +87,8 @@ def _open(options: Options) -> tuple[Dataset, Dataset]:
     if identity(train) == identity(val):
         raise CommandError(f"splits {' and '.join(names)} are the same images")
     if class_names(train) != class_names(val):
-        raise CommandError(f"splits {' and '.join(names)} have other classes than each other")
+        odd = sorted({*(class_names(train) or ())} ^ {*(class_names(val) or ())})
+        raise CommandError(f"splits {' and '.join(names)} differ in their classes, only one has {listed(odd)}")
     return train, val
 
 
@@ -92,4 +97,5 @@ def _measure(train: Features, val: Features, options: Options, device: str) -> R
     knn = knn_accuracy(*known, *scored, [k for k in options.neighbours if k <= len(train.labels)])
     generator = torch.Generator().manual_seed(options.seed)
     linear = linear_probe(*known, *scored, lrs=options.lrs, epochs=options.epochs, generator=generator)
-    return Report((len(train.labels), len(val.labels)), knn, linear)
+    notes = [f"{name}: {line}" for name, split in (("train", train), ("val", val)) for line in split.notes]
+    return Report((len(train.labels), len(val.labels)), knn, linear, notes=notes)

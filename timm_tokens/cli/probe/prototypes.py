@@ -26,6 +26,8 @@ def nmi_by_tokens(trained: Trained, dataset: Dataset, loading: LoadingOptions, d
     transform = eval_transform(task.product, trained.source.img_size)
     rows, labels = [], []
     for batch in tqdm(batches(dataset, transform, loading), desc="prototypes", unit="batch"):
+        if batch.images is None:
+            continue
         logits = teacher([batch.images.to(device)], num_global=1).tokens[0]  # (B, T, K)
         rows.append(ensemble_assignments(baseline.targets([logits])[0].transpose(0, 1)).cpu())
         labels += batch.labels

@@ -1,6 +1,7 @@
 """What `timm-tokens probe` measured: a table to print, files of it, and what they say."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ class Report(NamedTuple):
         linear: the linear probe's result.
         nmi: of prototype assignments by the first token, the first two, and so on; None without a run of MTE.
         tokens: their names.
+        notes: lines about images that were left out.
     """
 
     images: tuple[int, int]
@@ -25,6 +27,7 @@ class Report(NamedTuple):
     linear: LinearResult
     nmi: list[float] | None = None
     tokens: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
 
 def table(report: Report) -> str:
@@ -51,6 +54,7 @@ def write(out: Path, source: Source, report: Report, plot: bool) -> None:
         f"Top-1 accuracy on {val} images (standard error up to {50 / val**0.5:.1f} points) of features of {train} "
         "training images, on which everything was fitted.",
         f"Weights: {source.weights}; tokens merged in each block: {source.about['merge_r']}.",
+        *report.notes,
         table(report),
         "![k-NN, the linear classifier and prototypes](probe.png)" if plot else "",
     ]

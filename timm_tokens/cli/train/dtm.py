@@ -11,15 +11,17 @@ checkpoint_path=...). The learning rate is for a global batch of 2048 and grows 
 from dataclasses import dataclass
 from pathlib import Path
 
-from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from timm_tokens import options as base
 from timm_tokens.cli.common import checkpoints, models
 from timm_tokens.cli.common.datasets import open_split
+from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
+from timm_tokens.data import input_config, input_transform
 from timm_tokens.losses import DTMLoss
 from timm_tokens.losses.dtm import DISTANCES
+from timm_tokens.ops.finite import check_weights
 from timm_tokens.options import changed, option
 from timm_tokens.tasks import DTMTask
 from timm_tokens.training import Result
@@ -82,13 +84,10 @@ def build(options: Options) -> Objective:
         student, _teacher(options), loss, image_size=options.img_size,
         mask_ratio=options.mask_ratio, masked_only=options.masked_only, teacher_head=options.teacher_head,
     )  # fmt: skip
-    train, config = open_split(options, options.train_split), resolve_model_data_config(student)
-    size = (options.img_size,) * 2 if options.img_size else task.student.vit.image_size
-    config["input_size"] = (config["input_size"][0], *size)
-    train.transform = create_transform(
-        **config, is_training=True, scale=options.scale, hflip=options.hflip,
-        color_jitter=options.color_jitter or None,
-    )  # fmt: skip
+    train = readable(open_split(options, options.train_split), options, options.train_split)
+    config = input_config(student, options.img_size or task.student.vit.image_size)
+    changes = {"scale": options.scale, "hflip": options.hflip, "color_jitter": options.color_jitter or None}
+    train.transform = input_transform(config, is_training=True, **changes)
     return Objective(task, train)
 
 
@@ -97,4 +96,5 @@ def _teacher(options: Options) -> nn.Module:
     model = models.create(options.teacher, pretrained=path is None)
     if path is not None:
         checkpoints.load(model, path, options.teacher_checkpoint_key, classifier=options.teacher_head)
+    check_weights(model)
     return model

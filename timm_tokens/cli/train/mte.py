@@ -19,6 +19,7 @@ from timm_tokens.cli.common.datasets import open_split
 from timm_tokens.cli.common.models import make_backbone
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.train.crops import CropOptions, crop_sides
+from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import Crop, MultiCrop, dino_crops
 from timm_tokens.options import changed, option
@@ -130,8 +131,9 @@ def build(options: Options) -> Objective:
     """The task, and the images as crops."""
     task = make_task(options)
     base = task.student.encoder.backbone.base
-    images = open_split(options, options.train_split)
-    images.transform = MultiCrop.for_model(base, _crops(options, base))
+    images, crops = open_split(options, options.train_split), _crops(options, base)
+    images = readable(images, options, options.train_split)
+    images.transform = MultiCrop.for_model(base, crops)
     return Objective(task, images)
 
 

@@ -20,6 +20,7 @@ from timm_tokens.cli.common import checks, models
 from timm_tokens.cli.common.processes import joined
 from timm_tokens.cli.options import DeviceOptions, ImageOptions, ModelOptions
 from timm_tokens.cli.parser import CONFIG, config_of, read_config, write_config
+from timm_tokens.cli.train.images import RECORD, count_unreadable
 from timm_tokens.options import option
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import Result, Settings, checkpoints, history, train
@@ -112,6 +113,8 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
         if options.plot:
             _draw_curves(settings.out)
         print(f"The model is in {result.path}; the losses in {settings.out / 'steps.csv'}.")
+        if unread := count_unreadable(settings.out):
+            print(f"{unread} images could not be read and were left out: their names are in {settings.out / RECORD}.")
     return result
 
 

@@ -11,15 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from timm_tokens import options as base
-from timm_tokens.cli.common.datasets import class_names, open_split
+from timm_tokens.cli.common.datasets import class_names, open_split, tell
 from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
-from timm_tokens.data import TokenLabelDataset, TokenLabelStore, TokenLabelTransform
+from timm_tokens.data import (
+    Images,
+    TokenLabelDataset,
+    TokenLabelStore,
+    TokenLabelTransform,
+    image_names,
+    input_config,
+    input_transform,
+)
+from timm_tokens.data.folders import left_out_lines
 from timm_tokens.distributed import rank
 from timm_tokens.losses import TokenLabelLoss
 from timm_tokens.options import option
@@ -91,14 +101,15 @@ def build(options: Options) -> Objective:
     model = make_student(options, num_classes=count)
     if store is not None and not (isinstance(model, TokenViT) and model.head is not None):
         model = token_label_head(model)
-    config = resolve_model_data_config(model, args={"img_size": options.img_size})
+    config = input_config(model, options.img_size)
     loss = TokenLabelLoss(options.dense_weight, options.cls_weight, options.ground_truth, options.smoothing)
     classes = None if store is None else count
     task = TokenLabelTask(model, loss, mix=options.mix, even_boxes=options.even_boxes, num_classes=classes)
     evaluate = None
+    train = readable(train, options, options.train_split)
     if options.val_split:
-        val = open_split(options, options.val_split, class_map=numbers)
-        val.transform = create_transform(**config)
+        val = readable(open_split(options, options.val_split, class_map=numbers), options, options.val_split)
+        val.transform = input_transform(config)
         evaluate = Accuracy(val, options.batch_size, options.workers, topk=(1, 5) if count > 5 else (1,))
     return Objective(task, _training_data(train, store, options, config), evaluate=evaluate)
 
@@ -133,19 +144,26 @@ def _training_data(train: Dataset, store: TokenLabelStore | None, options: Optio
     if store is None:
         train.transform = ViewImage(transform)
         return train
-    labelled = TokenLabelDataset(train, store, transform)
-    missing = labelled.missing_labels()
-    if missing:
-        raise CommandError(
-            f"{len(missing)} of {len(train)} images have no label in {options.labels}, such as {missing[0]}: "
-            "annotate them, with timm-tokens annotate"
-        )
+    labelled = TokenLabelDataset(_labelled(train, store), store, transform)
     share = labelled.others_share(store.num_classes)
     if share > 0.5 and rank() == 0:
         print(
             f"warning: the labels leave {share:.0%} of a cell's probability to the classes that they do not name, on "
             "average, and training learns little from them: make them again with timm-tokens annotate"
         )
+    return labelled
+
+
+def _labelled(train: Images, store: TokenLabelStore) -> Images:
+    """The images that have a label; the others are named.
+
+    Raises:
+        ValueError: None has.
+    """
+    missing = {row: "" for row, name in enumerate(image_names(train)) if name not in store}
+    labelled = train.without(missing, why := f"no label in {store.folder}: timm-tokens annotate makes them")
+    if rank() == 0 and missing:
+        tell(left_out_lines({why: labelled.left_out[why]}))
     return labelled
 
 

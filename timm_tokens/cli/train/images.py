@@ -1,0 +1,66 @@
+"""The images that a run is trained and validated on: those that can be read, checked once before it starts."""
+
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from timm_tokens.cli.common.datasets import identity, tell
+from timm_tokens.data import Images, unreadable
+from timm_tokens.distributed import rank, world_size
+from timm_tokens.files import replacing
+from timm_tokens.training import Settings
+
+RECORD = "images.json"  # of a run, in its folder
+
+
+def readable(images: Dataset, settings: Settings, split: str) -> Dataset:
+    """The images that can be read; the others are named, and noted in the run's folder.
+
+    Each process checks its share, and all leave out the same. A run that is resumed takes what it noted, as long as
+    the files have the same names and sizes: so it goes on with the same images.
+
+    Raises:
+        ValueError: No image can be read.
+    """
+    if not isinstance(images, Images):  # a stream, which training refuses
+        return images
+    found, which = None, identity(images)
+    if settings.resume:
+        kept = read_record(settings.out).get(split, {})
+        found = kept.get("unreadable") if kept.get("identity") == which else None
+    if found is None:
+        found = _check(images, settings.workers)
+    images = images.without({int(row): why for row, why in found.items()})
+    if rank() == 0:
+        _record(settings.out, split, {"identity": which, "unreadable": found, "notes": images.notes()})
+        tell(images.notes(), split)
+    return images
+
+
+def read_record(folder: Path) -> dict[str, dict]:
+    """What was noted for each split in a run's folder."""
+    path = folder / RECORD
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def count_unreadable(folder: Path) -> int:
+    """How many images were left out of a run because they can't be read."""
+    return sum(len(split["unreadable"]) for split in read_record(folder).values())
+
+
+def _check(images: Images, workers: int) -> dict[str, str]:
+    """Why images can't be read, by their numbers, of all processes."""
+    share = range(rank(), len(images), world_size())
+    parts = [unreadable(images, workers, share, disable=rank() > 0)]
+    if world_size() > 1:
+        parts *= world_size()
+        dist.all_gather_object(parts, parts[0])
+    return {str(row): why for part in parts for row, why in part.items()}
+
+
+def _record(folder: Path, split: str, kept: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / RECORD) as partial:
+        partial.write_text(json.dumps(read_record(folder) | {split: kept}, indent=1))
