@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import timm_tokens
 
@@ -20,13 +21,15 @@ def blocks(page, language):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """timm without weights from elsewhere, in an empty folder."""
+    """timm without weights from elsewhere, in a folder with one image."""
     create = timm.create_model
 
     def create_without_weights(name, pretrained=False, checkpoint_path="", **kwargs):
         return create(name, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", create_without_weights)
+    (tmp_path / "images" / "train" / "tench").mkdir(parents=True)
+    Image.new("RGB", (64, 48)).save(tmp_path / "images" / "train" / "tench" / "1.jpg")
     monkeypatch.chdir(tmp_path)
 
 

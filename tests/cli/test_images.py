@@ -6,10 +6,14 @@ import re
 import pytest
 import timm
 import torch
+from gloo import on_two
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from timm_tokens.cli import CommandError, call, main
+from timm_tokens.cli.commands import module_of
+from timm_tokens.cli.common.datasets import open_split
+from timm_tokens.cli.parser import build
 from timm_tokens.cli.train import images as run_images
 from timm_tokens.data import TokenLabelStore, TokenLabelWriter
 from timm_tokens.tasks import TokenLabelTask
@@ -79,7 +83,9 @@ def test_training_leaves_out_what_it_names(images, weights, tmp_path, capsys, ob
     validated = objective == "token-label"
     assert (f"val: left out 1 (can't be read): a/0.png ({empty})" in said.err) == validated
     assert f"{2 + validated} images could not be read and were left out: " in said.out
-    assert json.loads((tmp_path / "run" / "images.json").read_text())["train"]["unreadable"].keys() == {"1", "12"}
+    noted = json.loads((tmp_path / "run" / "images.json").read_text())["train"]
+    assert noted["unreadable"].keys() == {"1", "12"}
+    assert noted["left out"]["can't be read"][0] == f"a/1.png ({empty})" and len(noted["left out"]) == 2
     if validated:
         assert result.model.num_classes == 3  # that of webp files among them
 
@@ -112,6 +118,8 @@ def test_labels_of_what_annotate_could_read(images, weights, tmp_path, capsys):
     summary = call("annotate", dataset=images / "train", out=tmp_path / "labels", **given | {"img_size": [32]})
     assert summary[:3] == (15, 13, 13)
     assert set(TokenLabelStore(tmp_path / "labels")) >= {"a/0", "b/0.webp", "c/0"}
+    noted = json.loads((tmp_path / "labels" / "images.json").read_text())["left out"]
+    assert [name.split(" (")[0] for name in noted["can't be read"]] == ["a/1.png", "c/2.JPG"]
     Image.new("RGB", (40, 40)).save(images / "train" / "a" / "1.png")  # repaired since
     train("token-label", images, tmp_path / "run", labels=tmp_path / "labels")
     said = capsys.readouterr().err
@@ -191,3 +199,17 @@ def test_weights_are_named_or_asked_for(images, weights, tmp_path, capsys):
             call(command, model="test_vit", device="cpu", checkpoint=tmp_path / "weights.safetensors", **options)
     with pytest.raises(CommandError, match=broken):
         train("token-label", images, tmp_path / "run", checkpoint=tmp_path / "weights.safetensors")
+
+
+def share(rank, folder):
+    """What a process of two leaves out of its training images."""
+    options = OBJECTIVES["mte"] | TRAIN | {"data_dir": folder / "images", "out": folder / "run"}
+    settled = build(module_of("train mte").Options, options)
+    images = run_images.readable(open_split(settled, "train"), settled, "train")
+    return torch.tensor(list(images.rows))
+
+
+def test_processes_leave_out_the_same(images, tmp_path):
+    spoil(images)
+    expected = [row for row in range(15) if row not in (1, 12)]
+    assert [rows.tolist() for rows in on_two(share, tmp_path)] == [expected] * 2

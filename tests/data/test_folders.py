@@ -52,7 +52,7 @@ def test_what_is_left_out_is_named(folder):
     lines = left_out_lines(reader.left_out)
     assert "left out 3 (no images by their suffix): a/Thumbs.db, b/pic.jpg.bak, notes.txt" in lines
     assert r"left out 1 (names that are not UTF-8): a/\udcff.png" in lines
-    assert left_out_lines({"hidden": [str(i) for i in range(13)]})[0].endswith("8, 9, and 3 more")
+    assert left_out_lines({"hidden": [str(i) for i in range(23)]})[0].endswith("18, 19, and 3 more")
 
 
 def test_links_are_followed_but_not_in_circles(folder):

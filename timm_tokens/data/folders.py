@@ -14,7 +14,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm_tokens.data.decoding import image_suffixes
 
 NO_SUFFIX = "no images by their suffix"
-_MOST_NAMED = 10
+_MOST_NAMED = 20
 
 
 class FolderReader(ReaderImageFolder):

@@ -9,6 +9,7 @@ size. OUT becomes a label store that `TokenLabelDataset` reads. A run that was s
 that can't be read are named and left out.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from timm_tokens.cli.annotate.annotator import AnnotatorOptions, make_annotator
 from timm_tokens.cli.annotate.job import Job, fill, prepare
 from timm_tokens.cli.annotate.summary import Summary, describe, summarise
 from timm_tokens.cli.common import checks
-from timm_tokens.cli.common.datasets import class_names, open_dataset, tell
+from timm_tokens.cli.common.datasets import RECORD, class_names, open_dataset, tell
 from timm_tokens.cli.common.models import weights_of
 from timm_tokens.cli.common.processes import joined
 from timm_tokens.cli.errors import CommandError
@@ -69,8 +70,10 @@ def run(options: Options) -> Summary:
     if process.rank == 0:
         print(f"Weights: {weights_of(options)}. {describe(summary, annotator)}")
     if isinstance(dataset, Images):
-        notes = dataset.without(unread).notes()
-        tell(notes if process.rank == 0 else [])
+        dataset = dataset.without(unread)
+        if process.rank == 0:
+            tell(dataset.notes())
+            (options.out / RECORD).write_text(json.dumps({"left out": dataset.left_out}, indent=1))
     return summary
 
 

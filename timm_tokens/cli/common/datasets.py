@@ -20,6 +20,7 @@ from timm_tokens.data.images import classes_of
 
 _TRAINING, _VALIDATION = ("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test")
 _NAMED = "or a data set of timm with its prefix, such as torch/cifar10"
+RECORD = "images.json"  # in a folder of results: which images were left out of it
 
 
 def open_dataset(data: str | Path, root: str | Path | None = None, split: str = "train") -> Dataset:

@@ -6,13 +6,11 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from timm_tokens.cli.common.datasets import identity, tell
+from timm_tokens.cli.common.datasets import RECORD, identity, tell
 from timm_tokens.data import Images, unreadable
 from timm_tokens.distributed import rank, world_size
 from timm_tokens.files import replacing
 from timm_tokens.training import Settings
-
-RECORD = "images.json"  # of a run, in its folder
 
 
 def readable(images: Dataset, settings: Settings, split: str) -> Dataset:
@@ -34,7 +32,7 @@ def readable(images: Dataset, settings: Settings, split: str) -> Dataset:
         found = _check(images, settings.workers)
     images = images.without({int(row): why for row, why in found.items()})
     if rank() == 0:
-        _record(settings.out, split, {"identity": which, "unreadable": found, "notes": images.notes()})
+        _record(settings.out, split, {"identity": which, "unreadable": found, "left out": images.left_out})
         tell(images.notes(), split)
     return images
 

@@ -17,10 +17,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from timm_tokens.cli.common import checks, models
+from timm_tokens.cli.common.datasets import RECORD
 from timm_tokens.cli.common.processes import joined
 from timm_tokens.cli.options import DeviceOptions, ImageOptions, ModelOptions
 from timm_tokens.cli.parser import CONFIG, config_of, read_config, write_config
-from timm_tokens.cli.train.images import RECORD, count_unreadable
+from timm_tokens.cli.train.images import count_unreadable
 from timm_tokens.options import option
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import Result, Settings, checkpoints, history, train
