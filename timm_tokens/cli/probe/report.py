@@ -59,7 +59,7 @@ def write(out: Path, source: Source, report: Report, plot: bool) -> None:
         "![k-NN, the linear classifier and prototypes](probe.png)" if plot else "",
     ]
     with replacing(out / "report.md") as partial:
-        partial.write_text("\n\n".join(lines).rstrip() + "\n")
+        partial.write_text("\n\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def draw(path: Path, report: Report) -> None:
