@@ -75,8 +75,9 @@ def make_student(
         raise ValueError("crop_by_crop is for batch norm, which iBOT's heads do without: leave it out")
     if heads not in ("kind", "shared"):
         raise ValueError(f"heads must be 'kind' or 'shared', got {heads!r}")
-    base, counts = backbone.base, token_counts(backbone)
-    features = dict.fromkeys(counts if heads == "kind" else ["cls"], base.num_features)
+    base: Any = backbone.base
+    counts = token_counts(backbone)
+    features: dict[str, int] = dict.fromkeys(counts if heads == "kind" else ["cls"], base.num_features)
     features["cls"] = getattr(base, "head_hidden_size", base.num_features)
     if objective == "moby":
         projectors = _alike(lambda size: MoBYHead(size, hidden, width), features)

@@ -64,11 +64,12 @@ class DTEMTask(TokenTask):
         super().__init__(model, seed=seed)
         self.target, self.logits = target, classifies(model)
         self.criterion = DistillLoss() if criterion is None else criterion
-        self._r, self._shared = model.merger.r, ()
+        self._r = model.merger.r
+        self._shared: tuple[TokenViT, ...] = ()
         self.find_unused_parameters = _may_be_unused(model, self._range, train == "all")
         if target == "distill":
             teacher = TokenViT(model.base, head=model.head)  # around the same weights
-            self.teacher = frozen_copy(teacher) if train == "all" else None
+            self.teacher: Any = frozen_copy(teacher) if train == "all" else None
             self._shared = () if train == "all" else (teacher.eval(),)  # no submodule: its weights are the student's
         if train == "embeddings":
             model.requires_grad_(False)
@@ -80,7 +81,8 @@ class DTEMTask(TokenTask):
     @property
     def product(self) -> TokenViT:
         """The model, whose merging is trained."""
-        return self.student
+        model: TokenViT = self.student
+        return model
 
     def start_step(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         super().start_step(step, total_steps, steps_per_epoch)
@@ -99,7 +101,7 @@ class DTEMTask(TokenTask):
             target: Classes (B,) or their probabilities (B, K), with target="labels"; otherwise it is not read.
         """
         self.place_in_order(len(input))
-        given = outputs(self.trainable_module, input, self.logits)
+        given: Any = outputs(self.trainable_module, input, self.logits)
         if self.target == "labels":
             loss = F.cross_entropy(given.float(), target)
         else:
@@ -132,7 +134,8 @@ def _range(r: int | Sequence[int] | None) -> tuple[int, int] | None:
     """(lowest, highest) r of a step."""
     if r is None:
         return None
-    lowest, highest = bounds = (r, r) if isinstance(r, int) else tuple(r) if len(r) == 2 else (None, None)
+    bounds: Sequence[Any] = (r, r) if isinstance(r, int) else tuple(r) if len(r) == 2 else (None, None)
+    lowest, highest = bounds
     if not all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds):
         raise TypeError(f"r must be an int or a range (lowest, highest) of ints, got {r!r}")
     if not 1 <= lowest <= highest:

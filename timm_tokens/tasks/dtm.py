@@ -64,7 +64,7 @@ class DTMTask(TokenTask):
 
     def __init__(
         self,
-        student: nn.Module,
+        student: Any,
         teacher: nn.Module,
         criterion: nn.Module | None = None,
         *,
@@ -82,7 +82,8 @@ class DTMTask(TokenTask):
         grid = blocks.grid_size(vit.base, _image_size(vit, image_size))
         targets = TokenTeacher(teacher, grid, normalisation=normalisation_of(vit.base), head=teacher_head)
         super().__init__(MaskedStudent(vit, targets.width), seed=seed)
-        self.teacher, self.criterion = targets, DTMLoss() if criterion is None else criterion
+        self.teacher = targets
+        self.criterion: Any = DTMLoss() if criterion is None else criterion
         if hasattr(self.criterion, "check"):
             self.criterion.check(grid[0] * grid[1])
         self.grid, self.masked_only = grid, masked_only
@@ -92,7 +93,8 @@ class DTMTask(TokenTask):
     @property
     def product(self) -> nn.Module:
         """The student as a plain timm ViT."""
-        return self.student.vit.base
+        base: nn.Module = self.student.vit.base
+        return base
 
     def forward(self, input: Tensor | list[Tensor], target: Any = None) -> dict[str, Tensor]:
         """The loss of images (B, C, H, W); of [images, mask (B, N)] with these masks instead of drawn ones."""

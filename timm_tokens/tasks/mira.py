@@ -28,7 +28,7 @@ class ProjectedBackbone(nn.Module):
         crop_by_crop: Whether batch norms see one crop of each image at a time.
     """
 
-    def __init__(self, backbone: nn.Module, hidden: int, width: int, crop_by_crop: bool = False) -> None:
+    def __init__(self, backbone: Any, hidden: int, width: int, crop_by_crop: bool = False) -> None:
         super().__init__()
         self.backbone, self.crop_by_crop = backbone, crop_by_crop
         self.projector = Projector(getattr(backbone, "head_hidden_size", backbone.num_features), hidden, width)
@@ -106,11 +106,11 @@ class MIRATask(TokenTask):
         self.teacher = use_batch_statistics(frozen_copy(encoder))
         self.criterion = MIRALoss() if criterion is None else criterion
         self.global_crops, self.frozen_epochs = global_crops, frozen_epochs
-        self.betas, self.momenta = tuple(beta), tuple(momentum)
+        self.betas, self.momenta = (beta[0], beta[1]), (momentum[0], momentum[1])
         self.beta, self.momentum, self.frozen = beta[0], momentum[0], frozen_epochs > 0
 
     @property
-    def product(self) -> nn.Module:
+    def product(self) -> Any:
         """The student's backbone."""
         return self.student.encoder.backbone
 
@@ -123,7 +123,7 @@ class MIRATask(TokenTask):
         self.momentum = cosine(*self.momenta, step, total_steps)
         self.frozen = step < self.frozen_epochs * steps_per_epoch
 
-    def forward(self, input: list[Tensor], target: Any = None) -> dict[str, Tensor]:
+    def forward(self, input: Tensor | list[Tensor], target: Any = None) -> dict[str, Tensor]:
         """The loss of V crops (B, 3, h, w), those that the teacher sees first; information in nats beside it."""
         if isinstance(input, Tensor) or len(input) < max(2, self.global_crops):
             got = "one tensor" if isinstance(input, Tensor) else f"{len(input)} crops"
@@ -156,9 +156,9 @@ def _check(
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    for value in beta:
-        if not 0 <= value < 1:
+    for share in beta:
+        if not 0 <= share < 1:
             raise ValueError(f"beta must stay in [0, 1), got {beta}; 0 is the plain softmax")
-    for value in momentum:
-        if not 0 <= value <= 1:
+    for share in momentum:
+        if not 0 <= share <= 1:
             raise ValueError(f"momentum must stay in [0, 1], got {momentum}")

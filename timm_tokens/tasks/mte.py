@@ -4,6 +4,7 @@ Shapes: B images, V crops of each, T tokens of a crop, K prototypes.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,25 +111,27 @@ class MTETask(TokenTask):
         shape = (prototypes, hidden or defaults.hidden, width, learn_scale, heads, batch_norm, crop_by_crop)
         student = make_student(backbone, objective, *shape)
         super().__init__(student, seed=seed)
-        self.teacher = use_batch_statistics(frozen_copy(student))
+        self.teacher: Any = use_batch_statistics(frozen_copy(student))
         self.teacher.predictor = None
         self.objective, self.aux_on_local, self.global_crops = objective, aux_on_local, global_crops
         self.names = token_names(token_counts(backbone))
         baseline = make_loss(objective, prototypes, width, queue_size, len(self.names))
-        options = dict(aux_target=aux_target, include_global=include_global, global_weight=global_weight)
-        self.criterion = MTELoss(baseline, **options)
+        self.criterion = MTELoss(
+            baseline, aux_target=aux_target, include_global=include_global, global_weight=global_weight
+        )
         self.patch_criterion = IBOTPatchLoss(prototypes) if objective == "ibot" else None
         self.mask_ratio, self.mask_prob, self.exact_masks = mask_ratio, mask_prob, exact_masks
         self.patch_weight, self.patch_center = patch_weight, patch_center
-        self.temperatures, self.tau_epochs, self.frozen_epochs = tuple(tau_teacher), tau_epochs, frozen_epochs
-        self.momenta = (defaults.momentum, 1.0) if momentum is None else tuple(momentum)
+        self.temperatures, self.tau_epochs, self.frozen_epochs = tau_teacher, tau_epochs, frozen_epochs
+        self.momenta = momentum or (defaults.momentum, 1.0)
         self.start_step(0, 2, 1)
 
     @property
     def product(self) -> nn.Module:
         """The teacher's plain timm model, frozen: call requires_grad_() to train it further. Of MoBY the student's."""
         source = self.student if self.objective == "moby" else self.teacher
-        return source.encoder.backbone.base
+        base: nn.Module = source.encoder.backbone.base
+        return base
 
     def bound_to_length(self) -> list[str]:
         return over_the_run("teacher's momentum", self.momenta)
@@ -139,10 +142,10 @@ class MTETask(TokenTask):
         self.frozen = step < self.frozen_epochs * steps_per_epoch
         tau = linear(*self.temperatures, step, round(self.tau_epochs * steps_per_epoch))
         for criterion in (self.criterion.baseline, self.patch_criterion):
-            if hasattr(criterion, "tau_teacher"):
+            if criterion is not None and hasattr(criterion, "tau_teacher"):
                 criterion.tau_teacher = tau
 
-    def forward(self, input: list[Tensor], target: Any = None) -> dict[str, Tensor]:
+    def forward(self, input: Tensor | list[Tensor], target: Any = None) -> dict[str, Tensor]:
         """The loss of V crops (B, 3, h, w), those that the teacher sees first.
 
         Returns:
@@ -166,7 +169,7 @@ class MTETask(TokenTask):
             teacher = self.teacher(views, num_global=self.global_crops, patches=taught)
         terms = self.criterion(student.tokens, teacher.tokens)
         outputs = {"loss": terms.loss}
-        if mask is not None:
+        if mask is not None and self.patch_criterion is not None:
             targets = teacher.patches if taught is chosen else teacher.patches.unflatten(0, mask.shape)
             patch = self.patch_criterion([student.patches], [targets], [mask])
             outputs = {"loss": terms.loss + self.patch_weight * patch, "loss/patch": patch.detach()}
@@ -181,7 +184,7 @@ class MTETask(TokenTask):
         update_teacher(self.teacher, self.student, self.momentum)
 
     def _log(self, terms: MTETerms, student: CropOutputs, teacher: CropOutputs) -> dict[str, Tensor]:
-        rows = {
+        rows: dict[str, Any] = {
             "loss": terms.token_losses,
             "entropy": terms.entropy,
             "marginal_entropy": terms.marginal_entropy,
@@ -195,10 +198,11 @@ class MTETask(TokenTask):
         """(global_crops B, N) on the CPU."""
         generators = self.sample_generators(len(crops[0]))
         grid = blocks.grid_size(self.student.encoder.backbone.base, crops[0].shape[-2:])
-        options = dict(ratio=self.mask_ratio, prob=self.mask_prob, exact=self.exact_masks, generator=generators)
-        return torch.cat([random_ratio_masks(len(generators), grid, **options) for _ in range(self.global_crops)])
+        options: dict[str, Any] = dict(ratio=self.mask_ratio, prob=self.mask_prob, exact=self.exact_masks)
+        draw = partial(random_ratio_masks, generator=generators, **options)
+        return torch.cat([draw(len(generators), grid) for _ in range(self.global_crops)])
 
-    def _check(self, crops: list[Tensor]) -> list[Tensor]:
+    def _check(self, crops: Tensor | list[Tensor]) -> list[Tensor]:
         least, most = max(2, self.global_crops), 2 if self.objective == "moby" else 10**6
         if isinstance(crops, Tensor) or not least <= len(crops) <= most:
             got = "one tensor" if isinstance(crops, Tensor) else f"{len(crops)} crops"

@@ -48,6 +48,7 @@ class TokenTask(TrainingTask):
     """
 
     find_unused_parameters = False
+    trainable_module: Any  # an nn.Module, with members of its own
 
     def __init__(self, trainable_module: nn.Module, *, seed: int = 0) -> None:
         super().__init__(verbose=False)
@@ -55,7 +56,7 @@ class TokenTask(TrainingTask):
         self.seed, self.step, self._draws, self._parts = seed, 0, 0, 0
         self._drop_paths, self._stream = (), None  # a tuple: they are parts of the trainable module already
 
-    def forward(self, input: Tensor | list[Tensor], target: Any = None) -> dict[str, Tensor]:
+    def forward(self, input: Any, target: Any) -> dict[str, Tensor]:
         """The loss of one batch.
 
         Args:
@@ -69,7 +70,7 @@ class TokenTask(TrainingTask):
         raise NotImplementedError
 
     @property
-    def student(self) -> nn.Module:
+    def student(self) -> Any:
         """The trainable module itself, without DDP around it."""
         return unwrap_model(self.trainable_module)
 

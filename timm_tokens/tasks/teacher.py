@@ -30,19 +30,19 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
             shape.
     """
     check_within(momentum=momentum)
-    source, averaged = unwrap_model(student).state_dict(), ([], [])
+    source, ours, theirs = unwrap_model(student).state_dict(), [], []
     for name, value in teacher.state_dict().items():
         given = source.get(name)
         if given is None or given.shape != value.shape:
             found = "nothing of this name" if given is None else f"shape {tuple(given.shape)}"
             raise ValueError(f"the teacher's {name!r} has shape {tuple(value.shape)}, the student has {found}")
         if value.is_floating_point():
-            averaged[0].append(value)
-            averaged[1].append(given)
+            ours.append(value)
+            theirs.append(given)
         else:
             value.copy_(given)
-    if averaged[0]:
-        torch._foreach_lerp_(*averaged, 1 - momentum)
+    if ours:
+        torch._foreach_lerp_(ours, theirs, 1 - momentum)
 
 
 def use_batch_statistics(teacher: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ Shapes: B images, T tokens: the global one, then auxiliary class tokens, then po
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class PooledTokens(nn.Module):
         pool_options: Further arguments of `AdaptivePool`.
     """
 
-    def __init__(self, base: nn.Module, num_pooled: int = 6, **pool_options: int | str) -> None:
+    def __init__(self, base: Any, num_pooled: int = 6, **pool_options: Any) -> None:
         super().__init__()
         self.base, self.num_pooled = base, num_pooled
         self.pool = AdaptivePool(base.num_features, num_pooled, **pool_options) if num_pooled else None
@@ -47,7 +47,7 @@ class PooledTokens(nn.Module):
         return Tokens(cls, cls.unsqueeze(1), x.flatten(2).mT, None, pooled)
 
 
-def token_counts(backbone: nn.Module) -> dict[str, int]:
+def token_counts(backbone: Any) -> dict[str, int]:
     """How many tokens of each kind a TokenViT or PooledTokens gives; kinds that it lacks are left out."""
     if isinstance(backbone, PooledTokens):
         counts = {"cls": 1, "pooled": backbone.num_pooled}

@@ -1,5 +1,7 @@
 """Training of classifiers with a label for every patch (Jiang et al., NeurIPS 2021, arXiv 2104.10858)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ class TokenLabelTask(TokenTask):
         if num_classes is not None:
             check_classes(model, num_classes)
 
-    def forward(self, input: Tensor, target: LabeledTarget | Tensor) -> dict[str, Tensor]:
+    def forward(self, input: Tensor, target: Any) -> dict[str, Tensor]:
         """The loss of images (B, 3, H, W) and their targets; "output": class logits (B, K), without the patches'.
 
         Raises:
@@ -83,11 +85,13 @@ class TokenLabelTask(TokenTask):
 
     def _dense(self, input: Tensor, target: LabeledTarget | Tensor, box: Tensor | None) -> dict[str, Tensor]:
         logits = self.trainable_module(input, dense=True, box=box)
-        truth = None
         if isinstance(target, LabeledTarget):
             truth, classes = target.label, logits.cls.shape[1]
-            target = warp_token_labels(target.values, target.indices, target.map, classes, self._grid(input))
-        return {"loss": self.loss(logits, target, truth, box), "output": logits.cls.detach()}
+            labels = warp_token_labels(target.values, target.indices, target.map, classes, self._grid(input))
+            loss = self.loss(logits, labels, truth, box)
+        else:
+            loss = self.loss(logits, target, None, box)
+        return {"loss": loss, "output": logits.cls.detach()}
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return blocks.grid_size(self.student.base, images.shape[-2:])

@@ -36,7 +36,7 @@ class TokenTeacher(nn.Module):
 
     def __init__(
         self,
-        vit: nn.Module,
+        vit: Any,
         grid: tuple[int, int],
         *,
         normalisation: Normalisation | None = None,
@@ -44,18 +44,20 @@ class TokenTeacher(nn.Module):
     ) -> None:
         super().__init__()
         vit = frozen_copy(vit)
-        self.grid, self.head = tuple(grid), head
+        self.grid, self.head = (grid[0], grid[1]), head
         self.size = _fit(vit, self.grid)
         self._vit = (vit,)
         if head and isinstance(vit.get_classifier(), nn.Identity):
             raise ValueError("head=True sends the tokens through the teacher's classifier, but this one has none")
         scale, shift = _renormalisation(normalisation, normalisation_of(vit), channels(vit))
+        self.scale: Tensor
+        self.shift: Tensor
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self.width = self._check_tokens()
 
     @property
-    def vit(self) -> nn.Module:
+    def vit(self) -> Any:
         """The frozen copy."""
         return self._vit[0]
 
@@ -108,15 +110,16 @@ def channels(model: nn.Module) -> int:
     return getattr(model, "in_chans", 3)
 
 
-def _fit(vit: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
+def _fit(vit: Any, grid: tuple[int, int]) -> tuple[int, int]:
     """Make the ViT take images of the size that gives this grid, and return it."""
-    stem = getattr(vit, "patch_embed", None) or getattr(vit, "embeds", None)
+    stem: Any = getattr(vit, "patch_embed", None) or getattr(vit, "embeds", None)
     if not hasattr(stem, "feat_ratio"):
         raise ValueError(
             f"the teacher, a {type(vit).__name__}, does not cut images into patches: its tokens can't be matched with "
             f"the student's grid of {grid[0]} x {grid[1]}; choose a ViT"
         )
-    size = tuple(rows * ratio for rows, ratio in zip(grid, to_2tuple(stem.feat_ratio(as_scalar=False)), strict=True))
+    ratio = to_2tuple(stem.feat_ratio(as_scalar=False))
+    size = grid[0] * ratio[0], grid[1] * ratio[1]
     if tuple(getattr(stem, "img_size", None) or size) == size:
         return size
     if not hasattr(vit, "set_input_size"):
