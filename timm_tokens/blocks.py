@@ -7,7 +7,7 @@ What a block does is looked up by its class's forward function, not by its class
 does something else, and is refused. A test compares every driven model with the model itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ from timm.models import eva as _eva
 from timm.models import vision_transformer as _vit
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
+
+from timm_tokens.timm_types import Block, ViT
 
 
 class Embedded(NamedTuple):
@@ -73,7 +75,7 @@ _SUPPORTED = (
 )
 
 
-def check(base: nn.Module, merging: bool) -> None:
+def check(base: ViT, merging: bool) -> None:
     """Refuse a model that can't be driven exactly.
 
     Raises:
@@ -101,7 +103,7 @@ def name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def embed(base: nn.Module, images: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Embedded:
+def embed(base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Embedded:
     """Patches, position embedding, prefix tokens, patch dropout, norm: everything before the first block.
 
     `edit` changes the patches (B, N, C) before they get their position embedding.
@@ -127,7 +129,7 @@ def embed(base: nn.Module, images: Tensor, edit: Callable[[Tensor], Tensor] | No
     return Embedded(base.norm_pre(base.patch_drop(base._pos_embed(x))), None)
 
 
-def _embed_naflex(base: NaFlexVit, images: Tensor, edit: Callable[[Tensor], Tensor] | None) -> Embedded:
+def _embed_naflex(base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | None) -> Embedded:
     if not isinstance(images, Tensor):
         raise TypeError(f"NaFlexVit is supported with images as a tensor (B, 3, H, W), got a {type(images).__name__}")
     stem = base._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
@@ -135,12 +137,14 @@ def _embed_naflex(base: NaFlexVit, images: Tensor, edit: Callable[[Tensor], Tens
     if edit is not None:
         x = _edit_naflex(base, x, grid_size(base, images.shape[-2:]), edit)
     ropes = _per_block(stem["rope_embeds"], len(base.blocks), base.rope_is_mixed)
-    if keep is not None and base.rope_is_mixed:  # timm leaves this gather to its own loop over the blocks
+    if (
+        ropes is not None and keep is not None and base.rope_is_mixed
+    ):  # timm leaves this gather to its own loop over the blocks
         ropes = [rope_rows(rope, keep) for rope in ropes]
     return Embedded(x, ropes)
 
 
-def _edit_naflex(base: NaFlexVit, x: Tensor, grid: tuple[int, int], edit: Callable[[Tensor], Tensor]) -> Tensor:
+def _edit_naflex(base: ViT, x: Tensor, grid: tuple[int, int], edit: Callable[[Tensor], Tensor]) -> Tensor:
     """Edit patches that have their position embedding already: take it off, and put it back."""
     stem, prefix = base.embeds, base.num_prefix_tokens
     dropout = base.training and (base.patch_drop is not None or stem.pos_drop.p > 0)
@@ -191,7 +195,7 @@ def rope_rows(rope: Tensor, rows: Tensor | None) -> Tensor:
     )
 
 
-def halves(block: nn.Module) -> Halves:
+def halves(block: Block) -> Halves:
     """How the block is called in halves, so that its tokens can change in between.
 
     Raises:
@@ -211,7 +215,7 @@ def halves(block: nn.Module) -> Halves:
     return found
 
 
-def placement(base: nn.Module) -> dict[str, Any]:
+def placement(base: ViT) -> dict[str, Any]:
     """The device and dtype that the base computes in; quantised weights don't say."""
     for tensor in (*base.parameters(), *base.buffers()):
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
@@ -219,11 +223,12 @@ def placement(base: nn.Module) -> dict[str, Any]:
     raise TypeError(f"{name(base)} has no weights in floating point, which say what type its tokens have")
 
 
-def stem(base: nn.Module) -> nn.Module:
+def stem(base: ViT) -> Any:
     """The module that turns images into patches."""
     return base.embeds if isinstance(base, NaFlexVit) else base.patch_embed
 
 
-def grid_size(base: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
+def grid_size(base: ViT, image_size: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of patches in an image of (height, width)."""
-    return stem(base).dynamic_feat_size(tuple(image_size))
+    rows, columns = stem(base).dynamic_feat_size(tuple(image_size))
+    return rows, columns

@@ -12,7 +12,8 @@ from timm_tokens.ops import mix_tokens
 from timm_tokens.ops.matching import Matching
 from timm_tokens.ops.relaxed import RelaxedMatching
 from timm_tokens.parts import AuxTokens, TokenMerger
-from timm_tokens.parts.merger import unmerge_all
+from timm_tokens.parts.merger import Merged, unmerge_all
+from timm_tokens.timm_types import Block, ViT
 
 Trace: TypeAlias = list[Matching | RelaxedMatching]  # what was merged, in order
 
@@ -79,7 +80,7 @@ def limited(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
 
 
 def encode(
-    base: nn.Module,
+    base: ViT,
     images: Tensor,
     edit: Callable[[Tensor], Tensor] | None = None,
     *,
@@ -105,7 +106,8 @@ def encode(
         ValueError: If there are limits, and tokens that they don't tell about: merged or auxiliary ones.
     """
     x, ropes = blocks.embed(base, images, edit)
-    own, num_aux, trace = x.shape[1], 0, []
+    own, num_aux = x.shape[1], 0
+    trace: Trace = []
     if aux is not None and aux.tokens is not None:
         x, num_aux = aux.append(x), aux.num_cls
         if limits:
@@ -115,7 +117,7 @@ def encode(
     numbers = None if merger is None else torch.arange(x.shape[0] * own, device=x.device)
     stream = Stream(x, num_aux, effective=own, numbers=numbers)
     prefix, recompute = base.num_prefix_tokens, base.grad_checkpointing
-    watched = merger is not None and merger.watched
+    watching = merger.unmerged if merger is not None and merger.watched else None
     # At batch size 1, Python and small operations take most of the time: nothing is looked up twice in this loop.
     for i, block in enumerate(base.blocks):
         if i == depth:
@@ -127,14 +129,14 @@ def encode(
             trace.append(matching)
         if on_block is not None:
             on_block(i, stream.x, trace)
-        if watched:
-            merger.unmerged[i](unmerge_all(trace, stream.split(stream.x)[0]))
+        if watching is not None:
+            watching[i](unmerge_all(trace, stream.split(stream.x)[0]))
     return stream, trace
 
 
 def run_block(
     i: int,
-    block: nn.Module,
+    block: Block,
     stream: Stream,
     rope: Tensor | None,
     prefix: int,
@@ -144,17 +146,19 @@ def run_block(
 ) -> tuple[Stream, Matching | RelaxedMatching | None]:
     """Run block i of `encode`: the tokens after it, and what it merged, None if nothing."""
     x, num_aux, effective, size, rows, numbers = stream
-    bias = None if size is None else merger.bias(size, x.dtype)  # none while all sizes are 1: keeps the flash kernel
+    # no bias while all sizes are 1: keeps the flash kernel
+    bias = None if merger is None or size is None else merger.bias(size, x.dtype)
     attention = _attention(x, bias, rope, rows, num_aux, aux, prefix)
     r = 0 if merger is None else merger.count(i, effective, prefix)
-    if not r:
+    if merger is None or not r:
         return stream._replace(x=block(x, **attention, **limits)), None
     if limits:
         raise ValueError(
             f"{' and '.join(limits)} can't say what merged tokens may attend to, and block {i} merges {r}; set "
             "model.merger.r = 0, or call model.base"
         )
-    halves, merges = blocks.halves(block), []
+    halves = blocks.halves(block)
+    merges: list[Merged] = []
 
     def forward(x: Tensor, **attention: Tensor) -> Tensor:  # torch 2.6 compiles no union types here
         """What the block does, with merging between its halves."""
@@ -188,7 +192,7 @@ def _attention(
     if rope is not None:
         rope = blocks.rope_rows(rope, rows)
         arguments["rope"] = blocks.unrotated(rope, num_aux) if num_aux else rope
-    if num_aux:
+    if aux is not None and num_aux:
         mask = aux.mask(x, prefix)
         bias = mask if bias is None else mask + nn.functional.pad(bias, (0, num_aux))
     if bias is not None:

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_tokens import blocks
 from timm_tokens.driver import Stream, Trace, encode
 from timm_tokens.parts import AuxTokens, TokenMerger
 from timm_tokens.parts.merger import groups, unmerge_all
+from timm_tokens.timm_types import ViT
 
 
 class Tokens(NamedTuple):
@@ -51,7 +52,7 @@ class MergedTokens(NamedTuple):
 
 
 def forward_merged(
-    base: nn.Module,
+    base: ViT,
     images: Tensor,
     edit: Callable[[Tensor], Tensor] | None = None,
     *,
@@ -76,7 +77,7 @@ def forward_merged(
 
 
 def forward_tokens(
-    base: nn.Module,
+    base: ViT,
     images: Tensor,
     edit: Callable[[Tensor], Tensor] | None = None,
     *,
@@ -100,7 +101,7 @@ def forward_tokens(
     return tokens._replace(pooled=aux.pool(_map(tokens.patches, blocks.grid_size(base, images.shape[-2:]))))
 
 
-def tokens_of(base: nn.Module, stream: Stream, trace: Trace, has_class_token: bool) -> Tokens:
+def tokens_of(base: ViT, stream: Stream, trace: Trace, has_class_token: bool) -> Tokens:
     """The features of tokens after the last block, as `encode` gives them, without pooled tokens."""
     x, extra = stream.split(base.norm(stream.x))
     x, prefix = unmerge_all(trace, x), base.num_prefix_tokens
@@ -123,7 +124,7 @@ def _check_grid(count: int, grid: tuple[int, int], as_what_needs: str) -> None:
 
 
 def intermediates(
-    base: nn.Module,
+    base: ViT,
     merger: TokenMerger | None,
     images: Tensor,
     indices: int | Sequence[int] | None,
@@ -135,14 +136,16 @@ def intermediates(
 ) -> tuple[list[Tensor], Tensor | None]:
     """Tokens (B, P + N, C) after chosen blocks and, with `final`, at the end: see `TokenViT.forward_intermediates`."""
     taken, final_norm = [], base.norm
-    take_indices, last = feature_take_indices(len(base.blocks), indices)
+    take_indices, last = feature_take_indices(
+        len(base.blocks), indices if indices is None or isinstance(indices, int) else list(indices)
+    )
 
     def on_block(i: int, x: Tensor, trace: Trace) -> None:
         if i in take_indices:
             taken.append(unmerge_all(trace, final_norm(x) if norm else x))
 
-    options = dict(merger=merger, on_block=on_block, depth=last + 1 if stop_early else None, limits=limits)
-    stream, trace = encode(base, images, **options)
+    depth = last + 1 if stop_early else None
+    stream, trace = encode(base, images, merger=merger, on_block=on_block, depth=depth, limits=limits)
     return taken, unmerge_all(trace, final_norm(stream.x)) if final else None
 
 
@@ -166,17 +169,17 @@ def pack(
     if as_dict:
         packed = {"image_intermediates": maps, "image_intermediates_prefix": prefixes, "image_features": final}
         return {name: value for name, value in packed.items() if value is not None}
-    maps = maps if prefixes is None else list(zip(maps, prefixes, strict=True))
-    return maps if final is None else (final, maps)
+    given: list[Any] = maps if prefixes is None else list(zip(maps, prefixes, strict=True))
+    return given if final is None else (final, given)
 
 
-def token_groups(base: nn.Module, merger: TokenMerger | None, images: Tensor, depth: int | None = None) -> Tensor:
+def token_groups(base: ViT, merger: TokenMerger | None, images: Tensor, depth: int | None = None) -> Tensor:
     """Which token, counted after the prefix, each patch ends in: (B, rows, columns) int64; see `TokenViT`."""
     stream, trace = encode(base, images, merger=merger, depth=depth)
     return _group_map(base, images, trace, stream.x.shape[1] - base.num_prefix_tokens)
 
 
-def _group_map(base: nn.Module, images: Tensor, trace: Trace, left: int) -> Tensor:
+def _group_map(base: ViT, images: Tensor, trace: Trace, left: int) -> Tensor:
     """(B, rows, columns) int64: which of the `left` tokens after the prefix holds each patch of the grid."""
     (rows, columns), prefix = blocks.grid_size(base, images.shape[-2:]), base.num_prefix_tokens
     if trace:

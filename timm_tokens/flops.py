@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
 from itertools import chain, repeat
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_tokens import blocks, pooling
 from timm_tokens.ops.schedule import token_counts
 from timm_tokens.parts import TokenLabelHead, TokenMerger
+from timm_tokens.timm_types import Block, ViT
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,7 +51,7 @@ class Costs:
 
     def __init__(
         self,
-        base: nn.Module,
+        base: ViT,
         merger: TokenMerger | None,
         head: TokenLabelHead | None,
         image_size: tuple[int, int],
@@ -77,7 +78,7 @@ class Costs:
         return count(cls, pooled, width) + count(self.head.tokens, tokens - self.prefix, width)
 
 
-def _block_cost(i: int, block: nn.Module, width: int, merger: TokenMerger | None) -> BlockCost:
+def _block_cost(i: int, block: Block, width: int, merger: TokenMerger | None) -> BlockCost:
     if merger is None:
         return BlockCost(*_per_token_and_pair(block, width), 0, 0, 0)
     halves = blocks.halves(block)
@@ -112,10 +113,10 @@ def on_meta(model: M) -> M:
 
     Quantised linear maps become plain ones, which cost as much.
     """
-    memo = {}  # what deepcopy takes in the place of an object
+    memo: dict[int, Any] = {}  # what deepcopy takes in the place of an object
     for module in model.modules():
         if _is_quantized(module):
-            memo[id(module)] = nn.Linear(module.in_features, module.out_features, device="meta")
+            memo[id(module)] = nn.Linear(cast(int, module.in_features), cast(int, module.out_features), device="meta")
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             memo[id(hooks)] = type(hooks)()
     loose = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))

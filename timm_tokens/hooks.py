@@ -6,14 +6,15 @@ registered on the block (or on all modules) fires here instead, in torch's order
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.modules import module as everywhere  # torch keeps the hooks of all modules there
 from torch.utils.hooks import BackwardHook
 
-Args, Kwargs = tuple[Any, ...], dict[str, Any]
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -7,23 +7,26 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from timm_tokens.timm_types import ViT
+
 _ROUNDED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def base_name(base: nn.Module) -> str | None:
+def base_name(base: ViT) -> str | None:
     """The name of a timm model, with its tag, if it knows it."""
     cfg = getattr(base, "pretrained_cfg", None) or {}
     return ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag")))) or None
 
 
-def digest(base: nn.Module) -> dict[str, dict[str, str]]:
+def digest(base: ViT) -> dict[str, dict[str, str]]:
     """Digests of up to 2048 values of each weight in the first and the last block: {"float16": {name: hex}, ...}.
 
     They are taken of the values as rounded to half precisions, so that a model and its half compare equal. What is no
     plain floating-point parameter (quantised, parametrised) is left out, and so is what has another name by now
     (wrapped in an adapter); the norms remain.
     """
-    depth, found = len(base.blocks), {name: {} for name in _ROUNDED}
+    depth = len(base.blocks)
+    found: dict[str, dict[str, str]] = {name: {} for name in _ROUNDED}
     for i in sorted({0, depth - 1}):
         for name, weight in base.blocks[i].named_parameters():
             plain = type(weight) is nn.Parameter or hasattr(weight, "full_tensor")
@@ -54,7 +57,7 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def shape(base: nn.Module) -> dict[str, int]:
+def shape(base: ViT) -> dict[str, int]:
     """What a part's weights depend on: how many blocks, channels and heads the base has."""
     return {"depth": len(base.blocks), "embed_dim": base.embed_dim, "num_heads": base.blocks[0].attn.num_heads}
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from timm_tokens.hooks import before
+from timm_tokens.timm_types import Attention
 
 
-def mean_keys(attn: nn.Module, y: Tensor) -> Tensor:
+def mean_keys(attn: Attention, y: Tensor) -> Tensor:
     """The attention's keys of what it reads, averaged over heads: (B, N, C) -> (B, N, head_dim)."""
     if attn._forward_pre_hooks:  # which may change what the attention reads; FSDP2's gathers its weights
         y = before(attn, (y,), {})[0][0]
@@ -26,7 +27,7 @@ def mean_keys(attn: nn.Module, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_projection(attn: nn.Module, unit: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
+def mean_projection(attn: Attention, unit: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
     """Weight (E, C) and bias (E,) that make the keys, averaged over as many groups of heads as give E = width channels.
 
     Where the keys are not made by a plain linear map, the map is read off what becomes of the unit vectors.
@@ -52,7 +53,7 @@ def _mean(weight: Tensor, groups: int, head_dim: int) -> Tensor:
     return weight.unflatten(0, (groups, -1, head_dim)).mean(dim=1).flatten(0, 1)
 
 
-def _keys(attn: nn.Module, y: Tensor) -> Tensor:
+def _keys(attn: Attention, y: Tensor) -> Tensor:
     """The keys of all heads, before their norm, by the calls that the attention makes: (B, N, heads * head_dim)."""
     if attn.qkv is None:
         return attn.k_proj(y)
@@ -62,7 +63,7 @@ def _keys(attn: nn.Module, y: Tensor) -> Tensor:
     return keys if bias is None else keys + bias
 
 
-def _weights(attn: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+def _weights(attn: Attention) -> tuple[Tensor, Tensor | None] | None:
     """The weight and bias that make the keys; None where reading them is not the same as calling the module."""
     if attn.qkv is None:
         return (attn.k_proj.weight, attn.k_proj.bias) if _is_plain(attn.k_proj) else None
@@ -91,7 +92,7 @@ def _is_ordinary(weight: object) -> bool:
     return isinstance(weight, Tensor) and not hasattr(type(weight), "__tensor_flatten__")
 
 
-def _probed(attn: nn.Module, unit: Tensor) -> tuple[Tensor, Tensor]:
+def _probed(attn: Attention, unit: Tensor) -> tuple[Tensor, Tensor]:
     """The affine map that makes the keys, from the keys of 0 and of the unit vectors (C, C), without dropout."""
     training = [module for module in attn.modules() if module.training]
     try:

@@ -7,6 +7,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from timm_tokens import blocks
+from timm_tokens.timm_types import ViT, Wrapped
 
 PUBLISHED_HEAD = "aux_head"  # the token-label head in published checkpoints
 
@@ -17,7 +18,7 @@ def whole_name(name: str) -> str:
     return f"head.tokens.{leaf}" if module == PUBLISHED_HEAD else f"base.{name}"
 
 
-def classifiers(base: nn.Module) -> tuple[str, ...]:
+def classifiers(base: ViT) -> tuple[str, ...]:
     """Names of the classifiers in the base's published checkpoints."""
     names = (getattr(base, "pretrained_cfg", None) or {}).get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
@@ -29,7 +30,7 @@ def on_meta(model: nn.Module) -> bool:
 
 
 def before_loading(
-    model: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, Any], *_: Any
+    model: Wrapped, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, Any], *_: Any
 ) -> None:
     """A hook of TokenViT: a checkpoint of the plain ViT goes to the base, and the parts keep what they have.
 
@@ -48,7 +49,7 @@ def before_loading(
     model._load["kept"] = {full: name for full, name in names.items() if full.rpartition(".")[0] not in given}
 
 
-def after_loading(model: nn.Module, incompatible: Any) -> None:
+def after_loading(model: Wrapped, incompatible: Any) -> None:
     """A hook of TokenViT: what a plain checkpoint lacks is not missing, and is initialised if it never was.
 
     Raises:
@@ -71,7 +72,7 @@ def after_loading(model: nn.Module, incompatible: Any) -> None:
 
 
 @torch.no_grad()
-def initialise_parts(model: nn.Module, kept: set[str] | None = None) -> None:
+def initialise_parts(model: Wrapped, kept: set[str] | None = None) -> None:
     """Give the parts new weights, as when they are built, on the base's device and in its type.
 
     Args:
@@ -94,7 +95,7 @@ def initialise_parts(model: nn.Module, kept: set[str] | None = None) -> None:
         trunc_normal_(model.mask_token, std=0.02)
 
 
-def _compute_buffers(base: nn.Module) -> None:
+def _compute_buffers(base: ViT) -> None:
     """Compute what the base's modules compute when they are made and no checkpoint holds, such as rotary tables."""
     device = next(base.parameters()).device
     for module in base.modules():

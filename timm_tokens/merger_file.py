@@ -28,6 +28,7 @@ from timm_tokens import identity
 from timm_tokens.digests import is_whole, save_tensors
 from timm_tokens.files import replacing
 from timm_tokens.parts import TokenMerger
+from timm_tokens.timm_types import ViT
 
 NAME = "merger.safetensors"  # in a training run's folder, and in a repository of the hub
 FORMAT, VERSION = "timm-tokens merger", "1"
@@ -112,7 +113,7 @@ class SavedMerger(NamedTuple):
     notes: dict[str, Any]
     weights: dict[str, Tensor]
 
-    def build(self, base: nn.Module, r: Any = None, **options: Any) -> TokenMerger:
+    def build(self, base: ViT, r: Any = None, **options: Any) -> TokenMerger:
         """The merger, for a base that it fits; warns if the base has other weights than it was trained for.
 
         Args:
@@ -137,7 +138,7 @@ class SavedMerger(NamedTuple):
             raise ValueError(f"{self.source} holds no merger for this model: {error}") from error
         return merger
 
-    def _check_base(self, base: nn.Module) -> None:
+    def _check_base(self, base: ViT) -> None:
         name, shape = identity.base_name(base) or "unknown", identity.shape(base)
         same = identity.same_weights(self.digest, identity.digest(base))
         named = "unknown" not in (name, self.base) and identity.architecture(name) != identity.architecture(self.base)
@@ -180,7 +181,8 @@ def read_merger(source: str | PathLike[str]) -> SavedMerger:
             f"{source} has version {metadata.get('version')} of the format; this timm-tokens reads {VERSION}: upgrade"
         )
     _check_finite(weights, f"the weights in {source}")
-    return SavedMerger(str(source), metadata.get("base", "unknown"), *_details(source, metadata), weights)
+    base, details = metadata.get("base", "unknown"), _details(source, metadata)
+    return SavedMerger(str(source), base, *details, weights)  # type: ignore[call-arg]  # mypy counts no unpacked tuple
 
 
 def locate(source: str | PathLike[str]) -> Path:

@@ -2,12 +2,13 @@
 
 from timm.layers import AttentionPoolLatent
 from timm.models import Eva, VisionTransformerDistilled
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_tokens.ops import size_bias
+from timm_tokens.timm_types import ViT
 
 
-def head(base: nn.Module, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
+def head(base: ViT, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
     """Pool normed tokens (B, N, C), each weighted by its size (B, N), and classify: (B, K)."""
     pooling = "map" if getattr(base, "attn_pool", None) is not None else base.global_pool
     if size is None or pooling in ("", "token") or isinstance(base, VisionTransformerDistilled):
@@ -16,19 +17,19 @@ def head(base: nn.Module, x: Tensor, size: Tensor | None, pre_logits: bool = Fal
     return x if pre_logits else base.head(x)
 
 
-def head_norm(base: nn.Module, x: Tensor) -> Tensor:
+def head_norm(base: ViT, x: Tensor) -> Tensor:
     """Tokens (B, N, C) after the final norm as a classifier of tokens wants them: normed also where timm norms last."""
     return base.fc_norm(x)
 
 
-def pooled_from(base: nn.Module) -> int:
+def pooled_from(base: ViT) -> int:
     """The first token that pooling over tokens reads: the first patch, or the first prefix token."""
     # Eva's attention pooling reads its prefix tokens too, without saying so
     everything = getattr(base, "pool_include_prefix", isinstance(base, Eva) and base.attn_pool is not None)
     return 0 if everything else base.num_prefix_tokens
 
 
-def _pool(base: nn.Module, x: Tensor, size: Tensor, pooling: str) -> Tensor:
+def _pool(base: ViT, x: Tensor, size: Tensor, pooling: str) -> Tensor:
     x, size = x[:, pooled_from(base) :], size[:, pooled_from(base) :]
     if pooling == "map":
         return base.attn_pool(x, attn_mask=size_bias(size).to(x.dtype))
@@ -39,7 +40,7 @@ def _pool(base: nn.Module, x: Tensor, size: Tensor, pooling: str) -> Tensor:
     return mean if pooling == "avg" else 0.5 * (mean + x.amax(dim=1))
 
 
-def pools_by_size(base: nn.Module) -> bool:
+def pools_by_size(base: ViT) -> bool:
     """Whether `head` can weigh tokens by size; otherwise it needs them un-merged: PRR attention pooling, or none."""
     pool = getattr(base, "attn_pool", None)
     if pool is None and not base.global_pool:  # one row of logits a token

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from timm_tokens import blocks, loading, saving, tracing
+from timm_tokens.parts import AuxTokens, TokenLabelHead, TokenMerger
+from timm_tokens.timm_types import ViT
 
 
 def _of_base(name: str) -> property:
@@ -19,10 +21,15 @@ def _of_base(name: str) -> property:
     )
 
 
-class TimmProtocol:
-    """Mixed into TokenViT: the members by which timm trains, saves and takes features from a model."""
+class TimmProtocol(nn.Module):
+    """What TokenViT has of timm: the members by which timm trains, saves and takes features from a model."""
 
-    base: nn.Module
+    base: ViT
+    aux: AuxTokens  # None where the model has none, as merger and head; said to be there, so that `model.merger.r = 16`
+    merger: TokenMerger  # passes type checkers
+    head: TokenLabelHead
+    mask_token: nn.Parameter | None
+    forward_intermediates: Callable[..., Any]
     _unset = False  # whether memory was made for weights (`to_empty`), and nothing has set them yet
 
     num_features, head_hidden_size, embed_dim = map(_of_base, ("num_features", "head_hidden_size", "embed_dim"))
@@ -160,15 +167,12 @@ class TimmProtocol:
         self.base.reset_classifier(num_classes, global_pool)
         if self.head is not None:
             options = blocks.placement(self.base)
-            self.head = self.head.resized(num_classes).to(**options) if num_classes else None
+            self.head = cast(Any, self.head.resized(num_classes).to(**options) if num_classes else None)
 
     @property
     def set_distilled_training(self) -> Callable[..., None]:
-        """Of distilled bases: let both heads' logits out in training, as timm's distillation wants them.
-
-        Raises (when it is called):
-            ValueError: If the model has a token-label head, which adds to one set of logits.
-        """
+        """Of distilled bases: let both heads' logits out in training, as timm's distillation wants them. A ValueError
+        with a token-label head, which adds to one set of logits."""
         return partial(_set_distilled, self.base.set_distilled_training, self.head)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
@@ -224,7 +228,7 @@ class TimmProtocol:
         the classifiers, and auxiliary and mask tokens."""
         taken = self.base.prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
-            self.head = self.aux = self.mask_token = None
+            self.head = self.aux = self.mask_token = cast(Any, None)
         if self.merger is not None:
             self.merger.truncate(len(self.base.blocks))
         return taken
@@ -236,7 +240,7 @@ def _set_distilled(set_base: Callable[[bool], None], head: nn.Module | None, ena
     set_base(enable)
 
 
-def under_base(names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+def under_base(names: Any) -> Any:
     """Names of the base's modules as the wrapper has them."""
     return f"base.{names}" if isinstance(names, str) else tuple(f"base.{name}" for name in names)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from timm_tokens import blocks, features
+from timm_tokens.classification import class_logits
 from timm_tokens.driver import Stream, Trace, run_block
 from timm_tokens.outputs import Outputs
 from timm_tokens.vit import TokenViT
@@ -59,7 +60,8 @@ class Replay:
 
     def _outputs(self, stream: Stream, trace: Trace) -> Outputs:
         if self.logits:
-            return self.model.logits_of(stream, trace)
+            x = self.model.base.norm(stream.x)
+            return class_logits(self.model.base, self.model.head, x, stream.size, trace)
         tokens = features.tokens_of(self.model.base, stream, trace, self.model.has_class_token)
         return tokens.cls, tokens.patches
 

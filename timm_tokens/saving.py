@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from torch import nn
-
 from timm_tokens import blocks, identity
+from timm_tokens.timm_types import Wrapped
 
 
-def model_args(model: nn.Module) -> dict[str, Any]:
+def model_args(model: Wrapped) -> dict[str, Any]:
     """Arguments of timm.create_model for the TokenViT as it is now.
 
     Raises:

@@ -1,24 +1,28 @@
 """TokenViT: a timm Vision Transformer with parts that change its tokens, driven from outside."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from timm_tokens import blocks, features, pooling, tracing
-from timm_tokens.driver import Stream, Trace, encode, limited, patch_edit
+from timm_tokens import blocks, features, tracing
+from timm_tokens.classification import check_call, class_logits, dense_logits
+from timm_tokens.driver import encode, limited, patch_edit
 from timm_tokens.features import MergedTokens, Tokens
 from timm_tokens.flops import Costs, on_meta
 from timm_tokens.ops import mix_tokens, schedule
-from timm_tokens.ops.matching import Matching
 from timm_tokens.ops.schedule import token_counts
 from timm_tokens.parts import AuxTokens, DenseLogits, TokenLabelHead, TokenMerger
 from timm_tokens.parts.merger import unmerge_all
 from timm_tokens.protocol import TimmProtocol
+from timm_tokens.timm_types import ViT
+
+Mask: TypeAlias = Tensor | None
+Box: TypeAlias = Tensor | Sequence[int] | None
 
 
-class TokenViT(TimmProtocol, nn.Module):
+class TokenViT(TimmProtocol):
     """A timm ViT that is left as it is, and parts that act between its layers.
 
         images -> base embeds -> [aux appends its tokens] -> for each block: attend -> [merger merges] -> feed
@@ -42,7 +46,7 @@ class TokenViT(TimmProtocol, nn.Module):
 
     def __init__(
         self,
-        base: nn.Module,
+        base: ViT,
         aux: AuxTokens | None = None,
         merger: TokenMerger | None = None,
         head: TokenLabelHead | None = None,
@@ -51,9 +55,7 @@ class TokenViT(TimmProtocol, nn.Module):
         super().__init__()
         blocks.check(base, merging=merger is not None)
         self.base = base
-        self.aux = aux
-        self.merger = merger
-        self.head = head
+        self.aux, self.merger, self.head = cast(Any, (aux, merger, head))
         self.mask_token = None
         if mask_token:
             self.mask_token = nn.Parameter(torch.empty(base.embed_dim, **blocks.placement(base)))
@@ -61,16 +63,38 @@ class TokenViT(TimmProtocol, nn.Module):
         self._frozen = False
         self._init_protocol()
 
+    @overload
+    def forward(self, images: Tensor, attn_mask: Mask = ..., is_causal: bool = ..., *, mask: Mask = ...) -> Tensor: ...
+    @overload
+    def forward(self, images: Tensor, *, dense: Literal[True], box: Box = ..., mask: Mask = ...) -> DenseLogits: ...
+    @overload
+    def forward(self, images: Tensor, *, tokens: Literal[True], mask: Mask = ..., aux: bool = ...) -> Tokens: ...
+    @overload
+    def forward(self, images: Tensor, *, tokens: Literal["merged"], mask: Mask = ...) -> MergedTokens: ...
+    @overload
     def forward(
         self,
         images: Tensor,
-        attn_mask: Tensor | None = None,
+        attn_mask: Mask = ...,
+        is_causal: bool = ...,
+        *,
+        dense: bool = ...,
+        box: Box = ...,
+        tokens: bool | str = ...,
+        mask: Mask = ...,
+        aux: bool = ...,
+    ) -> Tensor | DenseLogits | Tokens | MergedTokens: ...
+
+    def forward(
+        self,
+        images: Tensor,
+        attn_mask: Mask = None,
         is_causal: bool = False,
         *,
         dense: bool = False,
-        box: Tensor | Sequence[int] | None = None,
+        box: Box = None,
         tokens: bool | str = False,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         aux: bool = True,
     ) -> Tensor | DenseLogits | Tokens | MergedTokens:
         """Class logits (B, K) of images (B, 3, H, W), in training and evaluation alike.
@@ -92,34 +116,25 @@ class TokenViT(TimmProtocol, nn.Module):
             ValueError: If the arguments don't fit each other, the model's parts or the images.
         """
         tracing.refuse_symbols(images)
-        self._check_call(dense, box, tokens)
+        check_call(self.head, dense, box, tokens)
         edit = None
         if box is not None or mask is not None:
             edit = patch_edit(self._grid(images), box, mask, self.mask_token)
-        options = dict(merger=self.merger, limits=limited(attn_mask, is_causal))
+        limits = limited(attn_mask, is_causal)
         if tokens == "merged":
-            return features.forward_merged(self.base, images, edit, **options)
+            return features.forward_merged(self.base, images, edit, merger=self.merger, limits=limits)
         if tokens:
-            options |= dict(aux=self.aux if aux else None, has_class_token=self.has_class_token)
-            return features.forward_tokens(self.base, images, edit, **options)
-        stream, trace = encode(self.base, images, edit, **options)
-        if not dense:
-            return self.logits_of(stream, trace)
+            options: dict[str, Any] = dict(aux=self.aux if aux else None, has_class_token=self.has_class_token)
+            return features.forward_tokens(self.base, images, edit, merger=self.merger, limits=limits, **options)
+        stream, trace = encode(self.base, images, edit, merger=self.merger, limits=limits)
         x = self.base.norm(stream.x)
-        cls = self._classify(x, stream.size, trace, self.head.cls)
-        logits = self.head.tokens(self._patches(unmerge_all(trace, x)))
-        return DenseLogits(cls, logits if box is None else mix_tokens(logits, box, self._grid(images)))
+        if not dense:
+            return class_logits(self.base, self.head, x, stream.size, trace)
+        cls, patches = dense_logits(self.base, self.head, x, stream.size, trace)
+        return DenseLogits(cls, patches if box is None else mix_tokens(patches, box, self._grid(images)))
 
-    def logits_of(self, stream: Stream, trace: Trace) -> Tensor:
-        """Class logits (B, K) of the tokens after the last block, as `encode` gives them."""
-        x, size = self.base.norm(stream.x), stream.size
-        if self.head is None:
-            return self._classify(x, size, trace)
-        cls = self._classify(x, size, trace, self.head.cls)
-        if trace and not isinstance(trace[0], Matching):  # relaxed: tokens that are gone still have their rows
-            x, size = unmerge_all(trace, x), None
-        size = None if size is None else size[:, self.num_prefix_tokens :]
-        return self.head(cls, self._patches(x), size)
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def forward_features(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens (B, P + N, C) after the final norm, un-merged: every patch has its group's token.
@@ -133,9 +148,9 @@ class TokenViT(TimmProtocol, nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify what `forward_features` gives: (B, P + N, C) -> (B, K)."""
         if self.head is None or pre_logits:
-            return self.base.forward_head(x, pre_logits=pre_logits)
-        cls = self._classify(x, None, [], self.head.cls)
-        return self.head(cls, self._patches(x))
+            logits: Tensor = self.base.forward_head(x, pre_logits=pre_logits)
+            return logits
+        return class_logits(self.base, self.head, x, None, [])
 
     def forward_intermediates(
         self,
@@ -187,31 +202,9 @@ class TokenViT(TimmProtocol, nn.Module):
         finally:
             self.train(training)
 
-    def _classify(self, x: Tensor, size: Tensor | None, trace: Trace, classifier: nn.Module | None = None) -> Tensor:
-        """Class logits of normed tokens: by the base's head, or by another classifier of its pooled features."""
-        if trace and not pooling.pools_by_size(self.base):
-            x, size = unmerge_all(trace, x), None
-        if classifier is None:
-            return pooling.head(self.base, x, size)
-        return classifier(pooling.head(self.base, x, size, pre_logits=True))
-
-    def _patches(self, x: Tensor) -> Tensor:
-        """The patch tokens of normed tokens (B, P + N, C), as a classifier of tokens wants them."""
-        return pooling.head_norm(self.base, x[:, self.num_prefix_tokens :])
-
     def _grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of the images' patches."""
         return blocks.grid_size(self.base, images.shape[-2:])
-
-    def _check_call(self, dense: bool, box: Any, tokens: bool | str) -> None:
-        if isinstance(tokens, str) and tokens != "merged":
-            raise ValueError(f"tokens must be False, True or 'merged', got {tokens!r}")
-        if dense and self.head is None:
-            raise ValueError("dense=True needs a token-label head; give the model one with token_label_head(model)")
-        if dense and tokens:
-            raise ValueError(f"ask for dense=True or tokens={tokens!r}, not both")
-        if box is not None and not dense:
-            raise ValueError("box mixes the batch's patches (MixToken), whose logits need dense=True")
 
     def flops(self, r: Any = None, image_size: tuple[int, int] | None = None) -> int:
         """Multiply-adds for one image in evaluation, from shapes alone.

@@ -11,6 +11,7 @@ from torch import nn
 from timm_tokens import blocks
 from timm_tokens.merger_file import read_merger
 from timm_tokens.parts import AuxTokens, TokenLabelHead, TokenMerger
+from timm_tokens.timm_types import ViT
 from timm_tokens.vit import TokenViT
 
 
@@ -69,7 +70,9 @@ def apply_dtem_merging(
     if r is not None and flops_ratio is not None:
         raise ValueError(f"give r or flops_ratio, not both, got r={r} and flops_ratio={flops_ratio}")
     blocks.check(base, merging=True)
-    options = dict(embed_dim=embed_dim, metric=metric, candidates=candidates, tau1=tau1, tau2=tau2, prop_attn=prop_attn)
+    options: dict[str, Any] = dict(
+        embed_dim=embed_dim, metric=metric, candidates=candidates, tau1=tau1, tau2=tau2, prop_attn=prop_attn
+    )
     if weights is None:
         merger = TokenMerger(base, 8 if r is None else r, **options)
     else:
@@ -128,8 +131,8 @@ def add_aux_tokens(
     """
     base = _base_without(model, "aux", "has auxiliary tokens already")
     blocks.check(base, merging=False)
-    options = dict(kernel_size=kernel_size, pool_weight=pool_weight, pool_norm=pool_norm)
-    sees = dict(aux_sees_cls=aux_sees_cls, aux_sees_aux=aux_sees_aux)
+    options: dict[str, Any] = dict(kernel_size=kernel_size, pool_weight=pool_weight, pool_norm=pool_norm)
+    sees: dict[str, Any] = dict(aux_sees_cls=aux_sees_cls, aux_sees_aux=aux_sees_aux)
     return _with_part(model, aux=AuxTokens(base.embed_dim, num_cls, num_pooled, **options, **sees))
 
 
@@ -188,7 +191,7 @@ def add_mask_token(model: nn.Module) -> TokenViT:
     return _with_part(model, mask_token=True)
 
 
-def _base_without(model: nn.Module, part: str, problem: str) -> nn.Module:
+def _base_without(model: nn.Module, part: str, problem: str) -> ViT:
     """The plain ViT in `model`, which must not have the part yet."""
     if isinstance(model, TokenViT) and getattr(model, part) is not None:
         raise ValueError(f"this model {problem}, or wrap model.base to start again")
@@ -199,7 +202,7 @@ def _with_part(model: nn.Module, mask_token: bool = False, **part: nn.Module) ->
     """A TokenViT with the model's parts and one more, on the model's device, in its type and its mode."""
     had = model if isinstance(model, TokenViT) else None
     base = model if had is None else had.base
-    parts = ({} if had is None else had.parts) | part
+    parts: dict[str, Any] = ({} if had is None else had.parts) | part
     blocks.check(base, merging=parts.get("merger") is not None)
     for new in part.values():
         new.to(**blocks.placement(base))

@@ -55,7 +55,7 @@ class AuxTokens(nn.Module):
         _check_count("num_pooled", num_pooled)
         self.num_cls, self.num_pooled = num_cls, num_pooled
         self.aux_sees_cls, self.aux_sees_aux = aux_sees_cls, aux_sees_aux
-        self.pool_options = dict(kernel_size=kernel_size, pool_weight=pool_weight, pool_norm=pool_norm)
+        self.pool_options: dict[str, Any] = dict(kernel_size=kernel_size, pool_weight=pool_weight, pool_norm=pool_norm)
         self.tokens = nn.Parameter(torch.empty(num_cls, embed_dim)) if num_cls else None
         self._draw_tokens()
         self.pool = AdaptivePool(embed_dim, num_pooled, **self.pool_options) if num_pooled else None
@@ -77,7 +77,9 @@ class AuxTokens(nn.Module):
         return {name: getattr(self, name) for name in names} | self.pool_options
 
     def append(self, x: Tensor) -> Tensor:
-        """The auxiliary class tokens after the model's own: (B, N, C) -> (B, N + k_a, C)."""
+        """The auxiliary class tokens, if there are any, after the model's own: (B, N, C) -> (B, N + k_a, C)."""
+        if self.tokens is None:
+            return x
         return torch.cat([x, self.tokens.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
 
     def mask(self, x: Tensor, num_prefix_tokens: int) -> Tensor:

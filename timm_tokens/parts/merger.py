@@ -1,7 +1,7 @@
 """DTEM: learned token merging (arXiv 2412.10569), on top of bipartite soft matching (ToMe, arXiv 2210.09461)."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from timm_tokens import blocks, keys
 from timm_tokens.ops import bipartite_match, merge, schedule, size_bias
 from timm_tokens.ops.matching import Matching, mergeable, take
 from timm_tokens.ops.relaxed import RelaxedMatching, relaxed_apply, relaxed_match, relaxed_unmerge
+from timm_tokens.timm_types import Block, ViT
 
 METRICS = ("learned", "keys")
 
@@ -49,7 +50,7 @@ class TokenMerger(nn.Module):
 
     def __init__(
         self,
-        base: nn.Module,
+        base: ViT,
         r: int | Sequence[int] | tuple[int, float] = 8,
         *,
         embed_dim: int | None = None,
@@ -73,7 +74,7 @@ class TokenMerger(nn.Module):
         self.embed_dim = embed_dim or head_dim * (2 if base.embed_dim >= 1024 else 1)
         # what watches features by forward hooks sees block i's tokens here, un-merged; called only if someone watches
         self.unmerged = nn.ModuleList(nn.Identity() for _ in base.blocks)
-        self.embed = None
+        self.embed: Any = None
         if metric == "learned":
             options = blocks.placement(base)
             layers = (nn.Linear(base.embed_dim, self.embed_dim, device=options["device"]) for _ in base.blocks)
@@ -83,7 +84,7 @@ class TokenMerger(nn.Module):
         self.r = r
 
     @torch.no_grad()
-    def reset_parameters(self, base: nn.Module) -> None:
+    def reset_parameters(self, base: ViT) -> None:
         """Start the embeddings as the keys of the base's attention, averaged over as many groups of heads as fit."""
         unit = torch.eye(base.embed_dim, **blocks.placement(base))
         for embed, block in zip(self.embed or (), base.blocks, strict=False):
@@ -102,7 +103,7 @@ class TokenMerger(nn.Module):
     @r.setter
     def r(self, r: int | Sequence[int] | tuple[int, float]) -> None:
         self.schedule = schedule(r, self.depth)
-        self._r = r if isinstance(r, int) else tuple(r)
+        self._r: int | Sequence[int] = r if isinstance(r, int) else tuple(cast(Sequence[int], r))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class TokenMerger(nn.Module):
     def choose(
         self,
         index: int,
-        block: nn.Module,
+        block: Block,
         y: Tensor,
         r: int,
         effective: int,
@@ -143,7 +144,7 @@ class TokenMerger(nn.Module):
         if not self.relaxed:
             return bipartite_match(self.compared_by(index, block, y), r, num_prefix_tokens, numbers)
         y = y.detach()  # the embedding learns from the task but never changes what the trunk learns
-        options = dict(tau1=self.tau1, tau2=self.tau2, candidates=self.candidates)
+        options: dict[str, Any] = dict(tau1=self.tau1, tau2=self.tau2, candidates=self.candidates)
         metric = self.compared_by(index, block, y)
         return relaxed_match(metric, r, effective, num_prefix_tokens=num_prefix_tokens, **options)
 
@@ -187,21 +188,22 @@ class TokenMerger(nn.Module):
         """Whether tokens hand over parts of themselves instead of being merged outright."""
         return self.training and self.embed is not None
 
-    def compared_by(self, index: int, block: nn.Module, y: Tensor) -> Tensor:
+    def compared_by(self, index: int, block: Block, y: Tensor) -> Tensor:
         """What the tokens of block `index` are compared by: (B, N, E), given y (B, N, C) that its attention reads."""
         return keys.mean_keys(block.attn, y) if self.embed is None else self.embed[index](y)
 
 
-def groups(trace: Sequence[Matching]) -> Tensor:
-    """The output token (B, N) int64 that holds each input token after all merges of the trace."""
-    position = trace[0].position()
+def groups(trace: Sequence[Any]) -> Tensor:
+    """The output token (B, N) int64 that holds each input token after all `Matching`s of the trace."""
+    position: Tensor = trace[0].position()
     for matching in trace[1:]:
         position = matching.position().gather(1, position)
     return position
 
 
-def unmerge_all(trace: Sequence[Matching | RelaxedMatching], x: Tensor) -> Tensor:
-    """Undo the merges of the trace: every input token gets its group's token, (B, N - R, C) -> (B, N, C)."""
+def unmerge_all(trace: Sequence[Any], x: Tensor) -> Tensor:
+    """Undo the merges of the trace, all outright or all relaxed: every input token gets its group's token,
+    (B, N - R, C) -> (B, N, C)."""
     if trace and isinstance(trace[0], Matching):
         return take(x, groups(trace))
     for matching in reversed(trace):

@@ -1,7 +1,7 @@
 """What DINO, iBOT and MoBY differ in: the student's heads, and the loss."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
