@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="any timm model, with --data-dir")
     parser.add_argument("--checkpoint", type=Path, help="file with the weights of the model")
     parser.add_argument("--pretrained", action="store_true", help="use timm's pretrained weights")
+    parser.add_argument("--random", action="store_true", help="use random weights, to see what features are worth")
     parser.add_argument("--episodes", "--steps", type=int, default=200, help="episodes to classify (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("fewshot"), help="for the features and the table of images")

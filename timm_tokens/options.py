@@ -85,7 +85,9 @@ def settle(options: Any) -> None:
     """
     hints = get_type_hints(type(options))
     for each in fields(options):
-        value = converted(each.name, kind(hints[each.name]), getattr(options, each.name))
+        value = getattr(options, each.name)
+        nothing = each.metadata.get("rest") and not value  # what follows on the command line may be nothing
+        value = () if nothing else converted(each.name, kind(hints[each.name]), value)
         check(each, value)
         object.__setattr__(options, each.name, value)  # the dataclass may be frozen
 

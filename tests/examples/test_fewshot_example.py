@@ -21,7 +21,7 @@ def test_images(tmp_path, capsys):
         (tmp_path / "images" / str(k)).mkdir(parents=True)
         for i in range(20):
             Image.new("RGB", (16, 16), (50 * k, 10 * i, 0)).save(tmp_path / "images" / str(k) / f"{i}.png")
-    command = f"--data-dir {tmp_path / 'images'} --model test_vit --episodes 2 --out {tmp_path / 'out'}"
+    command = f"--data-dir {tmp_path / 'images'} --model test_vit --random --episodes 2 --out {tmp_path / 'out'}"
     runpy.run_path(str(EXAMPLE))["main"](command.split())
     assert capsys.readouterr().out.count("| bd_cspn |") == 2
     assert (tmp_path / "out" / "fewshot.csv").is_file()

@@ -38,6 +38,7 @@ def pixels(image):
     return pil_to_tensor(image).float() / 255
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of torch's ending workers
 def test_is_an_error_and_no_other_image(folder, tmp_path):
     message = r"^image 'a/4\.png' can't be read: it is empty, or of no format that Pillow knows$"
     for workers in (0, 2):
