@@ -4,7 +4,7 @@ Everything is a gather, a scatter-sum and a division over shapes known beforehan
 never waits for the device. Shapes: B images, N tokens, P prefix tokens, C channels, E embedding width, R merged tokens.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -129,7 +129,8 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     One index_select over the flattened batch copies whole rows; a gather would look each element up (13 times slower
     for 384 channels on a CPU).
     """
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    taken = x.flatten(0, 1).index_select(0, rows.flatten())
+    return cast(Tensor, taken.unflatten(0, rows.shape))  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def flat_rows(index: Tensor, n: int) -> Tensor:

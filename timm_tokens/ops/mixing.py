@@ -79,7 +79,8 @@ def mix_ratio(box: Tensor | Sequence[int], num_tokens: int) -> Tensor | float:
 def _check_box(box: Tensor | Sequence[int], num_tokens: int, rows: float = math.inf, columns: float = math.inf) -> None:
     """Refuse what is no box of a grid, where that can be told without waiting for a device or tracing a branch."""
     if isinstance(box, Tensor):
-        if box.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # torch has no types for it
+        if box.device.type != "cpu" or torch.compiler.is_compiling() or tracing:
             return
         box = box.tolist()
     top, left, bottom, right = box
