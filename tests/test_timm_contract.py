@@ -16,6 +16,7 @@ TINY = dict(embed_dim=48, depth=3, num_heads=3)  # the rest is as registered, an
 MODULES = (dtem, lvvit, mte, token_vit)
 NAMES = sorted({name.split(".")[0] for module in MODULES for name in module.default_cfgs})
 IDLE = ("aux.",)  # in class logits, auxiliary tokens take no part
+NEWER = tuple(map(int, timm.__version__.split(".")[:3])) > (1, 0, 26)
 
 
 def on_meta(name, **options):
@@ -67,12 +68,15 @@ def test_new_classifiers_and_sizes_follow_the_model(name):
     model = on_meta(name).double().train()
     model.reset_classifier(0)
     model.reset_classifier(2)
-    assert model.num_classes == 2 and all(p.is_meta and p.dtype == torch.float64 for p in model.parameters())
+    assert model.num_classes == 2
+    if NEWER:  # before, timm's own models get a classifier on the CPU in float32
+        assert all(p.is_meta and p.dtype == torch.float64 for p in model.parameters())
     assert all(module.training for module in model.modules())
     frozen = on_meta(name).requires_grad_(False)
     frozen.reset_classifier(0)
     frozen.set_input_size(img_size=tuple(2 * side for side in frozen.default_cfg["input_size"][-2:]))
-    assert not [name for name, parameter in frozen.named_parameters() if parameter.requires_grad]
+    if NEWER:  # before, timm's own models resample to a position embedding that learns
+        assert not [name for name, parameter in frozen.named_parameters() if parameter.requires_grad]
 
 
 def test_forward_checkpointing_and_gradients():

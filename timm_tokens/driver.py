@@ -151,7 +151,7 @@ def run_block(
     attention = _attention(x, bias, rope, rows, num_aux, aux, prefix)
     r = 0 if merger is None else merger.count(i, effective, prefix)
     if merger is None or not r:
-        return stream._replace(x=block(x, **attention, **limits)), None
+        return Stream(block(x, **attention, **limits), num_aux, effective, size, rows, numbers), None
     if limits:
         raise ValueError(
             f"{' and '.join(limits)} can't say what merged tokens may attend to, and block {i} merges {r}; set "

@@ -98,7 +98,8 @@ def forward_tokens(
     tokens = tokens_of(base, stream, trace, has_class_token)
     if aux is None or aux.pool is None:
         return tokens
-    return tokens._replace(pooled=aux.pool(_map(tokens.patches, blocks.grid_size(base, images.shape[-2:]))))
+    pooled = aux.pool(_map(tokens.patches, blocks.grid_size(base, images.shape[-2:])))
+    return Tokens(tokens.cls, tokens.prefix, tokens.patches, tokens.aux_cls, pooled)  # torch 2.6 compiles no _replace
 
 
 def tokens_of(base: ViT, stream: Stream, trace: Trace, has_class_token: bool) -> Tokens:

@@ -55,7 +55,7 @@ def test_two_processes_equal_one(two, name):
     torch.testing.assert_close((first.pop("losses") + second.pop("losses")) / 2, one.pop("losses"))
     assert first.keys() == one.keys()
     for key, value in one.items():
-        torch.testing.assert_close(first[key], value, atol=5e-6, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(first[key], value, atol=2e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
         assert torch.equal(first[key], second[key]), key
     start = TASKS[name]().get_task_state()
     assert any((one[key] - value).abs().max() > 1e-4 for key, value in start.items())

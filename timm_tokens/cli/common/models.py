@@ -28,9 +28,12 @@ def create(name: str | None, **kwargs: Any) -> nn.Module:
         close = get_close_matches(name, timm.list_models(), n=3)
         raise CommandError(f"timm has no model {name!r}{f'; close are {chr(44).join(close)}' if close else ''}")
     try:
-        return timm.create_model(name, **kwargs)
+        model = timm.create_model(name, **kwargs)
     except Exception as error:  # its arguments are the user's, and models meet those that don't fit in many ways
         raise CommandError(f"timm can't make {name!r}: {error or type(error).__name__}") from error
+    if getattr(getattr(plain(model), "patch_embed", None), "num_patches", None) == 0:  # timm 1.0.26 makes it
+        raise CommandError(f"timm can't make {name!r}: its images are smaller than a patch; give a larger img_size")
+    return model
 
 
 def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
