@@ -11,6 +11,7 @@ NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(1200)  # seconds: it trains, and measures speed
 def test_the_notebook_runs(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     context = {"metadata": {"path": str(tmp_path)}}
