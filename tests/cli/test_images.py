@@ -177,6 +177,18 @@ def test_sizes_that_patches_do_not_fill(images, weights, tmp_path, capsys):
     assert not (tmp_path / "run").exists() and not (tmp_path / "labels").exists()
 
 
+def test_one_class_is_nothing_to_learn(images, tmp_path):
+    for split in ("train", "val"):
+        (images / split / "a").rename(images / f"{split} of a")
+        (images / split).rename(images / f"rest of {split}")
+        (images / f"{split} of a").rename(images / split)
+    with pytest.raises(CommandError, match="lie in no folders that name their classes"):
+        train("token-label", images, tmp_path / "run")
+    with pytest.raises(CommandError, match="all images are of one class, '': there is nothing to tell apart"):
+        call("probe", data_dir=images, out=tmp_path / "probe", random=True, plot=False, **QUICK)
+    assert train("mira", images, tmp_path / "mira").path.is_file()  # which learns without classes
+
+
 def test_weights_are_named_or_asked_for(images, weights, tmp_path, capsys):
     commands = {
         "probe": {"data_dir": images, "out": tmp_path / "probe"},

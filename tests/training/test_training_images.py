@@ -57,3 +57,11 @@ def test_without_it_the_others_are_trained_on(folder, tmp_path):
     result = train(Plain(), images, settings(tmp_path / "run", batch_size=7, epochs=40, lr=0.05, workers=0))
     assert Accuracy(images, topk=(1,))(result.model) == {"top1": 100.0}
     assert images.targets == [0, 0, 0, 1, 1, 1, 1] and torch.stack([x for x, _ in images]).shape == (7, 3, 4, 4)
+
+
+def test_logits_that_are_not_finite_are_no_accuracy(folder):
+    images = open_folder(folder)
+    images = images.without(unreadable(images, disable=True))
+    images.transform = lambda image: pixels(image) * (torch.inf if image.getpixel((0, 0))[0] in (2, 7) else 1)
+    with pytest.raises(FloatingPointError, match="the logits of 2 of 7 validation images are infinite or NaN"):
+        Accuracy(images, batch_size=2, topk=(1,))(Plain().product)

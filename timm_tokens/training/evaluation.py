@@ -24,6 +24,9 @@ class Accuracy:
         batch_size: Images in each batch.
         workers: Processes that load images.
         topk: Which accuracies: "top1", ...; the first chooses the best model.
+
+    Raises:
+        FloatingPointError: When called, the model's logits are infinite or NaN for some images; says for how many.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int = 64, workers: int = 0, topk: tuple[int, ...] = (1, 5)):
@@ -34,12 +37,17 @@ class Accuracy:
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         meters, device = {f"top{k}": AverageMeter() for k in self.topk}, next(model.parameters()).device
+        bad = torch.zeros(1, device=device)
         for images, labels in self.loader:
-            shares = accuracy(model(images.to(device)), labels.to(device), topk=self.topk)
+            logits = model(images.to(device))
+            bad += (~logits.isfinite().all(dim=1)).sum()
+            shares = accuracy(logits, labels.to(device), topk=self.topk)
             for meter, share in zip(meters.values(), shares, strict=True):
                 meter.update(float(share), len(labels))
         sums = torch.tensor([[m.sum, m.count] for m in meters.values()], dtype=torch.float32, device=device)
         total, count = all_reduce_sum(sums).unbind(1)
+        if wrong := int(all_reduce_sum(bad)):
+            raise FloatingPointError(f"the logits of {wrong} of {int(count[0])} validation images are infinite or NaN")
         return dict(zip(meters, (total / count).tolist(), strict=True))
 
 

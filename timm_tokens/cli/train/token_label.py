@@ -90,6 +90,8 @@ def build(options: Options) -> Objective:
     store = None if options.labels is None else TokenLabelStore(options.labels, options.num_classes)
     train = open_split(options, options.train_split)
     names = class_names(train)
+    if names == [""]:
+        raise CommandError(f"the training images in {options.data_dir} lie in no folders that name their classes")
     count = options.num_classes or (store is not None and store.num_classes) or len(names or ())
     if not count:
         raise CommandError("neither the labels nor the images say how many classes there are: give --num-classes")
