@@ -24,7 +24,11 @@ from safetensors.torch import save_file
 
 from timm_tokens.cli.commands import COMMANDS, main, module_of
 
-COMMON = "--data-dir images --model test_vit --img-size 32 --batch-size 4 --workers {workers} --device cpu"
+MODEL = {"depth": 2, "num_heads": 2, "embed_dim": 32}  # of test_vit
+COMMON = (
+    "--data-dir images --model test_vit --img-size 32 --batch-size 8 --workers {workers} --device cpu --model-kwargs "
+)
+COMMON += " ".join(f"{name}={value}" for name, value in MODEL.items())
 COMMON += " --save-every 2 --log-every 2 --out run --resume"
 CROPS = "--prototypes 16 --head-hidden 16 --local-crops 1 --local-size 16 --epochs 3"
 ROWS = {
@@ -34,7 +38,7 @@ ROWS = {
     "dtm": f"train dtm --teacher test_vit --teacher-checkpoint teacher.safetensors --epochs 5 {COMMON}",
     "mira": f"train mira {CROPS} {COMMON}",
     "token-label": f"train token-label --labels labels --ema 0.9 --clip-grad 1 --epochs 4 {COMMON}",
-    "merging": f"train dtem --checkpoint teacher.safetensors --epochs 4 {COMMON}",
+    "merging": f"train dtem --checkpoint small.safetensors --epochs 4 {COMMON}",
     "annotate": "annotate images/train run --model test_vit --checkpoint teacher.safetensors --batch-size 4 "
     "--workers {workers} --device cpu --shard-size 10 --top-k 2 --num-classes 2",
 }
@@ -98,6 +102,7 @@ def make_inputs() -> None:
                 pixels = torch.randint(255, (40, 40 + i, 3), dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
     save_file(timm.create_model("test_vit", num_classes=2).state_dict(), "teacher.safetensors")
+    save_file(timm.create_model("test_vit", img_size=32, num_classes=2, **MODEL).state_dict(), "small.safetensors")
     finish(start(ROWS["annotate"].format(workers=0).split()))
     Path("run").rename("labels")
 

@@ -22,7 +22,12 @@ def save_checkpoint(path: Path, state: Any) -> None:
     """torch.save with a digest. The same state gives the same bytes, whatever the path is."""
     with path.open("wb") as file:
         hashing = _Hashing(file)
-        torch.save(state, hashing)
+        try:
+            torch.save(state, hashing)
+        except RuntimeError:
+            if hashing.error is None:
+                raise
+            raise hashing.error from None  # what torch says of it names places in its source
         comment = _MARK + hashing.digest.hexdigest().encode()
         file.seek(-2, 2)  # an archive ends with the length of its comment, 0
         file.write(_LENGTH.to_bytes(2, "little") + comment)
@@ -76,11 +81,15 @@ class _Hashing:
     """A file to write to that hashes what goes by."""
 
     def __init__(self, file: IO[bytes]):
-        self.file, self.digest = file, hashlib.sha256()
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
