@@ -169,6 +169,15 @@ def test_a_killed_run_loses_nothing(tmp_path, module, function, call, half, fini
 
 
 @needs_fork
+def test_a_kill_before_a_full_shard_is_written_leaves_the_shards_as_they_would_be(tmp_path):
+    run_killed(tmp_path / "killed", label_writer, "write_shard", 2)
+    for folder in ("killed", "whole"):
+        write(tmp_path / folder, NAMES, shard_size=5)
+    for path in (tmp_path / "whole").glob("labels-*"):
+        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
+
+
+@needs_fork
 @pytest.mark.parametrize("cut", [1, 20, 300])
 def test_a_torn_journal_loses_the_torn_record_alone(tmp_path, cut):
     run_killed(tmp_path, label_writer, "write_shard", 99)

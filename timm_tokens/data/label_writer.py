@@ -73,8 +73,7 @@ class TokenLabelWriter:
         self._agree(name, tuple(label.values.shape))
         self._journal.append(name, label)
         self._keep(name, label)
-        if len(self._pending) >= self.shard_size:
-            self.flush()
+        self._flush_if_full()
 
     def __contains__(self, name: str) -> bool:
         return name_key(name) in self._done
@@ -127,10 +126,15 @@ class TokenLabelWriter:
             if name not in self:  # a kill between the shard and the emptied journal leaves both
                 self._agree(name, tuple(label.values.shape))
                 self._keep(name, label)
+        self._flush_if_full()  # a kill between the last map of a shard and the shard
 
     def _keep(self, name: str, label: LabelMap) -> None:
         self._pending[name] = label
         self._done.add(name_key(name))
+
+    def _flush_if_full(self) -> None:
+        if len(self._pending) >= self.shard_size:
+            self.flush()
 
     def _agree(self, name: str, shape: tuple[int, int, int]) -> None:
         """Refuse a map of another shape than the others'; the first of all parts decides, in the index."""
