@@ -131,6 +131,16 @@ def test_onnx_with_a_dynamic_batch(family):
     assert_same(before, identity(model))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_traced_with_one_image_and_called_with_three(family):
+    model = tiny.merging(family, metric="keys" if family == "average" else "learned")
+    traced = torch.jit.trace(model, tiny.images(1), check_trace=False)
+    torch.testing.assert_close(traced(tiny.images()), model(tiny.images()), **CLOSE)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_copy_is_the_same_model_and_independent(family, copied):

@@ -53,7 +53,8 @@ def _smallest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Where no gradient is asked for, NumPy takes a third of topk's time on a CPU; it overwrites x.
     """
-    if x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling():
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if x.device.type == "cpu" and not x.requires_grad and not graph:
         x.numpy().partition(k - 1)
         return x[..., :k], x[..., k - 1 : k]
     near = x.topk(k, largest=False, sorted=False).values

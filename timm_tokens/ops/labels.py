@@ -137,7 +137,7 @@ def crop_maps(boxes: Tensor, flip: Tensor | None = None) -> Tensor:
 def _sparse_labels(values: Tensor, indices: Tensor, whole: Windows, patches: Windows, num_classes: int) -> SparseLabels:
     values = values.to(_exact_dtype(values))
     classes, scores = _scores(values, indices, whole)
-    cls = scores.new_zeros(len(values), num_classes).scatter_add_(1, classes[:, 0], scores[:, 0]).softmax(-1)
+    cls = scores.new_zeros(values.shape[0], num_classes).scatter_add_(1, classes[:, 0], scores[:, 0]).softmax(-1)
     classes, scores = _scores(values, indices, patches)
     excess, background = _softmax(*_sum_by_class(classes.flatten(0, 1), scores.flatten(0, 1), num_classes), num_classes)
     return SparseLabels(
@@ -153,7 +153,7 @@ def _exact_dtype(values: Tensor) -> torch.dtype:
 
 def _scores(values: Tensor, indices: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     """Classes and weighted scores (B, N, S) that each token collects; a class may come from several cells."""
-    image = torch.arange(len(values), device=values.device)[:, None, None]
+    image = torch.arange(values.shape[0], device=values.device)[:, None, None]
     values, indices = (x.flatten(2).transpose(1, 2) for x in (values, indices))  # (B, top, H, W) -> (B, H * W, top)
     scores = values[image, windows.cells] * windows.weights[..., None]  # (B, N, cells, top)
     return indices[image, windows.cells].flatten(2).long(), scores.flatten(2)
@@ -180,11 +180,11 @@ def _sum_by_class(classes: Tensor, scores: Tensor, num_classes: int) -> tuple[Te
     They are added up on a board of few rows and all classes, which stays in the cache and is wiped slot by slot.
     """
     rows = rows_at_once(num_classes, scores.device)
-    board = scores.new_zeros(min(rows, len(scores)), num_classes)
+    board = scores.new_zeros(min(rows, scores.shape[0]), num_classes)
     slots = torch.arange(scores.shape[1], dtype=scores.dtype, device=scores.device).expand_as(scores)
     sums, first = [], []
     for c, x, slot in zip(*(torch.split(t, rows) for t in (classes, scores, slots)), strict=True):
-        part = board[: len(c)]
+        part = board[: c.shape[0]]
         sums.append(part.scatter_add_(1, c, x).gather(1, c))
         first.append(part.scatter_(1, c, slot).gather(1, c) == slot)  # of the slots of a class, one was written last
         part.scatter_(1, c, 0.0)
