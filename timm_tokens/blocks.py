@@ -201,8 +201,8 @@ def halves(block: Block) -> Halves:
     Raises:
         TypeError: If the block is wrapped or its forward replaced by now: what calls its halves goes past that.
     """
-    found, own = _HALVES.get(type(block).forward), block.__dict__
-    if found is None or "forward" in own:
+    found = _HALVES.get(type(block).forward)
+    if found is None or "forward" in block.__dict__:
         raise TypeError(
             f"{name(block)} is a wrapped block, but a block whose tokens merge is called in two halves, past the "
             "wrapper; wrap its attn and mlp, or the whole model"
@@ -213,6 +213,22 @@ def halves(block: Block) -> Halves:
             "was compiled; compile its attn and mlp, or the whole model"
         )
     return found
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether something else than its class's forward runs when the module is called."""
+    return "forward" in module.__dict__ or module._compiled_call_impl is not None
+
+
+def has_halves(block: Block) -> bool:
+    """Whether the block can be called in halves as it is now."""
+    return type(block).forward in _HALVES and not is_replaced(block)
+
+
+def first_tokens(block: Block, count: int, x: Tensor, **attention: Any) -> Tensor:
+    """The first tokens (B, count, C) of what the block makes of x (B, N, C)."""
+    read, attend, feed = halves(block)
+    return feed(block, attend(block, x, read(block, x), **attention)[:, :count])
 
 
 def placement(base: ViT) -> dict[str, Any]:

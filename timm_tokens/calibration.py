@@ -78,10 +78,11 @@ class _Search:
         self, model: TokenViT, batches: list[Tensor], flops_ratio: float, max_blocks: int | None, bar: tqdm
     ) -> None:
         self.costs, self.depth, self.bar = model.costs(tuple(batches[0].shape[-2:])), len(model.base.blocks), bar
+        self.features = not classifies(model)
         self.placements = placements(self.depth, max_blocks)
-        self.goal = flops_ratio * self.costs.flops((0,) * self.depth)
+        self.goal = flops_ratio * self._flops((0,) * self.depth)
         self._check_goal(flops_ratio)
-        self.replay, self.loss = Replay(model, batches, classifies(model)), DistillLoss()
+        self.replay, self.loss = Replay(model, batches, not self.features), DistillLoss()
         self.teacher = self.replay((0,) * self.depth, keep=True)
         self.found: dict[Schedule, float] = {}
         if not math.isfinite(self._divergence((0,) * self.depth)):
@@ -89,7 +90,7 @@ class _Search:
 
     def run(self) -> Schedule:
         """The best schedule."""
-        if self.costs.flops((0,) * self.depth) <= self.goal:
+        if self._flops((0,) * self.depth) <= self.goal:
             return (0,) * self.depth
         weights = [1.0] * (KNOTS + 1)
         placed = self._best_placement(range(len(self.placements)), weights)
@@ -102,6 +103,9 @@ class _Search:
                         break
         placed = self._best_placement((placed, placed - 1, placed + 1), weights)
         return self._schedule(placed, weights)
+
+    def _flops(self, schedule: Sequence[int]) -> int:
+        return self.costs.flops(schedule, self.features)
 
     def _best_placement(self, candidates: Iterable[int], weights: Sequence[float]) -> int:
         inside = [i for i in candidates if 0 <= i < len(self.placements)]
@@ -126,11 +130,11 @@ class _Search:
         """Fewest tokens in the proportions of these weights that reach the goal; None if none do."""
         shares = block_shares(self.depth, self.placements[placed], weights)
         low, high = 0.0, 2.0 * self.costs.num_tokens * self.depth
-        if self.costs.flops(self._counts(shares, high)) > self.goal:
+        if self._flops(self._counts(shares, high)) > self.goal:
             return None
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (low, middle) if self.costs.flops(self._counts(shares, middle)) <= self.goal else (middle, high)
+            low, high = (low, middle) if self._flops(self._counts(shares, middle)) <= self.goal else (middle, high)
         return self._counts(shares, high)
 
     def _counts(self, shares: Sequence[float], total: float) -> Schedule:
@@ -140,8 +144,8 @@ class _Search:
         return tuple(before - after for before, after in pairwise(tokens))
 
     def _check_goal(self, flops_ratio: float) -> None:
-        full, most = self.costs.flops((0,) * self.depth), self.costs.num_tokens
-        least = min(self.costs.flops([most * (i in blocks) for i in range(self.depth)]) for blocks in self.placements)
+        full, most = self._flops((0,) * self.depth), self.costs.num_tokens
+        least = min(self._flops([most * (i in blocks) for i in range(self.depth)]) for blocks in self.placements)
         if min(least, full) > self.goal:
             raise ValueError(
                 f"flops_ratio={flops_ratio} can't be reached: merging all that can be merged in "

@@ -1,13 +1,14 @@
 """The loop that drives a timm ViT block by block, and what may happen to its tokens on the way."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from timm_tokens import blocks, hooks
+from timm_tokens import blocks, hooks, last_block
 from timm_tokens.ops import mix_tokens
 from timm_tokens.ops.matching import Matching
 from timm_tokens.ops.relaxed import RelaxedMatching
@@ -89,6 +90,7 @@ def encode(
     on_block: Callable[[int, Tensor, Trace], None] | None = None,
     depth: int | None = None,
     limits: Mapping[str, Any] | None = None,
+    logits_only: bool = False,
 ) -> tuple[Stream, Trace]:
     """Run the first blocks of a timm ViT: the tokens, and what was merged on the way.
 
@@ -101,6 +103,8 @@ def encode(
         on_block: Called after each block with its index, the tokens, and the merges so far.
         depth: How many blocks to run; None: all.
         limits: What each token may attend to, from `limited`; None: everything.
+        logits_only: Whether only the base's class logits are wanted: the prefix tokens are returned alone where those
+            need no other.
 
     Raises:
         ValueError: If there are limits, and tokens that they don't tell about: merged or auxiliary ones.
@@ -118,12 +122,14 @@ def encode(
     stream = Stream(x, num_aux, effective=own, numbers=numbers)
     prefix, recompute = base.num_prefix_tokens, base.grad_checkpointing
     watching = merger.unmerged if merger is not None and merger.watched else None
+    short = logits_only and watching is None and last_block.needs_prefix_alone(base)
+    last = len(base.blocks) - 1 if short else None
     # At batch size 1, Python and small operations take most of the time: nothing is looked up twice in this loop.
     for i, block in enumerate(base.blocks):
         if i == depth:
             break
         rope = None if ropes is None else ropes[i]
-        arguments = (i, block, stream, rope, prefix, merger, aux, limits or {})
+        arguments = (i, block, stream, rope, prefix, merger, aux, limits or {}, i == last)
         stream, matching = checkpoint(run_block, *arguments) if recompute else run_block(*arguments)
         if matching is not None:
             trace.append(matching)
@@ -143,6 +149,7 @@ def run_block(
     merger: TokenMerger | None,
     aux: AuxTokens | None,
     limits: Mapping[str, Any],
+    prefix_alone: bool = False,
 ) -> tuple[Stream, Matching | RelaxedMatching | None]:
     """Run block i of `encode`: the tokens after it, and what it merged, None if nothing."""
     x, num_aux, effective, size, rows, numbers = stream
@@ -150,8 +157,10 @@ def run_block(
     bias = None if merger is None or size is None else merger.bias(size, x.dtype)
     attention = _attention(x, bias, rope, rows, num_aux, aux, prefix)
     r = 0 if merger is None else merger.count(i, effective, prefix)
-    if merger is None or not r:
-        return Stream(block(x, **attention, **limits), num_aux, effective, size, rows, numbers), None
+    if merger is None or not r or (prefix_alone and not last_block.is_watched(merger, i)):
+        first = partial(blocks.first_tokens, block, prefix) if prefix_alone else None
+        x = _call(block, first, x, {**attention, **limits})
+        return Stream(x, num_aux, effective, size, rows, numbers), None
     if limits:
         raise ValueError(
             f"{' and '.join(limits)} can't say what merged tokens may attend to, and block {i} merges {r}; set "
@@ -170,12 +179,20 @@ def run_block(
             x, extra = stream.split(x)
         merged = merger(choice, x, size, r, effective, prefix)
         merges.append(merged)
-        return halves.feed(block, torch.cat([merged.x, extra], dim=1) if num_aux else merged.x)
+        x = merged.x[:, :prefix] if prefix_alone else merged.x
+        return halves.feed(block, torch.cat([x, extra], dim=1) if num_aux else x)
 
-    x = hooks.call(block, forward, (x,), attention) if hooks.is_hooked(block) else forward(x, **attention)
+    x = _call(block, forward, x, attention)
     _, size, effective, matching = merges[-1]
     rows = None if rope is None else _kept_rows(rows, matching, prefix)
     return Stream(x, num_aux, effective, size, rows, numbers), matching
+
+
+def _call(block: Block, forward: Callable[..., Tensor] | None, x: Tensor, attention: dict[str, Any]) -> Any:
+    """What the block gives, or (not None) `forward` in its place with the block's hooks."""
+    if forward is None:
+        return block(x, **attention)
+    return hooks.call(block, forward, (x,), attention) if hooks.is_hooked(block) else forward(x, **attention)
 
 
 def _attention(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_tokens import blocks, pooling
+from timm_tokens import blocks, last_block, pooling
 from timm_tokens.ops.schedule import token_counts
 from timm_tokens.parts import TokenLabelHead, TokenMerger
 from timm_tokens.timm_types import Block, ViT
@@ -26,7 +26,7 @@ M = TypeVar("M", bound=nn.Module)
 class BlockCost(NamedTuple):
     """Multiply-adds of one block."""
 
-    token: int  # of its attention per token that enters; of all of it where no block merges
+    token: int  # of its attention per token that enters; of all of it where it has no halves
     pair: int  # of its attention per pair of tokens that enter
     feed: int  # of its MLP per token that is left after merging
     metric: int  # per token that enters, to make what tokens are compared by
@@ -61,12 +61,22 @@ class Costs:
         self.num_tokens = self.prefix + rows * columns
         self.stem = count(lambda images: blocks.embed(base, images).x, base.in_chans, *image_size)
         self.head_flops = cache(self._head_flops)
+        self.prefix_alone = head is None and last_block.needs_prefix_alone(base)
         self.blocks = [_block_cost(i, block, base.embed_dim, merger) for i, block in enumerate(base.blocks)]
 
-    def flops(self, schedule: Sequence[int]) -> int:
-        """Multiply-adds for one image where block i merges schedule[i] tokens."""
+    def flops(self, schedule: Sequence[int], features: bool = False) -> int:
+        """Multiply-adds for one image where block i merges schedule[i] tokens.
+
+        Args:
+            schedule: A number for each block.
+            features: Whether the features of all tokens are wanted, as the plain model computes them in any case;
+                otherwise class logits, for which the last block may have less to do.
+        """
         tokens = token_counts(schedule, self.num_tokens, self.prefix)
-        inside = map(BlockCost.flops, self.blocks, tokens, tokens[1:], repeat(self.prefix))
+        inside = list(map(BlockCost.flops, self.blocks, tokens, tokens[1:], repeat(self.prefix)))
+        if self.prefix_alone and not features:
+            last, entering = self.blocks[-1], tokens[-2]
+            inside[-1] = last.flops(entering, entering, self.prefix) - last.feed * (entering - self.prefix)
         return self.stem + sum(inside) + self.head_flops(tokens[-1])
 
     def _head_flops(self, tokens: int) -> int:
@@ -79,11 +89,13 @@ class Costs:
 
 
 def _block_cost(i: int, block: Block, width: int, merger: TokenMerger | None) -> BlockCost:
-    if merger is None:
+    if not blocks.has_halves(block):
         return BlockCost(*_per_token_and_pair(block, width), 0, 0, 0)
     halves = blocks.halves(block)
     token, pair = _per_token_and_pair(lambda x: halves.attend(block, x, halves.read(block, x)), width)
     feed = count(lambda x: halves.feed(block, x), 1, width)
+    if merger is None:
+        return BlockCost(token, pair, feed, 0, 0)
     metric = count(lambda x: merger.compared_by(i, block, x), 1, width)
     compared = merger.compared_by(i, block, torch.empty(1, 1, width, device="meta")).shape[-1]
     return BlockCost(token, pair, feed, metric, compared)

@@ -126,7 +126,8 @@ class TokenViT(TimmProtocol):
         if tokens:
             options: dict[str, Any] = dict(aux=self.aux if aux else None, has_class_token=self.has_class_token)
             return features.forward_tokens(self.base, images, edit, merger=self.merger, limits=limits, **options)
-        stream, trace = encode(self.base, images, edit, merger=self.merger, limits=limits)
+        alone = self.head is None
+        stream, trace = encode(self.base, images, edit, merger=self.merger, limits=limits, logits_only=alone)
         x = self.base.norm(stream.x)
         if not dense:
             return class_logits(self.base, self.head, x, stream.size, trace)
@@ -207,7 +208,7 @@ class TokenViT(TimmProtocol):
         return blocks.grid_size(self.base, images.shape[-2:])
 
     def flops(self, r: Any = None, image_size: tuple[int, int] | None = None) -> int:
-        """Multiply-adds for one image in evaluation, from shapes alone.
+        """Multiply-adds for the class logits of one image in evaluation, from shapes alone.
 
         Args:
             r: Tokens to merge in each block, as in `timm_tokens.ops.schedule`; None: as the merger is set.

@@ -86,7 +86,8 @@ def _measure(options: Options, chosen: list[Setting]) -> list[Row]:
 
 def _row(setting: Setting, model: nn.Module, seconds: list[float], peak: float | None, base: list[float]) -> Row:
     net = model if isinstance(model, TokenViT) else TokenViT(model)
-    flops, full = net.flops(), net.flops(0)
+    full = net.costs().flops((0,) * len(net.base.blocks), features=True)  # what the plain model computes
+    flops = full if setting.r is None else net.flops()
     speed_up = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
     ideal = full / flops if setting.step == "forward" else None  # a relaxed step removes no tokens
     tokens = net.token_counts()[-1]
