@@ -86,6 +86,8 @@ def check(base: ViT, merging: bool) -> None:
         inside = getattr(base, "blocks", None)
         block = f" (blocks: {name(inside[0])})" if isinstance(inside, (nn.Sequential, nn.ModuleList)) else ""
         raise TypeError(f"{name(base)}{block} can't be driven from outside; supported are {_SUPPORTED}")
+    if not len(base.blocks):
+        raise TypeError(f"{name(base)} has no blocks")
     for i, block in enumerate(base.blocks):
         forward = type(block).forward
         if forward in _WHOLE and merging:

@@ -50,15 +50,16 @@ _FOLDERS = ("nowhere", "script.py", "empty", "\0")
 _OUT = ("script.py", "script.py/under", "/proc/nothing", "/dev/full", "/dev/full/under", "\0")
 _PICTURES = ("out.docx", "out", "images", "script.py/out.png", "/proc/out.png", "folder.png", "\0.png")
 WRONG = {  # by the option's name
-    "aa": ("augmix-m5", "nothing", "rand-mx", "rand-m5-n0", "rand-m5-n99", "rand-q5"),
+    "aa": ("augmix-m5", "nothing", "rand-mx", "rand-m5-n0", "rand-m5-n99", "rand-q5", "rand-tno"),
     "checkpoint": _FILES, "features": _FILES, "image": (*_FILES, "corrupt.png"), "teacher_checkpoint": _FILES,
     "class_map": ("nowhere", "images", "list.pth"), "script": ("nowhere", "images", ""),
-    "data_dir": _FOLDERS, "labels": _FOLDERS, "run_dir": _FOLDERS, "out": _OUT,
+    "data_dir": _FOLDERS, "labels": _FOLDERS, "run_dir": (*_FOLDERS, "list_run", "named_run"), "out": _OUT,
     "dataset": ("torch/nothing", "nowhere", "hfds/", "wds/nothing", "\0"),
-    "device": ("nowhere", "cuda:99", "cpu:-1", "", "meta", "cuda:x"),
+    "device": ("nowhere", "cuda:99", "cpu:-1", "", "meta", "cuda:x", "hpu"),
     "img_size": ("1", "7", "33", "1000001"), "local_size": ("1", "7", "1000001"),
     "model": ("no_such_model", "", "test_resnett", "local-dir:nowhere", "local-dir:script.py", "hf-hub:", ":"),
-    "model_kwargs": ("depth", "depth=x", "nothing=1", "=1", "depth=-1", "embed_dim=7", "img_size=0"),
+    "model_kwargs": ("depth", "depth=x", "nothing=1", "=1", "depth=-1", "embed_dim=7", "img_size=0", "num_classes=0",
+                     "features_only=True", "patch_size=0"),
     "name": ("nowhere", ""), "opt": ("nothing", ""), "teacher": ("no_such_model", "", "test_resnet"),
     "train_split": ("nowhere", "\0"), "val_split": ("nowhere", "\0"),
 }  # fmt: skip
@@ -138,6 +139,9 @@ def folder(tmp_path_factory):
     (folder / "folder.png").mkdir()
     (folder / "other.json").write_text('{"command": "sleep", "lr": 1}')
     (folder / "list.json").write_text("[1]")
+    for name, text in {"list_run": "[1]", "named_run": '{"command": ["x"]}'}.items():
+        (folder / name).mkdir()
+        (folder / name / "options.json").write_text(text)
     for name, value in {"workers": "x", "model": 1, "lrs": 0.1, "nothing": 1}.items():
         (folder / f"{name}.json").write_text(json.dumps({"command": "probe", name: value}))
     for name, value in {"workers": "x", "device": 1, "nothing": 1}.items():

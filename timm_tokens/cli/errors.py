@@ -44,13 +44,12 @@ def flush() -> None:
 
 
 def mendable(error: Exception) -> bool:
-    """Whether an error is the user's to mend: of the operating system, of values and types that do not fit, of a loss
-    that is not finite, of memory or a disk that does not suffice. Any other is a fault of this package."""
-    if isinstance(error, OSError | ValueError | TypeError | FloatingPointError | MemoryError):
-        return True
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # by their names: torch takes seconds to import
-    said = ("allocate memory", "out of memory", "PytorchStreamWriter", "inline_container", "DataLoader worker")
-    return "SafetensorError" in kinds or ("RuntimeError" in kinds and any(words in str(error) for words in said))
+    """Whether an error is the user's to mend: of the operating system, of values, types and sizes that do not fit, of a
+    loss that is not finite, of memory that does not suffice; timm and torch raise all of these. Others are faults."""
+    from safetensors import SafetensorError
+
+    kinds = (OSError, ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError, AssertionError)
+    return isinstance(error, (*kinds, SafetensorError))
 
 
 def _message(error: Exception) -> str:

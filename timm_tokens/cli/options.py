@@ -6,6 +6,8 @@ from typing import Any
 
 from timm_tokens.options import Options, option
 
+_DECIDED = ("model_name", "pretrained", "checkpoint_path", "num_classes", "in_chans", "features_only")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
@@ -38,6 +40,9 @@ class ModelOptions(Options):
         super().__post_init__()
         if self.checkpoint_key is not None and self.checkpoint is None:
             raise ValueError(f"checkpoint_key needs a checkpoint, got {self.checkpoint_key!r} without one")
+        for name in self.model_kwargs:
+            if name in _DECIDED or (name == "img_size" and self.img_size is not None):
+                raise ValueError(f"model_kwargs can't have {name}, which the command or another option decides")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,7 @@ class LoadingOptions(DeviceOptions):
     """Machine."""
 
     batch_size: int = option(64, "images in each batch", at_least=1)
-    workers: int = option(4, "processes that load images", at_least=0)
+    workers: int = option(4, "processes that load images", at_least=0, at_most=1024)
 
 
 @dataclass(frozen=True, kw_only=True)

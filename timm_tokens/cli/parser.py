@@ -102,8 +102,8 @@ def flag(each: Field) -> str:
     return each.metadata.get("flag", "--" + each.name.replace("_", "-"))
 
 
-def read_config(path: Path, command: str) -> dict[str, Any]:
-    """The options that an earlier run of the command wrote down.
+def read_config(path: Path, command: str | None = None) -> dict[str, Any]:
+    """The options that an earlier run of the command wrote down, or one of any command, whose name is then among them.
 
     Raises:
         CommandError: There is no such file, or it is of another command.
@@ -114,9 +114,10 @@ def read_config(path: Path, command: str) -> dict[str, Any]:
         kept = json.loads(text)
     except ValueError:
         kept = None
-    if not isinstance(kept, dict) or kept.get("command") != command:
-        raise CommandError(f"{path} does not hold the options of timm-tokens {command}")
-    return {name: value for name, value in kept.items() if name != "command"}
+    named = isinstance(kept, dict) and kept.get("command")
+    if not named or command not in (None, named):
+        raise CommandError(f"{path} does not hold the options of timm-tokens {command or ''}".rstrip())
+    return {name: value for name, value in kept.items() if name != "command" or command is None}
 
 
 def config_of(command: str, options: Options) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 _POSTERIZE = {"Posterize", "PosterizeIncreasing", "PosterizeOriginal"}
 # timm passes over what it does not know.
-_PART = re.compile(r"t\w+|(m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?")
+_PART = re.compile(r"t(weights|3aw|3a)|(m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?")
 
 # These change colours alone.
 _IN_PLACE = _POSTERIZE | {

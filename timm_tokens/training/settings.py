@@ -35,7 +35,7 @@ class Settings(Options):
         "(default: no average)", at_least=0, below=1, metavar="DECAY",
     )  # fmt: skip
     seed: int = option(0, "seed of everything random", at_least=0, below=2**63)
-    workers: int = option(4, "processes that load images", at_least=0)
+    workers: int = option(4, "processes that load images", at_least=0, at_most=1024)
     device: str = option("cpu", "device to compute on, such as cuda")
     resume: bool = option(False, "continue from the last checkpoint in --out, or start anew if there is none")
 
@@ -95,6 +95,8 @@ class Settings(Options):
         super().__post_init__()
         if self.weight_decay_end is not None and not self.weight_decay > 0:
             raise ValueError(f"weight_decay_end needs weight_decay above 0 to start from, got {self.weight_decay}")
+        if self.opt_betas is not None and len(self.opt_betas) < 2:
+            raise ValueError(f"opt_betas must be two numbers or more, got {self.opt_betas[0]}")
         if self.amp == "float16" and (self.device or "").startswith("cpu"):
             raise ValueError("amp float16 needs a GPU: use bfloat16 on the CPU")
 

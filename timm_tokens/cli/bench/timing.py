@@ -36,7 +36,9 @@ class MachineOptions(ModelOptions, DeviceOptions):
     metric: str = option("learned", "what tokens are compared by", choices=("learned", "keys"), group="What to measure")
     compile: bool = option(False, "compile every model with torch.compile")
     dtype: str = option("float32", "data type of the weights, and of autocast in training steps", choices=tuple(DTYPES))
-    threads: int | None = option(None, "threads of torch on the CPU (default: torch's own choice)", at_least=1)
+    threads: int | None = option(
+        None, "threads of torch on the CPU (default: torch's own choice)", at_least=1, at_most=1024
+    )
 
 
 def build(machine: MachineOptions, setting: Setting) -> nn.Module:

@@ -33,6 +33,8 @@ def create(name: str | None, **kwargs: Any) -> nn.Module:
         raise CommandError(f"timm can't make {name!r}: {error or type(error).__name__}") from error
     if getattr(getattr(plain(model), "patch_embed", None), "num_patches", None) == 0:  # timm 1.0.26 makes it
         raise CommandError(f"timm can't make {name!r}: its images are smaller than a patch; give a larger img_size")
+    if isinstance(kwargs.get("img_size"), int):
+        check_size(model, kwargs["img_size"])
     return model
 
 
@@ -48,16 +50,12 @@ def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
     name, path = options.model, options.checkpoint
     kwargs |= {"pretrained": options.pretrained and path is None} | arguments(options)
     sized = {} if options.img_size is None else {"img_size": options.img_size}
-    if sized.keys() & options.model_kwargs.keys():
-        raise CommandError("give the image size by --img-size or in --model-kwargs, not both")
     try:
         model = create(name, **kwargs | sized)
     except CommandError as error:
         if not sized or "unexpected keyword argument 'img_size'" not in str(error):
             raise
         model = create(name, **kwargs)  # a conv net: takes any size
-    if sized:
-        check_size(model, options.img_size)
     if path is not None:
         checkpoints.load(model, path, options.checkpoint_key)
     check_weights(model)
@@ -120,8 +118,19 @@ def merged(model: nn.Module, r: int, metric: str | None = None) -> TokenViT:
     """The model with r tokens merged in each block: by its own merger if it has one for this metric.
 
     Raises:
+        CommandError: A block can't merge so many.
         TypeError: The model can't be driven.
     """
+    model = _merging(model, r, metric)
+    patches = model.token_counts(0)[0] - model.num_prefix_tokens
+    if r > patches // 2:
+        raise CommandError(
+            f"--r {r} is too large: a block merges at most half of the {patches} patches, {patches // 2}"
+        )
+    return model
+
+
+def _merging(model: nn.Module, r: int, metric: str | None) -> TokenViT:
     if isinstance(model, TokenViT) and model.merger is not None and metric in (None, model.merger.metric):
         model.merger.r = r
         return model

@@ -1,6 +1,5 @@
 """A run of `timm-tokens train`: what it trained, read back from its folder."""
 
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from timm_tokens.cli.common import checkpoints
 from timm_tokens.cli.common.features import Source
 from timm_tokens.cli.common.models import make_backbone
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.parser import CONFIG, build
+from timm_tokens.cli.parser import CONFIG, build, read_config
 from timm_tokens.options import Options, option
 from timm_tokens.tasks import MTETask
 from timm_tokens.training.checkpoints import load
@@ -46,7 +45,7 @@ def load_run(folder: Path) -> Trained:
     path = folder / CONFIG
     if not path.is_file():
         raise CommandError(f"no run of timm-tokens train in {folder}: there is no {path}")
-    kept = json.loads(path.read_text())
+    kept = read_config(path)
     found, module = load(folder), module_of(kept.pop("command"))
     if found is None:
         raise CommandError(f"the run in {folder} has no checkpoint yet")

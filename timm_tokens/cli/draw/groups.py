@@ -68,7 +68,6 @@ def run(options: Options) -> list[Panel]:
     blocks = _check_blocks(options.blocks, depth=len(net.base.blocks))
     pixels, shown = as_seen(net, photo)
     panels = [_panel(net.to(device), pixels.to(device), block) for block in blocks]
-    _check_r(options.r, patches=panels[0].groups.numel())
     from timm_tokens.drawing import draw_groups, save  # not above: matplotlib is an extra
 
     titled = {f"after block {p.block}": p.groups[None] for p in panels}
@@ -88,10 +87,3 @@ def _check_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:
         if block > depth:
             raise CommandError(f"--blocks takes numbers from 1 to {depth}, the model's depth, got {block}")
     return list(blocks)
-
-
-def _check_r(r: int, patches: int) -> None:
-    if r > patches // 2:
-        raise CommandError(
-            f"--r {r} is too large: a block merges at most half of the {patches} patches, {patches // 2}"
-        )
