@@ -123,7 +123,7 @@ def test_bench_measures_memory_in_a_process_of_its_own():
         ("bench no_such_vit", "timm has no model 'no_such_vit'"),
         ("bench test_resnet --rounds 1", "can't be driven from outside"),
         ("bench test_vit --r -1", "--r must be at least 0, got -1"),
-        ("bench test_vit --threads 0", "--threads must be at least 1, got 0"),
+        ("bench test_vit --threads 0", "--threads must be at least 1 and at most 1024, got 0"),
         ("bench test_vit --image-size 100", "--img-size 100 does not fit: images of 100 x 100 px are not filled by"),
         ("bench test_vit --device nowhere", "can't use --device nowhere: "),
         ("bench test_vit --batch-size 0", "--batch-size must be at least 1, got 0"),
