@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from tiny import base, images, merging
 
 import timm_tokens
@@ -188,6 +189,32 @@ def test_ddp_is_told_of_unused_embeddings():
     for r in ([3, 0], 3):
         task = DTEMTask(merging(r=r, depth=5 if r == 3 else 2), r=None if r != 3 else (1, 8))  # 8 + 4 + 2 + 1 of 16
         assert task.find_unused_parameters
+
+
+def test_mixup_mixes_neighbours():
+    mixup = Mixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=10)
+    x, classes, seen = images(6), torch.tensor([1, 0, 9, 3, 4, 5]), []
+    task = DTEMTask(merging(r=3), target="labels", mixup=mixup)
+    task.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for step in (0, 1, 0):
+        task.train().start_step(step, 2, 2)
+        out = task(x.clone(), classes)
+        assert out.keys() == {"loss"}
+    mixed = seen[0]
+    share = ((mixed[0] - x[1]) / (x[0] - x[1])).median()  # what remains of the first image
+    assert 0.01 < share < 0.99
+    for row, (a, b) in enumerate(((0, 1), (2, 3), (4, 5), (5, 4), (3, 2), (1, 0))):
+        torch.testing.assert_close(mixed[row], share * x[a] + (1 - share) * x[b])
+    assert torch.equal(seen[2], mixed) and not torch.allclose(seen[1], mixed)
+    logits, order = task.student(mixed), [0, 2, 4, 5, 3, 1]
+    target = share * F.one_hot(classes[order], 10) + (1 - share) * F.one_hot(classes[order].flip(0), 10)
+    torch.testing.assert_close(out["loss"], F.cross_entropy(logits, target))
+    assert "output" in task.eval()(x, classes)  # not in evaluation
+    with pytest.raises(ValueError, match="an even batch, got 3 images"):
+        task.train()(images(3), classes[:3])
+    with pytest.raises(ValueError, match="mode='batch', got 'elem'"):
+        DTEMTask(merging(), mixup=Mixup(mode="elem"))
+    assert DTEMTask(merging(), mixup=mixup).train()(images(2))["loss"] > 0  # no labels
 
 
 @pytest.mark.parametrize(

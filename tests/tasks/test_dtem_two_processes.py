@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import on_two
+from timm.data import Mixup
 from tiny import merging
 
 from timm_tokens.tasks import DTEMTask
@@ -13,6 +14,9 @@ TASKS = {
     "logits": lambda: DTEMTask(merging(r=3), r=(1, 8)),
     "features": lambda: DTEMTask(merging("average", r=3, base_args={"num_classes": 0}), r=(1, 8)),
     "labels": lambda: DTEMTask(merging(r=[4, 0]), target="labels"),
+    "mixup": lambda: DTEMTask(
+        merging(r=3), target="labels", mixup=Mixup(cutmix_alpha=1.0, num_classes=10, label_smoothing=0.0)
+    ),
     "all": lambda: DTEMTask(merging(r=3), train="all"),
 }
 
@@ -28,6 +32,7 @@ def trained(name, part):
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         x, target = torch.randn(8, 3, 32, 32, generator=generator), torch.rand(8, 10, generator=generator).softmax(1)
+        target = target.argmax(1) if name == "mixup" else target
         task.train().start_step(step, STEPS, STEPS)
         drawn.append(task.product.merger.schedule[0])
         optimizer.zero_grad()

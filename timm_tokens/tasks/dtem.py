@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from torch import Tensor, nn
 
 from timm_tokens import seeding
+from timm_tokens.distributed import rank, world_size
 from timm_tokens.losses import DistillLoss
 from timm_tokens.ops.finite import check_weights
 from timm_tokens.outputs import classifies, outputs
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy
+from timm_tokens.tasks.token_label import mirrored_neighbours
 from timm_tokens.vit import TokenViT
 
 TARGETS, TRAINED = ("distill", "labels"), ("embeddings", "all")
@@ -56,13 +59,16 @@ class DTEMTask(TokenTask):
         target: str = "distill",
         train: str = "embeddings",
         r: int | tuple[int, int] | None = None,
+        mixup: Mixup | None = None,
         criterion: nn.Module | None = None,
         seed: int = 0,
     ) -> None:
         _check(model, target, train)
         self._range = _range(r)
         super().__init__(model, seed=seed)
-        self.target, self.logits = target, classifies(model)
+        if mixup is not None and mixup.mode != "batch":
+            raise ValueError(f"mixup must have mode='batch', got {mixup.mode!r}")
+        self.target, self.logits, self.mixup = target, classifies(model), mixup
         self.criterion = DistillLoss() if criterion is None else criterion
         self._r = model.merger.r
         self._shared: tuple[TokenViT, ...] = ()
@@ -88,25 +94,40 @@ class DTEMTask(TokenTask):
         super().start_step(step, total_steps, steps_per_epoch)
         if self._range is not None:
             lowest, highest = self._range
-            drawn = torch.randint(lowest, highest + 1, (), generator=seeding.generator(self.seed, step))
+            drawn = torch.randint(lowest, highest + 1, (), generator=self.step_generator())
             self.product.merger.r = int(drawn)
 
     def end_step(self) -> None:
         self.product.merger.r = self._r
 
     def forward(self, input: Tensor, target: Any = None) -> dict[str, Tensor]:
-        """The loss of images (B, 3, H, W); "output", their logits, where the model classifies.
+        """The loss of images (B, 3, H, W); "output", their logits, where the model classifies and nothing is mixed.
 
         Args:
             target: Classes (B,) or their probabilities (B, K), with target="labels"; otherwise it is not read.
         """
-        self.place_in_order(len(input))
+        mixes = self.mixup is not None and self.training
+        if mixes:
+            input, target = self._mix(input, target)
+        else:
+            self.place_in_order(len(input))
         given: Any = outputs(self.trainable_module, input, self.logits)
         if self.target == "labels":
             loss = F.cross_entropy(given.float(), target)
         else:
             loss = self.criterion(given, self._teach(input))
-        return {"loss": loss} | ({"output": given.detach()} if self.logits else {})
+        return {"loss": loss} | ({"output": given.detach()} if self.logits and not mixes else {})
+
+    def _mix(self, images: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Images and targets mixed with their neighbours', which is what a flip makes of this order."""
+        if len(images) % 2:
+            raise ValueError(f"mixup mixes neighbours, so each process needs an even batch, got {len(images)} images")
+        order, total = mirrored_neighbours(len(images)), len(images) * world_size()
+        self.place(mirrored_neighbours(total).argsort()[len(images) * rank() + order], total)
+        order = order.to(images.device, non_blocking=True)
+        target = torch.zeros_like(order) if target is None else target[order]
+        with seeding.seeded(self.seed, self.step):  # timm draws from NumPy; without the rank: the same on all processes
+            return self.mixup(images[order], target)
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
