@@ -51,8 +51,22 @@ ALLOWED = {  # what may import what, inside the package
     "filling": {"loading"},
     "peers": {"distributed", "stopping"},
     "replay": {"classification", "blocks", "driver", "features", "outputs", "vit"},
+    "tradeoff": {"classification", "driver", "features", "merger_file", "outputs", "parts", "vit"},
     "calibration": {"flops", "losses", "merger_file", "ops", "outputs", "replay", "vit"},
-    "tasks": {"tasks", "vit", "wrap", "outputs", "parts", "blocks", "losses", "ops", "distributed", "data", "seeding"},
+    "tasks": {
+        "tasks",
+        "flops",
+        "vit",
+        "wrap",
+        "outputs",
+        "parts",
+        "blocks",
+        "losses",
+        "ops",
+        "distributed",
+        "data",
+        "seeding",
+    },
     "training": {
         "training",
         "tasks",
@@ -64,6 +78,9 @@ ALLOWED = {  # what may import what, inside the package
         "options",
         "stopping",
         "peers",
+        "losses",
+        "outputs",
+        "vit",
     },
 }
 FILES = [

@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,7 +44,8 @@ def calibrate(
     better and others worse. The result is the same each time, and its shapes are as static as those of any schedule.
 
     Args:
-        model: A TokenViT with a merger, learned or by keys. It is run as in evaluation, whatever mode it is in.
+        model: A TokenViT with a merger, learned or by keys; DDP and torch.compile around it are looked through. It is
+            run as in evaluation, whatever mode it is in.
         images: A tensor (B, 3, H, W), or an iterable of images or batches of one size, such as a data loader; of
             (images, labels) the images are taken. All are kept in memory.
         flops_ratio: Largest share of the FLOPs without merging, in (0, 1].
@@ -59,6 +61,7 @@ def calibrate(
         ValueError: If the model has no merger, there are no images or they differ in size, outputs are not finite, or
             the FLOPs can't be brought down as far.
     """
+    model = unwrap_model(model)
     merger, was = merger_of(model), model.merger.r
     if not 0 < flops_ratio <= 1:
         raise ValueError(f"flops_ratio must lie in (0, 1], got {flops_ratio}")

@@ -127,7 +127,7 @@ def on_meta(model: M) -> M:
     """
     memo: dict[int, Any] = {}  # what deepcopy takes in the place of an object
     for module in model.modules():
-        if _is_quantized(module):
+        if is_quantized(module):
             memo[id(module)] = nn.Linear(cast(int, module.in_features), cast(int, module.out_features), device="meta")
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             memo[id(hooks)] = type(hooks)()
@@ -139,7 +139,7 @@ def on_meta(model: M) -> M:
     return deepcopy(model, memo).eval()
 
 
-def _is_quantized(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether the module is a linear map whose weights are not numbers in floating point, and holds no other."""
     linear, *inside = (hasattr(m, "in_features") and hasattr(m, "out_features") for m in module.modules())
     weight = getattr(module, "weight", None)

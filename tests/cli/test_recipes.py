@@ -15,11 +15,12 @@ from timm_tokens.training import Settings
 from timm_tokens.training.batches import plan
 from timm_tokens.training.optimization import Optimization
 
-OBJECTIVES = {"mte": "dino", "mira": "mira", "dtm": "dtm", "token-label": "lvvit-s"}
+OBJECTIVES = {"dtem": "dtem", "mte": "dino", "mira": "mira", "dtm": "dtm", "token-label": "lvvit-s"}
 GIVEN = {"out": "run", "data_dir": "images", "model": "test_vit"}
 # As published, from the papers' READMEs and scripts: global batch, epochs, rate at that batch, weight decay at the
 # start and at the end, gradient clipping.
 PUBLISHED = {
+    ("dtem", "dtem"): (1024, 30, 1e-4, 1e-4, None, 5.0),
     ("mte", "dino"): (512, 100, 5e-4 * 2, 0.04, 0.4, 3.0),
     ("mte", "dino-boosted"): (1024, 300, 5e-4 * 4, 0.04, 0.4, 3.0),
     ("mte", "ibot"): (1024, 800, 5e-4 * 4, 0.04, 0.4, 3.0),

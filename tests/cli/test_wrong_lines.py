@@ -32,6 +32,8 @@ _VIT = "--model test_vit --checkpoint w.safetensors"
 RIGHT = {
     "annotate": f"--dataset images/train --out maps {_VIT} --top-k 2 --workers 0 --device cpu",
     "bench": "--model test_vit --r 2 --batch-size 1 --rounds 1 --no-memory --device cpu --out bench",
+    "calibrate": f"{_VIT} --data-dir images --images 2 --test-images 2 --flops-ratio 0.9 --out calibrated --workers 0 "
+    "--device cpu",
     "draw": f"--image photo.png --out out.png {_VIT} --device cpu",
     "draw attention": "--image photo.png --out out.png --model vit_tiny_mte --checkpoint mte.safetensors --img-size 32",
     "draw labels": "--image images/train/a/0.png --out out.png --labels labels --num-classes 2 --crop 0 0 1 1",
@@ -40,6 +42,7 @@ RIGHT = {
     "probe": f"{_VIT} --data-dir images --neighbours 1 --lrs 0.1 --epochs 1 --no-plot --out probe --workers 0 "
     "--device cpu",
     "run": "",  # all that follows a script is its own
+    "train dtem": f"{_TRAIN} --checkpoint w.safetensors --r 2 3 --table-r 2",
     "train dtm": f"{_TRAIN} --teacher test_vit --teacher-checkpoint w.safetensors",
     "train mira": f"{_TRAIN} --prototypes 4 --head-hidden 4 --head-dim 4 --local-crops 1 --local-size 16",
     "train mte": f"{_TRAIN} --prototypes 4 --head-hidden 4 --local-crops 1 --local-size 16",
@@ -57,11 +60,12 @@ WRONG = {  # by the option's name
     "dataset": ("torch/nothing", "nowhere", "hfds/", "wds/nothing", "\0"),
     "device": ("nowhere", "cuda:99", "cpu:-1", "", "meta", "cuda:x", "hpu"),
     "img_size": ("1", "7", "33", "1000001"), "local_size": ("1", "7", "1000001"),
+    "merger": (*_FILES, "w.safetensors", "nowhere", "hf-hub:", "hf-hub:nobody/nothing"),
     "model": ("no_such_model", "", "test_resnett", "local-dir:nowhere", "local-dir:script.py", "hf-hub:", ":"),
     "model_kwargs": ("depth", "depth=x", "nothing=1", "=1", "depth=-1", "embed_dim=7", "img_size=0", "num_classes=0",
                      "features_only=True", "patch_size=0"),
     "name": ("nowhere", ""), "opt": ("nothing", ""), "teacher": ("no_such_model", "", "test_resnet"),
-    "train_split": ("nowhere", "\0"), "val_split": ("nowhere", "\0"),
+    "split": ("nowhere", "\0"), "train_split": ("nowhere", "\0"), "val_split": ("nowhere", "\0"),
 }  # fmt: skip
 
 
@@ -164,7 +168,7 @@ def test_each_is_one_line(command, inside, capsys):
     count = 0
     for wrong, named in wrong_lines(command, known):
         line = [*words, *RIGHT[command].split(), *wrong]
-        assert main(line) == 2, line
+        assert main(line) == 2, " ".join(line)
         said = [text for text in capsys.readouterr().err.splitlines() if text.strip() and "image/s]" not in text]
         assert len(said) == 1 and named in said[0], (line, said)
         count += 1
@@ -175,7 +179,7 @@ def test_each_is_one_line(command, inside, capsys):
 def test_the_right_lines_are_right(command, inside, capsys):
     """Else all lines made of them would be wrong for another reason."""
     assert main([*command.split(), *RIGHT[command].split()]) == 0, capsys.readouterr().err
-    for made in ("run", "maps", "few", "probe"):
+    for made in ("run", "calibrated", "maps", "few", "probe"):
         shutil.rmtree(made, ignore_errors=True)
 
 

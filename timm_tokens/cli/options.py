@@ -91,7 +91,20 @@ class SplitOptions(ImageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergingOptions(Options):
+class MergerOptions(Options):
     """Token merging."""
 
-    r: int = option(0, "tokens that each block merges away", at_least=0, aliases=("--merge-r",))
+    merger: str | None = option(
+        None, "trained merger: a file, the folder of a run of train dtem or calibrate, or hf-hub:user/name "
+        "(default: none)", metavar="FILE",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingOptions(MergerOptions):
+    """Token merging."""
+
+    r: int = option(
+        0, "tokens that each block merges away; with --merger, 0 leaves what it was saved with", at_least=0,
+        aliases=("--merge-r",),
+    )  # fmt: skip

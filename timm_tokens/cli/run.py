@@ -1,6 +1,10 @@
 """Run a Python script, such as timm's train.py or validate.py, with this package's models registered.
 
-timm-tokens run validate.py --model deit_small_dtem --data-dir imagenet
+    timm-tokens run validate.py --model deit_small_dtem --data-dir imagenet
+    timm-tokens run validate.py --model vit_tiny_patch16_224 --pretrained --merger run --data-dir imagenet
+
+Everything after the script's name is its own, except --merger FILE: the model that --model names then merges its tokens
+with that trained merger, a file, the folder of a run, or hf-hub:user/name.
 """
 
 import runpy
@@ -38,8 +42,34 @@ def run(options: Options) -> dict[str, Any]:
             "in a clone of https://github.com/huggingface/pytorch-image-models"
         )
     argv, path = sys.argv, sys.path
-    sys.argv, sys.path = [str(script), *options.arguments], [str(script.resolve().parent), *path]
+    arguments = with_merger(list(options.arguments))
+    sys.argv, sys.path = [str(script), *arguments], [str(script.resolve().parent), *path]
     try:
         return runpy.run_path(str(script), run_name="__main__")
     finally:
         sys.argv, sys.path = argv, path
+
+
+def with_merger(arguments: list[str]) -> list[str]:
+    """A script's arguments, where `--model NAME ... --merger FILE` becomes what makes such a model by timm's options.
+
+    Raises:
+        CommandError: There is no --model, or nothing after --merger.
+    """
+    if "--merger" not in arguments:
+        return arguments
+    place = arguments.index("--merger")
+    if place + 1 == len(arguments):
+        raise CommandError("--merger needs a file, the folder of a run, or hf-hub:user/name")
+    weights = arguments[place + 1]
+    rest = arguments[:place] + arguments[place + 2 :]
+    names = [i for i, word in enumerate(rest) if word in ("--model", "-m") and i + 1 < len(rest)]
+    if not names:
+        raise CommandError("--merger needs --model NAME among the script's arguments")
+    name = rest[names[0] + 1]
+    rest[names[0] + 1] = "token_vit"
+    made = [f"base={name}", f"merger={ {'weights': weights} }"]
+    if "--model-kwargs" in rest:
+        after = rest.index("--model-kwargs") + 1
+        return [*rest[:after], *made, *rest[after:]]
+    return [*rest, "--model-kwargs", *made]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from timm_tokens import seeding
 from timm_tokens.distributed import rank, world_size
+from timm_tokens.flops import is_quantized
 from timm_tokens.losses import DistillLoss
 from timm_tokens.ops.finite import check_weights
 from timm_tokens.outputs import classifies, outputs
@@ -148,6 +149,12 @@ def _check(model: nn.Module, target: str, train: str) -> None:
             "target='labels' needs a model that classifies: give it classes with model.reset_classifier(num_classes), "
             "or use target='distill', which compares features"
         )
+    for name, module in model.base.named_modules():
+        if is_quantized(module):
+            raise ValueError(
+                f"base.{name} is quantised and passes no gradients: train the merger on the model before it was "
+                "quantised, save_merger it, and give it to the quantised one by apply_dtem_merging(vit, weights=...)"
+            )
     check_weights(model)
 
 

@@ -2,8 +2,8 @@
 
 from timm_tokens.peers import PeerLost
 from timm_tokens.stopping import Stopped
-from timm_tokens.training.evaluation import Accuracy
+from timm_tokens.training.evaluation import Accuracy, Fidelity
 from timm_tokens.training.loop import Result, train
 from timm_tokens.training.settings import Settings
 
-__all__ = ["Accuracy", "PeerLost", "Result", "Settings", "Stopped", "train"]
+__all__ = ["Accuracy", "Fidelity", "PeerLost", "Result", "Settings", "Stopped", "train"]

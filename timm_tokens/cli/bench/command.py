@@ -20,6 +20,7 @@ from timm_tokens.cli.bench.report import Row, table, write
 from timm_tokens.cli.bench.timing import MachineOptions, Setting, build, describe, make_step, peak_memory, timed
 from timm_tokens.cli.common import checks
 from timm_tokens.cli.parser import write_config
+from timm_tokens.merger_file import read_merger
 from timm_tokens.options import option
 from timm_tokens.vit import TokenViT
 
@@ -28,7 +29,11 @@ from timm_tokens.vit import TokenViT
 class Options(MachineOptions):
     """What to measure."""
 
-    r: tuple[int, ...] = option((0, 8, 12, 16), "numbers of tokens to merge in each block", at_least=0)
+    r: tuple[int, ...] = option(
+        (0, 8, 12, 16),
+        "numbers of tokens to merge in each block; --merger is measured as it was saved, too",
+        at_least=0,
+    )
     batch_size: tuple[int, ...] = option((16,), "numbers of images in a batch", at_least=1)
     train: bool = option(False, "time training steps: of the base, of the embeddings alone, and end to end")
     rounds: int = option(10, "rounds that count, after two that do not", at_least=1)
@@ -55,7 +60,7 @@ def run(options: Options) -> list[Row]:
     print(describe(options))
     rows: list[Row] = []
     for batch in options.batch_size:
-        rows += _measure(options, list(settings(options.r, batch, options.train)))
+        rows += _measure(options, list(settings(_counts(options), batch, options.train)))
     print(table(rows))
     if options.out is not None:
         write_config(options.out, "bench", options)
@@ -63,7 +68,15 @@ def run(options: Options) -> list[Row]:
     return rows
 
 
-def settings(r: Sequence[int], batch: int, train: bool) -> Iterator[Setting]:
+def _counts(options: Options) -> list[int | tuple[int, ...]]:
+    """What the blocks merge in turn: as the merger was saved, and what is asked for."""
+    if options.merger is None:
+        return [*options.r]
+    saved = read_merger(options.merger).config["r"]
+    return [*options.r] if saved in options.r else [saved if isinstance(saved, int) else tuple(saved), *options.r]
+
+
+def settings(r: Sequence[int | tuple[int, ...]], batch: int, train: bool) -> Iterator[Setting]:
     """The base first, then every r; in training each r in both ways."""
     yield Setting("full" if train else "forward", batch, None)
     for value in r:

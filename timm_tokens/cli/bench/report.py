@@ -13,7 +13,7 @@ class Row(NamedTuple):
 
     step: str
     batch: int
-    r: int | None
+    r: int | tuple[int, ...] | None
     tokens: int
     gflops: float
     milliseconds: float
@@ -31,7 +31,9 @@ def table(rows: Sequence[Row]) -> str:
     kinds = ("", "", "", "", ".2f", ".1f", ".1f", ".2f", ".2f", ".2f", ".0f")
 
     def line(row: Row) -> str:
-        row = row._replace(r="base" if row.r is None else row.r)
+        row = row._replace(
+            r="base" if row.r is None else row.r if isinstance(row.r, int) else " ".join(map(str, row.r))
+        )
         return " | ".join("" if value is None else format(value, kind) for value, kind in zip(row, kinds, strict=True))
 
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {line(row)} |" for row in rows)])
@@ -45,7 +47,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
         writer = csv.writer(file)
         writer.writerows([Row._fields, *rows])
     lines: dict[str, list[tuple[float, float]]] = {}
-    merged = [row for row in rows if row.r is not None]
+    merged = [row for row in rows if isinstance(row.r, int)]
     for row in merged:
         lines.setdefault(f"{row.step}, batch {row.batch}", []).append((row.r, row.speed_up))
     ideal = sorted({(row.r, row.ideal) for row in merged if row.ideal})

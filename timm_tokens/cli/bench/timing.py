@@ -1,6 +1,7 @@
 """What `timm-tokens bench` times: a model in one setting, its forward pass or training step, its seconds and memory."""
 
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens.cli.common import models
-from timm_tokens.cli.options import DeviceOptions, ModelOptions
+from timm_tokens.cli.options import DeviceOptions, MergerOptions, ModelOptions
 from timm_tokens.data import input_config
 from timm_tokens.options import option
 
@@ -25,11 +26,11 @@ class Setting(NamedTuple):
 
     step: str  # "forward", "full", "modular" or "end-to-end"
     batch: int
-    r: int | None
+    r: int | tuple[int, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineOptions(ModelOptions, DeviceOptions):
+class MachineOptions(ModelOptions, MergerOptions, DeviceOptions):
     """Machine."""
 
     model: str = option(help="name of a ViT in timm, or of a model of this package", positional=True)
@@ -45,7 +46,12 @@ def build(machine: MachineOptions, setting: Setting) -> nn.Module:
     """The model of a setting: the base, or merging r tokens a block, on the machine's device."""
     model = models.plain(models.make_model(machine))
     if setting.r is not None:
-        model = models.merged(model, setting.r, machine.metric)
+        if machine.merger is None:
+            model = models.merged(model, setting.r, machine.metric)
+        else:
+            with warnings.catch_warnings():  # that other weights than these were trained: what it takes is the same
+                warnings.simplefilter("ignore", UserWarning)
+                model = models.with_merger(model, machine.merger, setting.r)
         model.freeze_base(setting.step == "modular")
     if setting.step == "forward":
         model = model.to(DTYPES[machine.dtype])
@@ -117,7 +123,8 @@ def _high_water_mark() -> float:
 def describe(machine: MachineOptions) -> str:
     """What was measured, and where, in one line."""
     where = torch.cuda.get_device_name(machine.device) if machine.device.startswith("cuda") else _processor()
-    options = f"{machine.dtype}{', compiled' if machine.compile else ''}, metric {machine.metric}"
+    merging = f"metric {machine.metric}" if machine.merger is None else f"merger {machine.merger}"
+    options = f"{machine.dtype}{', compiled' if machine.compile else ''}, {merging}"
     return (
         f"{machine.model} on {where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"timm {timm.__version__}, {options}"

@@ -23,6 +23,7 @@ from timm_tokens.data import Images, input_config, input_transform
 from timm_tokens.data.reading import file_name
 from timm_tokens.digests import save_tensors
 from timm_tokens.files import replacing
+from timm_tokens.merger_file import locate
 from timm_tokens.ops.finite import check_weights
 from timm_tokens.vit import TokenViT
 
@@ -94,6 +95,8 @@ def named(options: FeatureOptions) -> Source:
     path, weights = options.checkpoint, models.weights_of(options)
     about = {"model": options.model, "checkpoint": checkpoints.identity(path) if path else weights}
     about |= {"merge_r": str(options.r), "in_chans": str(options.in_chans)}
+    if options.merger:
+        about["merger"] = f"{options.merger} {checkpoints.identity(locate(options.merger))}"
     if options.checkpoint_key:
         about["checkpoint_key"] = options.checkpoint_key
     if options.model_kwargs:
@@ -141,7 +144,7 @@ def eval_transform(net: nn.Module, img_size: int | None) -> Callable:
 
 
 def _make(options: FeatureOptions) -> nn.Module:
-    """The model without its classifier; what merges its tokens is its own merger if it has one, else its keys."""
+    """The model without its classifier; what merges its tokens is --merger, else its own merger, else its keys."""
     name, size = options.model, options.img_size
     net = models.create(name, pretrained=models.by_timm(options), num_classes=0, **models.arguments(options))
     if options.checkpoint:
@@ -150,6 +153,8 @@ def _make(options: FeatureOptions) -> nn.Module:
         models.check_size(net, size)
     if size is not None and hasattr(net, "set_input_size"):
         net.set_input_size(img_size=(size, size))
+    if options.merger:
+        return models.with_merger(net, options.merger, options.r or None)
     if not options.r:
         return net
     own = isinstance(net, TokenViT) and net.merger is not None

@@ -137,6 +137,18 @@ def _merging(model: nn.Module, r: int, metric: str | None) -> TokenViT:
     return apply_dtem_merging(plain(model), r=r, metric=metric or "learned")
 
 
+def with_merger(model: nn.Module, weights: str, r: int | None = None) -> TokenViT:
+    """The model with a trained merger, which replaces one of its own; r None: as the merger was saved.
+
+    Raises:
+        OSError, ValueError: There is no such merger, or it does not fit.
+    """
+    if not isinstance(model, TokenViT) or model.merger is None:
+        return apply_dtem_merging(model, r, weights=weights)
+    merger = apply_dtem_merging(model.base, r, weights=weights).merger
+    return TokenViT(model.base, model.aux, merger, model.head).train(model.training)
+
+
 def plain(model: nn.Module) -> nn.Module:
     """The timm ViT inside, if it is wrapped."""
     return model.base if isinstance(model, TokenViT) else model

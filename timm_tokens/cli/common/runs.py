@@ -56,5 +56,7 @@ def load_run(folder: Path) -> Trained:
         task = module.make_task(options)
         task.load_task_state(found.state["task_state"])
         return Trained(Source(lambda: task.product, about, weights, size), task)
+    if hasattr(module, "make_product"):
+        return Trained(Source(partial(module.make_product, options, found.state), about, weights, size), None)
     make = partial(make_backbone, replace(options, checkpoint=found.path))
     return Trained(Source(make, about, weights, size), None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from timm_tokens.cli.common import checkpoints, checks, models
 from timm_tokens.cli.draw.photo import PictureOptions, as_seen, check_picture, read_image
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.options import DeviceOptions, WeightOptions
+from timm_tokens.cli.options import DeviceOptions, MergerOptions, WeightOptions
 from timm_tokens.ops.finite import check_weights
 from timm_tokens.options import option
 from timm_tokens.vit import TokenViT
@@ -32,14 +32,14 @@ class Panel(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(PictureOptions, WeightOptions, DeviceOptions):
+class Options(PictureOptions, WeightOptions, MergerOptions, DeviceOptions):
     """What to draw."""
 
     model: str = option(help="name of a ViT in timm, or of a model of this package")
     checkpoint: Path | None = option(
         None, "file with the weights of the ViT, or of the whole merged model (default: none)", metavar="FILE"
     )
-    r: int = option(8, "tokens to merge in each block", at_least=0)
+    r: int | None = option(None, "tokens to merge in each block (default: 8, or as --merger was saved)", at_least=0)
     blocks: tuple[int, ...] | None = option(
         None, "numbers of the blocks to draw, from 1 (default: four, evenly spaced)", at_least=1
     )
@@ -60,11 +60,7 @@ def run(options: Options) -> list[Panel]:
     """
     check_picture(options.out)
     photo, device = read_image(options.image), checks.device(options.device)
-    bare = replace(options, checkpoint=None, checkpoint_key=None, pretrained=models.by_timm(options))
-    net = models.merged(models.make_model(bare), options.r, options.metric)
-    if options.checkpoint is not None:
-        checkpoints.load_merged(net, options.checkpoint, options.checkpoint_key)
-        check_weights(net)
+    net = _merged(options)
     blocks = _check_blocks(options.blocks, depth=len(net.base.blocks))
     pixels, shown = as_seen(net, photo)
     panels = [_panel(net.to(device), pixels.to(device), block) for block in blocks]
@@ -73,6 +69,20 @@ def run(options: Options) -> list[Panel]:
     titled = {f"after block {p.block}": p.groups[None] for p in panels}
     save(draw_groups(shown[None], titled, f"image: {panels[0].groups.numel()} patches"), options.out)
     return panels
+
+
+def _merged(options: Options) -> TokenViT:
+    """The model that merges."""
+    if options.merger is not None:
+        if options.metric is not None:
+            raise CommandError("--merger brings what tokens are compared by: leave out --metric")
+        return models.with_merger(models.make_model(options), options.merger, options.r)
+    bare = replace(options, checkpoint=None, checkpoint_key=None, pretrained=models.by_timm(options))
+    net = models.merged(models.make_model(bare), 8 if options.r is None else options.r, options.metric)
+    if options.checkpoint is not None:
+        checkpoints.load_merged(net, options.checkpoint, options.checkpoint_key)
+        check_weights(net)
+    return net
 
 
 def _panel(net: TokenViT, pixels: Tensor, block: int) -> Panel:

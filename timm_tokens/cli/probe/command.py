@@ -75,9 +75,10 @@ def _check(options: Options) -> None:
     if bool(options.model) == bool(options.run_dir):
         raise CommandError("pass either --model NAME, or --run FOLDER")
     model = options.checkpoint, options.pretrained, options.random, options.r, options.img_size, options.in_chans
-    if options.run_dir and any(model):
+    if options.run_dir and any((*model, options.merger)):
         raise CommandError(
-            "--run brings its model: leave out --checkpoint, --pretrained, --random, --r, --img-size and --in-chans"
+            "--run brings its model: leave out --checkpoint, --pretrained, --random, --r, --merger, --img-size and "
+            "--in-chans"
         )
 
 

@@ -31,12 +31,17 @@ from timm_tokens.training.settings import FREE
 
 
 class Objective(NamedTuple):
-    """What `timm_tokens.training.train` needs beside its settings; see there."""
+    """What `timm_tokens.training.train` needs beside its settings, see there, and what happens when it has trained.
+
+    Attributes:
+        finish: Called with the result, on the first process, when the others have ended.
+    """
 
     task: TokenTask
     dataset: Dataset
     collate: Callable | None = None
     evaluate: Evaluate | None = None
+    finish: Callable[[Result], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +118,8 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
     if process.rank == 0:
         if options.plot:
             _draw_curves(settings.out)
+        if built.finish is not None:
+            built.finish(result)
         print(f"The model is in {result.path}; the losses in {settings.out / 'steps.csv'}.")
         if unread := count_unreadable(settings.out):
             print(f"{unread} images could not be read and were left out: their names are in {settings.out / RECORD}.")

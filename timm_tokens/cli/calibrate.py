@@ -1,0 +1,108 @@
+"""Choose how many tokens each block of a ViT merges, by unlabelled images, for a share of its FLOPs.
+
+    timm-tokens calibrate --model vit_tiny_patch16_224 --pretrained --data-dir images --flops-ratio 0.6 --out calibrated
+    timm-tokens calibrate --model vit_tiny_patch16_224 --pretrained --merger run --data-dir images --out calibrated
+
+The schedule that changes the outputs least is kept in merger.safetensors in --out, for --merger of other commands and
+timm_tokens.apply_dtem_merging(vit, weights="calibrated"). A table compares it with as many tokens in each block, on
+other images of the same folder.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from timm_tokens import options as base
+from timm_tokens import seeding
+from timm_tokens.calibration import calibrate
+from timm_tokens.cli.common import checks, models
+from timm_tokens.cli.common.datasets import open_split
+from timm_tokens.cli.options import ImageOptions, LoadingOptions, MergerOptions, WeightOptions
+from timm_tokens.cli.parser import write_config
+from timm_tokens.data import input_config, input_transform
+from timm_tokens.data.images import as_images
+from timm_tokens.merger_file import NAME, save_merger
+from timm_tokens.options import option
+from timm_tokens.tradeoff import table, tradeoff
+from timm_tokens.vit import TokenViT
+from timm_tokens.wrap import smallest_r
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(base.Options):
+    """Budget."""
+
+    flops_ratio: float = option(0.6, "largest share of the FLOPs without merging", above=0, at_most=1)
+    max_blocks: int | None = option(
+        None, "largest number of blocks that merge; fewer are faster at batch size 1 (default: any)", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(BudgetOptions, WeightOptions, MergerOptions, ImageOptions, LoadingOptions):
+    """What to calibrate."""
+
+    model: str = option(help="name of a ViT in timm, or of a model of this package")
+    metric: str | None = option(
+        None, "what tokens are compared by without --merger (default: as the model is made, else keys)",
+        choices=("learned", "keys"), group="Token merging",
+    )  # fmt: skip
+    data_dir: Path = option(help="folder with train/<class>/", metavar="FOLDER")
+    split: str = option("train", "folder in --data-dir, or split of --dataset, with the images", group="Images")
+    images: int = option(128, "number of images to calibrate by", at_least=1)
+    test_images: int = option(128, "number of other images for the table; 0 for no table", at_least=0)
+    seed: int = option(0, "seed of the choice of images", at_least=0, below=2**63)
+    out: Path = option(Path("calibrated"), "folder for merger.safetensors", metavar="FOLDER")
+
+
+def run(options: Options) -> tuple[int, ...]:
+    """Calibrate, print the schedule and a table, and write the merger with its schedule.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        CommandError: Something is missing or does not fit.
+        TypeError: The model can't be driven.
+        ValueError: What `calibrate` refuses.
+    """
+    options = replace(options, device=checks.device(options.device))
+    checks.folder(options.out)
+    model = _model(options).to(options.device).eval()
+    chosen, others = _images(options, model)
+    constant = smallest_r(model, options.flops_ratio)
+    schedule = calibrate(model, chosen, options.flops_ratio, max_blocks=options.max_blocks)
+    share = model.flops(image_size=chosen.shape[-2:]) / model.flops(0, image_size=chosen.shape[-2:])
+    print(f"r = {' '.join(map(str, schedule))}: {share:.1%} of the FLOPs")
+    if others is not None:
+        rows = tradeoff(model, others.split(options.batch_size), [constant, schedule])
+        print(table([row for row in rows if row.merging in ("none", model.merger.metric)]))
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_config(options.out, "calibrate", options)
+    path = save_merger(model, options.out / NAME, notes={"data": str(options.data_dir)})
+    print(f'The merger is in {path}: timm_tokens.apply_dtem_merging(vit, weights="{options.out}").')
+    return schedule
+
+
+def _model(options: Options) -> TokenViT:
+    model = models.make_model(replace(options, pretrained=models.by_timm(options)))
+    if options.merger is not None:
+        return models.with_merger(model, options.merger)
+    own = isinstance(model, TokenViT) and model.merger is not None
+    return models.merged(model, 8, options.metric or (None if own else "keys"))
+
+
+def _images(options: Options, model: TokenViT) -> tuple[Tensor, Tensor | None]:
+    """Images to calibrate by, and others to compare with."""
+    dataset = open_split(options, options.split)
+    dataset.transform = input_transform(input_config(model, options.img_size))
+    images = as_images(dataset)
+    order = torch.randperm(len(images), generator=seeding.generator(options.seed)).tolist()
+    rows = order[: options.images + options.test_images]
+    loader = DataLoader(Subset(images, rows), options.batch_size, num_workers=options.workers)
+    read = torch.cat([batch for batch, _ in loader]).to(options.device)
+    chosen, others = read[: options.images], read[options.images :]
+    return chosen, others if len(others) else None

@@ -1,0 +1,203 @@
+"""Train token merging for a ViT, without labels: what comes out is a small file that makes the ViT faster (DTEM).
+
+    timm-tokens train dtem --data-dir images --model vit_tiny_patch16_224 --pretrained --r 8 16 --out run
+    timm-tokens train dtem --data-dir images --model vit_small_patch14_dinov2 --pretrained --img-size 224 --out run
+    timm-tokens train dtem --data-dir images --model deit_small_patch16_224 --pretrained --recipe dtem --out run
+
+The teacher is the ViT itself without merging: its logits where it classifies, else its class token and patches. With
+--target labels it learns from the images' classes instead. The ViT stays as it is, unless --train all trains it, too.
+
+The result is merger.safetensors in --out, for timm_tokens.apply_dtem_merging(vit, weights="run"), and for --merger of
+other commands. At the end a table compares it with merging by keys, which needs no training, on the images of
+--val-split.
+"""
+
+import csv
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from timm_tokens import options as base
+from timm_tokens.cli.common import models
+from timm_tokens.cli.common.datasets import class_names, model_classes, open_split
+from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.options import WeightOptions
+from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
+from timm_tokens.cli.train.token_label import ViewImage
+from timm_tokens.data import TokenLabelTransform, input_config, input_transform
+from timm_tokens.data.images import as_images
+from timm_tokens.files import replacing
+from timm_tokens.merger_file import NAME, read_merger, save_merger
+from timm_tokens.options import changed, option
+from timm_tokens.outputs import classifies
+from timm_tokens.tasks import DTEMTask
+from timm_tokens.tradeoff import Tradeoff, table, tradeoff
+from timm_tokens.training import Accuracy, Fidelity, Result
+from timm_tokens.vit import TokenViT
+from timm_tokens.wrap import apply_dtem_merging
+
+TABLE = "merging.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(base.Options):
+    """Token merging."""
+
+    target: str = option(
+        "distill", "learn the outputs of the model without merging, or the images' classes",
+        choices=("distill", "labels"),
+    )  # fmt: skip
+    train: str = option(
+        "embeddings", "train the embeddings that tokens are compared by, or all of the model",
+        choices=("embeddings", "all"),
+    )  # fmt: skip
+    r: tuple[int, ...] = option(
+        (16,), "tokens to merge in each block while training; of two numbers, each step draws one between them",
+        at_least=1,
+    )  # fmt: skip
+    eval_r: int | None = option(
+        None, "tokens that each block of the trained model merges, until its r is set (default: 12, or as --merger)",
+        at_least=0,
+    )  # fmt: skip
+    table_r: tuple[int, ...] = option((8, 12, 16), "tokens to merge in each block for the table at the end", at_least=0)
+    merger: str | None = option(
+        None, "trained merger to start from: a file, the folder of a run, or hf-hub:user/name (default: none)",
+        metavar="FILE",
+    )  # fmt: skip
+    embed_dim: int | None = option(
+        None, "dimension of the embeddings (default: that of an attention head, twice that from 1024 channels on)",
+        at_least=1, rare=True,
+    )  # fmt: skip
+    candidates: int = option(3, "partners that each token considers in training", at_least=1, rare=True)
+    tau1: float = option(0.1, "temperature of the similarities in training", above=0, rare=True)
+    tau2: float = option(0.1, "temperature of the choice of pairs in training", above=0, rare=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions(base.Options):
+    """Augmentation."""
+
+    scale: tuple[float, float] = option((0.35, 1.0), "range of a crop's area", above=0, at_most=1)
+    hflip: float = option(0.5, "probability of a left-right flip", at_least=0, at_most=1)
+    aa: str = option("", "RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1; '' for none",
+                     aliases=("--auto-augment",))  # fmt: skip
+    re_prob: float = option(0.0, "probability of random erasing", at_least=0, at_most=1)
+    mixup: float = option(0.0, "alpha of mixup; 0 for none", at_least=0)
+    cutmix: float = option(0.0, "alpha of CutMix; 0 for none", at_least=0)
+    smoothing: float = option(0.0, "label smoothing, where mixup or CutMix is used", at_least=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MergeOptions, AugmentationOptions, WeightOptions, TrainOptions):
+    """DTEM."""
+
+    epochs: int = changed(TrainOptions, "epochs", 1)
+    batch_size: int = changed(TrainOptions, "batch_size", 32)
+    weight_decay: float = changed(TrainOptions, "weight_decay", 1e-4)
+    clip_grad: float | None = changed(TrainOptions, "clip_grad", 5.0)
+    val_split: str = option(
+        "val", "folder in --data-dir, or split of --dataset, to measure on; '' for none", group="Images"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.r) > 2 or self.r[0] > self.r[-1]:
+            raise ValueError(f"r must be one number, or the lowest and the highest, got {self.r}")
+
+
+def run(options: Options) -> Result:
+    """Train; see `launch`."""
+    return launch("train dtem", options, build)
+
+
+def build(options: Options) -> Objective:
+    """The task, the images, and what is measured."""
+    model = _model(replace(options, pretrained=models.by_timm(options)))
+    train = open_split(options, options.train_split)
+    numbers = _class_numbers(train, model)
+    if options.target == "labels":
+        if numbers is None:
+            raise CommandError(
+                f"--target labels needs the model's own classes: it has {model.num_classes}, and the folders in "
+                f"{options.data_dir} are not named after them; fine-tune the model first, or use --target distill"
+            )
+        train = open_split(options, options.train_split, class_map=numbers)
+    config = input_config(model, options.img_size)
+    train.transform = ViewImage(TokenLabelTransform(
+        config["input_size"][1:], options.scale, hflip=options.hflip, auto_augment=options.aa or None,
+        interpolation=config["interpolation"], mean=config["mean"], std=config["std"], re_prob=options.re_prob,
+    ))  # fmt: skip
+    r = options.r[0] if len(options.r) == 1 else options.r
+    task = DTEMTask(model, target=options.target, train=options.train, r=r, mixup=_mixup(options, model))
+    evaluate, val = None, None
+    if options.val_split:
+        val = open_split(options, options.val_split, class_map=numbers)
+        val.transform = input_transform(config)
+        loading = (options.batch_size, options.workers)
+        evaluate = Accuracy(val, *loading, topk=(1,)) if numbers is not None else Fidelity(val, *loading)
+    return Objective(task, train, evaluate=evaluate, finish=partial(_finish, options, val, numbers is not None))
+
+
+def _model(options: Options) -> TokenViT:
+    """The model with a merger that learns."""
+    settings = {name: getattr(options, name) for name in ("embed_dim", "candidates", "tau1", "tau2")}
+    model = make_student(options)
+    if not (isinstance(model, TokenViT) and model.merger is not None):
+        r = 12 if options.eval_r is None and options.merger is None else options.eval_r
+        return apply_dtem_merging(model, r, weights=options.merger, **settings)
+    if options.merger is not None:
+        raise CommandError(f"{options.model} brings a merger of its own: name its base instead, or leave out --merger")
+    model.merger.r = model.merger.r if options.eval_r is None else options.eval_r
+    return model
+
+
+def make_product(options: Options, state: dict[str, Any]) -> TokenViT:
+    """What a run trained, from its checkpoint's state, without a classifier."""
+    weights, settings = state.get("state_dict_ema", state["state_dict"]), {}
+    if options.merger is not None:
+        settings = {"embed_dim": len(weights["merger.embed.0.weight"])}
+    model = _model(replace(options, pretrained=False, checkpoint=None, checkpoint_key=None, merger=None, **settings))
+    if options.merger is not None and options.eval_r is None:
+        model.merger.r = read_merger(options.merger).config["r"]
+    model.load_state_dict(weights)
+    model.reset_classifier(0)
+    return model
+
+
+def _class_numbers(images: Dataset, model: nn.Module) -> dict[str, int] | None:
+    """The model's number of each class of the images; None if it does not classify, or others than theirs."""
+    names = class_names(images)
+    numbers = model_classes(names, model) if classifies(model) else None
+    return None if numbers is None else dict(zip(names, numbers.tolist(), strict=True))
+
+
+def _mixup(options: Options, model: nn.Module) -> Mixup | None:
+    if not (options.mixup or options.cutmix):
+        return None
+    return Mixup(options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=model.num_classes or 1)
+
+
+def _finish(options: Options, val: Dataset | None, labelled: bool, result: Result) -> None:
+    """Write the merger, and the table of what it does."""
+    rows: list[Tradeoff] = []
+    if val is not None:
+        loader = DataLoader(as_images(val), options.batch_size, num_workers=options.workers)
+        rows = tradeoff(result.model, loader, options.table_r, labelled=labelled)
+        write(rows, options.out)
+        print(table(rows))
+    notes = {"data": str(options.data_dir), "table": [row._asdict() for row in rows]}
+    path = save_merger(result.model, options.out / NAME, dtype=torch.float16, notes=notes)
+    print(f'The merger is in {path}: timm_tokens.apply_dtem_merging(vit, weights="{options.out}").')
+
+
+def write(rows: list[Tradeoff], folder: Path) -> None:
+    """Write the table to merging.csv."""
+    with replacing(folder / TABLE) as partial_path, partial_path.open("w", newline="") as file:
+        writer: Any = csv.writer(file)
+        writer.writerows([Tradeoff._fields, *rows])
