@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 
 from timm_tokens import add_aux_tokens, apply_dtem_merging, token_label_head
 from timm_tokens.keys import mean_keys
+from timm_tokens.parts import AdaptivePool
 
 FAMILIES = ("vit", "vit_qk_norm", "eva", "eva_apart", "eva02", "differential", "rope_axial", "lvvit")
 
@@ -214,3 +215,16 @@ def test_flops_count_adapters():
     adapt(model.base, Showing)
     assert model.flops(0) - base == 3 * token * tokens
     assert model.flops() > apply_dtem_merging(create("vit"), 6, metric="keys").flops() + 3 * token * 25
+
+
+@torch.no_grad()
+def test_pooling_respects_what_changes_its_convolution():
+    """For weights per channel, too, which a plain convolution gives faster from its kernels."""
+    for weight in ("spatial", "channel"):
+        pool, u = AdaptivePool(8, 2, kernel_size=3, pool_weight=weight), torch.randn(2, 8, 4, 4)
+        plainly = pool.weights(u)
+        handle = pool.conv.register_forward_hook(lambda _, args, output: output)
+        torch.testing.assert_close(pool.weights(u), plainly)  # by the convolution as a whole
+        handle.remove()
+        pool.conv.register_forward_hook(lambda _, args, output: 0 * output)
+        torch.testing.assert_close(pool.weights(u), torch.full_like(plainly, 1 / 16))

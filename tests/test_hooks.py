@@ -4,10 +4,9 @@ import pytest
 import tiny
 import torch
 from timm.models import create_model
-from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from timm_tokens import add_aux_tokens, apply_dtem_merging
+from timm_tokens import add_aux_tokens, token_label_head
 
 EVERY_FAMILY = pytest.mark.parametrize("family", list(tiny.FAMILIES))
 
@@ -229,13 +228,27 @@ def test_features_by_hooks_are_unmerged(training):
             torch.testing.assert_close(tokens, plain(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
-def test_symbolic_tracing_and_scripting_are_refused():
-    for wrap in (lambda model: model, nn.Sequential):
-        model = wrap(apply_dtem_merging(tiny.base(), 2))
-        with pytest.raises(TypeError, match=r"torch\.fx can't trace a TokenViT.*feature_cls='getter' or 'hook'"):
-            torch.fx.symbolic_trace(model)
-        with pytest.raises(TypeError, match=r"torch\.jit\.script can't compile a TokenViT; use torch\.compile"):
-            torch.jit.script(model)
-    with pytest.raises(TypeError, match=r"torch\.fx can't trace a TokenViT"):
-        create_model("token_vit", features_only=True, feature_cls="fx")
+@torch.no_grad()
+def test_hooks_of_the_base_itself():
+    """Before anything that is asked for, and after logits, which the base gives; forward_features fires none."""
+    model, x = tiny.merging(), tiny.images()
+    expected, tokens, features = model(2 * x), model(2 * x, tokens=True), model.forward_features(x)
+    seen = record(model.base)
+    model.base.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    model.base.register_forward_hook(lambda _, args, output: output + 1)
+    torch.testing.assert_close(model(x), expected + 1)
+    assert [kind for kind, *_ in seen] == ["before", "before with kwargs", "after", "after with kwargs"]
+    torch.testing.assert_close(model(x, tokens=True).patches, tokens.patches)
+    torch.testing.assert_close(model.forward_features(x), features)
+    labelled = token_label_head(model).eval()
+    with_pool = labelled(x)
+    model.base.register_forward_hook(lambda _, args, output: 0 * output)
+    assert torch.equal(labelled(x), with_pool) and not model(x).any()
+
+
+@pytest.mark.parametrize("change", [compiled, patched])
+def test_what_would_be_bypassed_of_the_base_is_refused(change):
+    model = tiny.merging(r=0)
+    change(model.base)
+    with pytest.raises(TypeError, match=r"VisionTransformer was wrapped by FSDP, compiled .*; wrap or compile the Tok"):
+        model(tiny.images())

@@ -184,7 +184,7 @@ def test_fsdp_trains_whole_blocks(results, metric):
 def test_fsdp_around_the_base_alone_is_an_error_that_says_what_to_wrap(results):
     for result in results:
         assert result["fsdp-base"].startswith("TypeError")
-        assert "wrap the TokenViT instead of its base" in result["fsdp-base"]
+        assert "wrap or compile the TokenViT instead of its base" in result["fsdp-base"]
 
 
 @pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile], ids=["checkpoint_wrapper", "compile"])

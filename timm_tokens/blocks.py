@@ -111,12 +111,13 @@ def embed(base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | None = N
     `edit` changes the patches (B, N, C) before they get their position embedding.
 
     Raises:
-        TypeError: If FSDP2 wraps the base itself.
+        TypeError: If the base itself is wrapped, compiled or patched, which is bypassed.
     """
-    if hasattr(type(base), "unshard"):  # a method that FSDP2 gives to what it wraps
+    # FSDP2 gives what it wraps a method `unshard`
+    if hasattr(type(base), "unshard") or base._compiled_call_impl is not None or "forward" in base.__dict__:
         raise TypeError(
-            f"FSDP wraps {name(base)}, which is called module by module, past the wrapper; "
-            "wrap the TokenViT instead of its base"
+            f"{name(base)} was wrapped by FSDP, compiled or given another forward, but it is called module by module, "
+            "past that; wrap or compile the TokenViT instead of its base"
         )
     if isinstance(base, NaFlexVit):
         return _embed_naflex(base, images, edit)

@@ -8,7 +8,7 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from timm_tokens import blocks, hooks, last_block
+from timm_tokens import blocks, hooks, last_block, tracing
 from timm_tokens.ops import mix_tokens
 from timm_tokens.ops.matching import Matching
 from timm_tokens.ops.relaxed import RelaxedMatching
@@ -17,6 +17,7 @@ from timm_tokens.parts.merger import Merged, unmerge_all
 from timm_tokens.timm_types import Block, ViT
 
 Trace: TypeAlias = list[Matching | RelaxedMatching]  # what was merged, in order
+UNLIMITED: Mapping[str, Any] = {}
 
 
 class Stream(NamedTuple):
@@ -89,7 +90,7 @@ def encode(
     aux: AuxTokens | None = None,
     on_block: Callable[[int, Tensor, Trace], None] | None = None,
     depth: int | None = None,
-    limits: Mapping[str, Any] | None = None,
+    limits: Mapping[str, Any] = UNLIMITED,
     logits_only: bool = False,
 ) -> tuple[Stream, Trace]:
     """Run the first blocks of a timm ViT: the tokens, and what was merged on the way.
@@ -102,24 +103,17 @@ def encode(
         aux: Auxiliary tokens that travel beside the model's own.
         on_block: Called after each block with its index, the tokens, and the merges so far.
         depth: How many blocks to run; None: all.
-        limits: What each token may attend to, from `limited`; None: everything.
+        limits: What each token may attend to, from `limited`.
         logits_only: Whether only the base's class logits are wanted: the prefix tokens are returned alone where those
             need no other.
 
     Raises:
         ValueError: If there are limits, and tokens that they don't tell about: merged or auxiliary ones.
+        RuntimeError: If torch.onnx.export(..., dynamo=False) traces a merger.
     """
     x, ropes = blocks.embed(base, images, edit)
-    own, num_aux = x.shape[1], 0
+    stream = _start(x, merger, aux, limits)
     trace: Trace = []
-    if aux is not None and aux.tokens is not None:
-        x, num_aux = aux.append(x), aux.num_cls
-        if limits:
-            raise ValueError(
-                f"{' and '.join(limits)} can't say what auxiliary tokens may attend to; call with aux=False"
-            )
-    numbers = None if merger is None else torch.arange(x.shape[0] * own, device=x.device)
-    stream = Stream(x, num_aux, effective=own, numbers=numbers)
     prefix, recompute = base.num_prefix_tokens, base.grad_checkpointing
     watching = merger.unmerged if merger is not None and merger.watched else None
     short = logits_only and watching is None and last_block.needs_prefix_alone(base)
@@ -129,7 +123,7 @@ def encode(
         if i == depth:
             break
         rope = None if ropes is None else ropes[i]
-        arguments = (i, block, stream, rope, prefix, merger, aux, limits or {}, i == last)
+        arguments = (i, block, stream, rope, prefix, merger, aux, limits, i == last)
         stream, matching = checkpoint(run_block, *arguments) if recompute else run_block(*arguments)
         if matching is not None:
             trace.append(matching)
@@ -138,6 +132,18 @@ def encode(
         if watching is not None:
             watching[i](unmerge_all(trace, stream.split(stream.x)[0]))
     return stream, trace
+
+
+def _start(x: Tensor, merger: TokenMerger | None, aux: AuxTokens | None, limits: Mapping[str, Any]) -> Stream:
+    """The tokens that enter the first block: those of the stem, (B, N, C), and auxiliary ones."""
+    (b, n), numbers = x.shape[:2], None
+    if merger is not None:
+        tracing.refuse_old_onnx()
+        numbers = torch.arange(b * n, device=x.device)
+    if aux is None or aux.tokens is None:
+        return Stream(x, 0, effective=n, numbers=numbers)
+    _refuse(limits, "auxiliary", "; call with aux=False")
+    return Stream(aux.append(x), aux.num_cls, effective=n, numbers=numbers)
 
 
 def run_block(
@@ -152,7 +158,7 @@ def run_block(
     prefix_alone: bool = False,
 ) -> tuple[Stream, Matching | RelaxedMatching | None]:
     """Run block i of `encode`: the tokens after it, and what it merged, None if nothing."""
-    x, num_aux, effective, size, rows, numbers = stream
+    x, num_aux, effective, size, rows, _ = stream
     # no bias while all sizes are 1: keeps the flash kernel
     bias = None if merger is None or size is None else merger.bias(size, x.dtype)
     attention = _attention(x, bias, rope, rows, num_aux, aux, prefix)
@@ -160,17 +166,28 @@ def run_block(
     if merger is None or not r or (prefix_alone and not last_block.is_watched(merger, i)):
         first = partial(blocks.first_tokens, block, prefix) if prefix_alone else None
         x = _call(block, first, x, {**attention, **limits})
-        return Stream(x, num_aux, effective, size, rows, numbers), None
-    if limits:
-        raise ValueError(
-            f"{' and '.join(limits)} can't say what merged tokens may attend to, and block {i} merges {r}; set "
-            "model.merger.r = 0, or call model.base"
-        )
-    halves = blocks.halves(block)
+        return Stream(x, num_aux, effective, size, rows, stream.numbers), None
+    _refuse(limits, "merged", f", and block {i} merges {r}; set model.merger.r = 0, or call model.base")
+    x, (_, size, effective, matching) = _merging(i, block, stream, attention, r, prefix, merger, prefix_alone)
+    rows = None if rope is None else _kept_rows(rows, matching, prefix)
+    return Stream(x, num_aux, effective, size, rows, stream.numbers), matching
+
+
+def _merging(
+    i: int,
+    block: Block,
+    stream: Stream,
+    attention: dict[str, Tensor],
+    r: int,
+    prefix: int,
+    merger: TokenMerger,
+    prefix_alone: bool,
+) -> tuple[Tensor, Merged]:
+    """What the block makes of the stream's tokens with a merge between its halves, and the merge."""
+    halves, (_, num_aux, effective, size, _, numbers) = blocks.halves(block), stream
     merges: list[Merged] = []
 
     def forward(x: Tensor, **attention: Tensor) -> Tensor:  # torch 2.6 compiles no union types here
-        """What the block does, with merging between its halves."""
         y = halves.read(block, x)
         # chosen before the attention, while y is in the caches
         choice = merger.choose(i, block, stream.split(y)[0] if num_aux else y, r, effective, prefix, numbers)
@@ -182,10 +199,12 @@ def run_block(
         x = merged.x[:, :prefix] if prefix_alone else merged.x
         return halves.feed(block, torch.cat([x, extra], dim=1) if num_aux else x)
 
-    x = _call(block, forward, x, attention)
-    _, size, effective, matching = merges[-1]
-    rows = None if rope is None else _kept_rows(rows, matching, prefix)
-    return Stream(x, num_aux, effective, size, rows, numbers), matching
+    return _call(block, forward, stream.x, attention), merges[-1]
+
+
+def _refuse(limits: Mapping[str, Any], kind: str, advice: str) -> None:
+    if limits:
+        raise ValueError(f"{' and '.join(limits)} can't say what {kind} tokens may attend to{advice}")
 
 
 def _call(block: Block, forward: Callable[..., Tensor] | None, x: Tensor, attention: dict[str, Any]) -> Any:

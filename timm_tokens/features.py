@@ -8,7 +8,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from timm_tokens import blocks
-from timm_tokens.driver import Stream, Trace, encode
+from timm_tokens.driver import UNLIMITED, Stream, Trace, encode
 from timm_tokens.parts import AuxTokens, TokenMerger
 from timm_tokens.parts.merger import groups, unmerge_all
 from timm_tokens.timm_types import ViT
@@ -57,7 +57,7 @@ def forward_merged(
     edit: Callable[[Tensor], Tensor] | None = None,
     *,
     merger: TokenMerger | None = None,
-    limits: Mapping[str, Any] | None = None,
+    limits: Mapping[str, Any] = UNLIMITED,
 ) -> MergedTokens:
     """The merged features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`.
 
@@ -83,7 +83,7 @@ def forward_tokens(
     *,
     merger: TokenMerger | None = None,
     aux: AuxTokens | None = None,
-    limits: Mapping[str, Any] | None = None,
+    limits: Mapping[str, Any] = UNLIMITED,
     has_class_token: bool = True,
 ) -> Tokens:
     """The features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_tokens import blocks, last_block, pooling
-from timm_tokens.ops.schedule import token_counts
+from timm_tokens.ops.schedule import schedule, token_counts
 from timm_tokens.parts import TokenLabelHead, TokenMerger
 from timm_tokens.timm_types import Block, ViT
 
@@ -106,6 +106,20 @@ def _per_token_and_pair(function: Callable[[Tensor], Tensor], width: int) -> tup
     one, two = count(function, 1, width), count(function, 2, width)
     pair = (two - 2 * one) // 2
     return one - pair, pair
+
+
+def schedule_of(merger: TokenMerger | None, depth: int, r: Any = None) -> tuple[int, ...]:
+    """How many tokens each block merges at r, as in `timm_tokens.ops.schedule`; None: as the merger is set.
+
+    Raises:
+        ValueError: If r is given to a model that merges no tokens.
+    """
+    if r is None:
+        return (0,) * depth if merger is None else merger.schedule
+    counts = schedule(r, depth)
+    if merger is None and any(counts):
+        raise ValueError(f"this model merges no tokens, got r={r}; apply_dtem_merging(model) gives it a merger")
+    return counts
 
 
 def count(function: Callable[[Tensor], object], *shape: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as everywhere  # torch keeps the hooks of all modules there
 from torch.utils.hooks import BackwardHook
 
@@ -32,6 +32,23 @@ def is_hooked(module: nn.Module) -> bool:
         or everywhere._global_backward_hooks
         or everywhere._global_backward_pre_hooks
     )
+
+
+def sees_calls(layer: nn.Module) -> bool:
+    """Whether the layer's own hooks see or change what it computes."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether calling the layer is nothing but its weights: no adapter, quantisation, hook or the like."""
+    if type(layer) is not kind or sees_calls(layer) or "forward" in layer.__dict__:
+        return False
+    return is_ordinary(layer.weight)
+
+
+def is_ordinary(weight: object) -> bool:
+    """Whether this is a tensor and no subclass that computes in its own way, as quantised and sharded ones are."""
+    return isinstance(weight, Tensor) and not hasattr(type(weight), "__tensor_flatten__")
 
 
 def call(module: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:

@@ -4,11 +4,12 @@ What a module computes is obtained by calling it. Its weights are read instead o
 linear map without hooks, whose average over heads is one small linear map.
 """
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from timm_tokens.hooks import before
+from timm_tokens.hooks import before, is_ordinary, is_plain, sees_calls
 from timm_tokens.timm_types import Attention
 
 
@@ -17,7 +18,7 @@ def mean_keys(attn: Attention, y: Tensor) -> Tensor:
     if attn._forward_pre_hooks:  # which may change what the attention reads; FSDP2's gathers its weights
         y = before(attn, (y,), {})[0][0]
     width, norm = attn.head_dim, attn.k_norm
-    if type(norm) is nn.Identity and not _has_hooks(norm):
+    if type(norm) is nn.Identity and not sees_calls(norm):
         weights = _weights(attn)
         if weights is not None:
             weight, bias = weights
@@ -57,7 +58,7 @@ def _keys(attn: Attention, y: Tensor) -> Tensor:
     """The keys of all heads, before their norm, by the calls that the attention makes: (B, N, heads * head_dim)."""
     if attn.qkv is None:
         return attn.k_proj(y)
-    bias = getattr(attn, "k_bias", None)  # EvaAttention keeps its biases apart
+    bias = _bias_apart(attn)
     reads_weight = bias is not None and not attn.qkv_bias_separate  # past the module, as this then must
     keys = (linear(y, attn.qkv.weight) if reads_weight else attn.qkv(y)).chunk(3, dim=-1)[1]
     return keys if bias is None else keys + bias
@@ -66,30 +67,22 @@ def _keys(attn: Attention, y: Tensor) -> Tensor:
 def _weights(attn: Attention) -> tuple[Tensor, Tensor | None] | None:
     """The weight and bias that make the keys; None where reading them is not the same as calling the module."""
     if attn.qkv is None:
-        return (attn.k_proj.weight, attn.k_proj.bias) if _is_plain(attn.k_proj) else None
-    qkv, bias = attn.qkv, getattr(attn, "k_bias", None)
+        return (attn.k_proj.weight, attn.k_proj.bias) if is_plain(attn.k_proj) else None
+    qkv, bias = attn.qkv, _bias_apart(attn)
     reads_weight = bias is not None and not attn.qkv_bias_separate
-    if not (_is_ordinary(qkv.weight) if reads_weight else _is_plain(qkv)):
+    if not (is_ordinary(qkv.weight) if reads_weight else is_plain(qkv)):
         return None
     if bias is None and qkv.bias is not None:
         bias = qkv.bias.chunk(3)[1]
     return qkv.weight.chunk(3)[1], bias
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer is nothing but its weights: no adapter, quantisation, hook or the like."""
-    if type(layer) is not nn.Linear or _has_hooks(layer) or "forward" in layer.__dict__:
-        return False
-    return _is_ordinary(layer.weight)
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
-
-
-def _is_ordinary(weight: object) -> bool:
-    """Whether this is a tensor and no subclass that computes in its own way, as quantised and sharded ones are."""
-    return isinstance(weight, Tensor) and not hasattr(type(weight), "__tensor_flatten__")
+def _bias_apart(attn: Attention) -> Tensor | None:
+    """The bias that EvaAttention keeps apart from its layers; a missing attribute takes long to look up."""
+    if type(attn) in (timm.layers.Attention, timm.layers.AttentionRope, timm.layers.DiffAttention):
+        return None
+    bias: Tensor | None = getattr(attn, "k_bias", None)
+    return bias
 
 
 def _probed(attn: Attention, unit: Tensor) -> tuple[Tensor, Tensor]:

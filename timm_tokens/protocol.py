@@ -49,7 +49,7 @@ class TimmProtocol(nn.Module):
     set_input_size, get_patch_size = map(_of_base, ("set_input_size", "get_patch_size"))
     set_grad_checkpointing, load_pretrained = map(_of_base, ("set_grad_checkpointing", "load_pretrained"))
     fix_init_weight = _of_base("fix_init_weight")
-    __prepare_scriptable__ = tracing.refuse_scripting
+    __prepare_scriptable__, _slow_forward = tracing.refuse_scripting, tracing.traced_forward
 
     def _init_protocol(self) -> None:
         cfg = dict(getattr(self.base, "pretrained_cfg", None) or {})

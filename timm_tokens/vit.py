@@ -1,17 +1,18 @@
 """TokenViT: a timm Vision Transformer with parts that change its tokens, driven from outside."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from timm_tokens import blocks, features, tracing
+from timm_tokens import blocks, features, hooks, tracing
 from timm_tokens.classification import check_call, class_logits, dense_logits
 from timm_tokens.driver import encode, limited, patch_edit
 from timm_tokens.features import MergedTokens, Tokens
-from timm_tokens.flops import Costs, on_meta
-from timm_tokens.ops import mix_tokens, schedule
+from timm_tokens.flops import Costs, on_meta, schedule_of
+from timm_tokens.ops import mix_tokens
 from timm_tokens.ops.schedule import token_counts
 from timm_tokens.parts import AuxTokens, DenseLogits, TokenLabelHead, TokenMerger
 from timm_tokens.parts.merger import unmerge_all
@@ -117,10 +118,18 @@ class TokenViT(TimmProtocol):
         """
         tracing.refuse_symbols(images)
         check_call(self.head, dense, box, tokens)
-        edit = None
-        if box is not None or mask is not None:
-            edit = patch_edit(self._grid(images), box, mask, self.mask_token)
-        limits = limited(attn_mask, is_causal)
+        run, limits = partial(self._forward, dense, box, tokens, mask, aux), limited(attn_mask, is_causal)
+        if not hooks.is_hooked(self.base):
+            return run(images, **limits)
+        if dense or tokens or self.head is not None:  # what the base does not give, its forward hooks can't see
+            args, limits = hooks.before(self.base, (images,), limits)
+            return run(*args, **limits)
+        return hooks.call(self.base, run, (images,), limits)
+
+    def _forward(
+        self, dense: bool, box: Box, tokens: bool | str, mask: Mask, aux: bool, images: Tensor, **limits: Any
+    ) -> Tensor | DenseLogits | Tokens | MergedTokens:
+        edit = None if box is None and mask is None else patch_edit(self._grid(images), box, mask, self.mask_token)
         if tokens == "merged":
             return features.forward_merged(self.base, images, edit, merger=self.merger, limits=limits)
         if tokens:
@@ -213,11 +222,8 @@ class TokenViT(TimmProtocol):
         Args:
             r: Tokens to merge in each block, as in `timm_tokens.ops.schedule`; None: as the merger is set.
             image_size: (height, width); None: the size the model was made for.
-
-        Raises:
-            ValueError: If r is given to a model that merges no tokens.
         """
-        return self.costs(image_size).flops(self._schedule(r))
+        return self.costs(image_size).flops(schedule_of(self.merger, len(self.base.blocks), r))
 
     def costs(self, image_size: tuple[int, int] | None = None) -> Costs:
         """What the model's pieces cost for one image, to count the FLOPs of many schedules; arguments as in `flops`."""
@@ -227,16 +233,8 @@ class TokenViT(TimmProtocol):
     def token_counts(self, r: Any = None, image_size: tuple[int, int] | None = None) -> list[int]:
         """Tokens, prefix included, before the first block and after each; arguments as in `flops`."""
         rows, columns = blocks.grid_size(self.base, image_size or self.image_size)
-        return token_counts(self._schedule(r), self.num_prefix_tokens + rows * columns, self.num_prefix_tokens)
-
-    def _schedule(self, r: Any = None) -> tuple[int, ...]:
-        depth = len(self.base.blocks)
-        if r is None:
-            return (0,) * depth if self.merger is None else self.merger.schedule
-        counts = schedule(r, depth)
-        if self.merger is None and any(counts):
-            raise ValueError(f"this model merges no tokens, got r={r}; apply_dtem_merging(model) gives it a merger")
-        return counts
+        counts = schedule_of(self.merger, len(self.base.blocks), r)
+        return token_counts(counts, self.num_prefix_tokens + rows * columns, self.num_prefix_tokens)
 
     def freeze_base(self, frozen: bool = True) -> "TokenViT":
         """Train the parts alone: the base gets no gradients and stays in evaluation mode (DTEM's modular training)."""

@@ -12,6 +12,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from timm_tokens.hooks import is_plain
 from timm_tokens.ops import aux_attention_mask
 
 POOL_WEIGHTS = ("spatial", "channel")
@@ -158,7 +159,11 @@ class AdaptivePool(nn.Module):
 
     def weights(self, u: Tensor) -> Tensor:
         """Weights over the N positions of a normed map u (B, C, H, W): (B, C, k_p, N), or (B, k_p, N) if spatial."""
-        scores = torch.stack(list(self._depthwise(u)), 2) if self.per_channel else self.conv(u)
+        if self.per_channel and is_plain(self.conv, nn.Conv2d):
+            scores = torch.stack(list(self._depthwise(u)), 2)
+        else:
+            scores = self.conv(u)  # (B, C * k_p or k_p, H, W)
+            scores = scores.unflatten(1, (-1, self.num_pooled)) if self.per_channel else scores
         scores = scores.flatten(-2)
         return scores.softmax(dim=-1) if self.softmax else scores / scores.shape[-1]
 
