@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,13 @@ from timm_tokens.classification import check_call, class_logits, dense_logits
 from timm_tokens.driver import encode, limited, patch_edit
 from timm_tokens.features import MergedTokens, Tokens
 from timm_tokens.flops import Costs, on_meta, schedule_of
+from timm_tokens.forward_type import Box, Forward, Mask, typed
 from timm_tokens.ops import mix_tokens
 from timm_tokens.ops.schedule import token_counts
 from timm_tokens.parts import AuxTokens, DenseLogits, TokenLabelHead, TokenMerger
 from timm_tokens.parts.merger import unmerge_all
 from timm_tokens.protocol import TimmProtocol
 from timm_tokens.timm_types import ViT
-
-Mask: TypeAlias = Tensor | None
-Box: TypeAlias = Tensor | Sequence[int] | None
 
 
 class TokenViT(TimmProtocol):
@@ -64,28 +62,7 @@ class TokenViT(TimmProtocol):
         self._frozen = False
         self._init_protocol()
 
-    @overload
-    def forward(self, images: Tensor, attn_mask: Mask = ..., is_causal: bool = ..., *, mask: Mask = ...) -> Tensor: ...
-    @overload
-    def forward(self, images: Tensor, *, dense: Literal[True], box: Box = ..., mask: Mask = ...) -> DenseLogits: ...
-    @overload
-    def forward(self, images: Tensor, *, tokens: Literal[True], mask: Mask = ..., aux: bool = ...) -> Tokens: ...
-    @overload
-    def forward(self, images: Tensor, *, tokens: Literal["merged"], mask: Mask = ...) -> MergedTokens: ...
-    @overload
-    def forward(
-        self,
-        images: Tensor,
-        attn_mask: Mask = ...,
-        is_causal: bool = ...,
-        *,
-        dense: bool = ...,
-        box: Box = ...,
-        tokens: bool | str = ...,
-        mask: Mask = ...,
-        aux: bool = ...,
-    ) -> Tensor | DenseLogits | Tokens | MergedTokens: ...
-
+    @typed
     def forward(
         self,
         images: Tensor,
@@ -144,7 +121,7 @@ class TokenViT(TimmProtocol):
         return DenseLogits(cls, patches if box is None else mix_tokens(patches, box, self._grid(images)))
 
     if TYPE_CHECKING:
-        __call__ = forward
+        __call__: Forward
 
     def forward_features(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens (B, P + N, C) after the final norm, un-merged: every patch has its group's token.

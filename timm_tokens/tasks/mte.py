@@ -4,7 +4,6 @@ Shapes: B images, V crops of each, T tokens of a crop, K prototypes.
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -199,8 +198,8 @@ class MTETask(TokenTask):
         generators = self.sample_generators(len(crops[0]))
         grid = blocks.grid_size(self.student.encoder.backbone.base, crops[0].shape[-2:])
         options: dict[str, Any] = dict(ratio=self.mask_ratio, prob=self.mask_prob, exact=self.exact_masks)
-        draw = partial(random_ratio_masks, generator=generators, **options)
-        return torch.cat([draw(len(generators), grid) for _ in range(self.global_crops)])
+        options |= {"generator": generators}
+        return torch.cat([random_ratio_masks(len(generators), grid, **options) for _ in range(self.global_crops)])
 
     def _check(self, crops: Tensor | list[Tensor]) -> list[Tensor]:
         least, most = max(2, self.global_crops), 2 if self.objective == "moby" else 10**6
