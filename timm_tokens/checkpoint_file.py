@@ -49,7 +49,7 @@ def _load(path: Path) -> Any:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except ValueError:  # of a time before zip archives
         names = ["argparse.Namespace"]
-    stands_in = [(_stand_in(name, _Array if name.startswith("numpy.") else _Record), name) for name in names]
+    stands_in: list[Any] = [(_stand_in(name, _Array if name.startswith("numpy.") else _Record), name) for name in names]
     with torch.serialization.safe_globals(stands_in):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -70,8 +70,8 @@ class _Record:
     full_name = ""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        empty = OrderedDict()
-        empty._pickled = cls.full_name  # type: ignore[attr-defined]  # of this one instance
+        empty: Any = OrderedDict()
+        empty._pickled = cls.full_name  # of this one instance
         return empty
 
 

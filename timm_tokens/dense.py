@@ -1,5 +1,8 @@
 """Class scores for every place of an image, by any timm classifier that keeps a spatial map: conv nets, ViTs, Swin."""
 
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +10,7 @@ from timm_tokens import blocks
 from timm_tokens.vit import TokenViT
 
 
-def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
+def dense_scores(model: Any, images: Tensor) -> Tensor:
     """Scores before the softmax: what the model would say of an image that looks everywhere as it does in this cell.
 
     * Models that pool their cells (conv nets, Swin, ViTs that average or attend over patches): each cell of the last
@@ -45,7 +48,7 @@ def dense_scores(model: nn.Module, images: Tensor) -> Tensor:
     return scores.view(-1, *grid, scores.shape[-1])
 
 
-def _class_token_scores(model: nn.Module, images: Tensor) -> Tensor:
+def _class_token_scores(model: Any, images: Tensor) -> Tensor:
     try:
         vit = TokenViT(model)
     except TypeError as error:
@@ -71,13 +74,15 @@ def _class_token_scores(model: nn.Module, images: Tensor) -> Tensor:
     return scores.view(len(images), *blocks.grid_size(model, images.shape[-2:]), -1)
 
 
-def _cells(model: nn.Module, features: Tensor, aspect: float) -> tuple[Tensor, tuple[int, int]]:
+def _cells(model: Any, features: Tensor, aspect: float) -> tuple[Tensor, tuple[int, int]]:
     """Each cell as the features of an image of its own, and the grid (H, W)."""
     dim = features.ndim if isinstance(features, Tensor) else 0
     if dim == 4 and _channels_last(model, features):
-        grid, cells = features.shape[1:3], features.flatten(0, 2)[:, None, None]  # (B, H, W, C) -> (B * H * W, 1, 1, C)
+        grid: Sequence[int] = features.shape[1:3]
+        cells = features.flatten(0, 2)[:, None, None]  # (B, H, W, C) -> (B * H * W, 1, 1, C)
     elif dim == 4:
-        grid, cells = features.shape[2:], features.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
+        grid = features.shape[2:]
+        cells = features.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
     elif dim == 3:
         prefix, grid = _prefix(model, features, aspect)
         # (B, P + N, C) -> (B * N, P + 1, C): the cell is all of the image's tokens, its class token included
@@ -86,10 +91,10 @@ def _cells(model: nn.Module, features: Tensor, aspect: float) -> tuple[Tensor, t
         _refuse(model, features)
     if grid[0] * grid[1] == 1:
         _refuse(model, features)
-    return cells, tuple(grid)
+    return cells, (grid[0], grid[1])
 
 
-def _channels_last(model: nn.Module, features: Tensor) -> bool:
+def _channels_last(model: Any, features: Tensor) -> bool:
     channels = model.num_features
     if features.shape[1] == features.shape[-1] == channels:
         return getattr(getattr(model, "head", None), "input_fmt", "NCHW") == "NHWC"
@@ -103,7 +108,7 @@ def _prefix(model: nn.Module, features: Tensor, aspect: float) -> tuple[int, tup
         grid = _grid(features.shape[1] - prefix, aspect)
         if grid is not None:
             return prefix, grid
-    return _refuse(model, features)
+    _refuse(model, features)
 
 
 def _grid(count: int, aspect: float) -> tuple[int, int] | None:
@@ -112,7 +117,7 @@ def _grid(count: int, aspect: float) -> tuple[int, int] | None:
     return (rows, columns) if rows * columns == count > 0 else None
 
 
-def _refuse(model: nn.Module, features: object) -> None:
+def _refuse(model: nn.Module, features: object) -> NoReturn:
     shape = tuple(features.shape) if isinstance(features, torch.Tensor) else f"a {type(features).__name__}"
     raise TypeError(
         f"{type(model).__name__} has no spatial map to take scores from: its features are {shape}; "

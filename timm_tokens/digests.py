@@ -7,7 +7,7 @@ comment; in a safetensors file it is an entry of the metadata.
 
 import hashlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -23,7 +23,7 @@ def save_checkpoint(path: Path, state: Any) -> None:
     with path.open("wb") as file:
         hashing = _Hashing(file)
         try:
-            torch.save(state, hashing)
+            torch.save(state, cast(IO[bytes], hashing))
         except RuntimeError:
             if hashing.error is None:
                 raise

@@ -10,7 +10,7 @@ from typing import IO
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: there, what killed processes leave is not cleaned up
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # no such module
 
 _PARTIAL = re.compile(r"\..+\.\d+\.partial(\.[^.]*)?")  # hidden, of a process, and with the suffix of the file to be
 

@@ -48,7 +48,7 @@ class Kind(NamedTuple):
     """What an option holds: values of a type, so many of them (None: one, 0: one or more), or None as well."""
 
     type: type
-    count: int | None
+    count: int | None  # type: ignore[assignment]  # it hides the method of tuples
     optional: bool
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,7 @@ class _Watch(threading.Thread):
         super().__init__(name="timm-tokens peers", daemon=True)
         self.requests, self.patience = requests, patience
         self.leaving, self.failed, self.lost = threading.Event(), False, False
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
 
     def leave(self, failed: bool = False) -> None:
         """End the watch: when all processes leave, or without waiting for them after an error."""

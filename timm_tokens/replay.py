@@ -1,6 +1,6 @@
 """Running a model on the same images with one schedule of merging after another."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class Replay:
         return tokens.cls, tokens.patches
 
 
-def as_batches(images: Tensor | Sequence[Tensor], size: int, device: torch.device) -> list[Tensor]:
+def as_batches(images: Tensor | Iterable[Tensor], size: int, device: torch.device) -> list[Tensor]:
     """Batches of at most `size` images (B, 3, H, W) of one tensor, or of an iterable of images or batches.
 
     Of a pair, such as a data loader gives, the first is taken.

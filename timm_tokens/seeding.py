@@ -7,6 +7,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +31,11 @@ def seeded(*numbers: int) -> Iterator[None]:
     timm's augmentation draws from all three.
     """
     seed = derived_seed(*numbers)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_bit_generator()
+    numpy: Any = np.random  # whose stubs lack the two functions
+    states = torch.get_rng_state(), random.getstate(), numpy.get_bit_generator()
     # Reading NumPy's state takes longer than to augment a small image; so another generator stands in for its own.
     spare = _SPARE.pop() if _SPARE else np.random.MT19937()
-    np.random.set_bit_generator(spare)
+    numpy.set_bit_generator(spare)
     torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed the GPUs too
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -42,7 +44,7 @@ def seeded(*numbers: int) -> Iterator[None]:
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_bit_generator(states[2])
+        numpy.set_bit_generator(states[2])
         _SPARE.append(spare)
 
 

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -101,7 +101,7 @@ def _formats() -> tuple[str, ...]:
 def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode == "LAB":
         profiles = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
-        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        return cast(Image.Image, ImageCms.profileToProfile(image, *profiles, outputMode="RGB"))
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image, dtype=np.float32)
@@ -135,7 +135,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image, pixels: Image.Image) -> Image.Image:
     """The pixels turned as the image's EXIF orientation says."""
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _TURNS.get(cast(int, image.getexif().get(ExifTags.Base.Orientation)))
     except Exception:  # a broken EXIF block says nothing about the pixels
         turn = None
     return pixels if turn is None else pixels.transpose(turn)

@@ -4,7 +4,7 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os.path import basename, dirname, isdir, isfile, join, realpath, splitext
 from pathlib import Path
 
@@ -41,7 +41,8 @@ class FolderReader(ReaderImageFolder):
 
     def __init__(self, root: str | Path, class_map: dict[str, int] | str | Path | None = None):
         self.root = str(root)
-        left_out, folders = defaultdict(list), defaultdict(set)
+        left_out: dict[str, list[str]] = defaultdict(list)
+        folders: dict[str, set[str]] = defaultdict(set)
         names = _beside_none(_images(self.root, left_out), left_out)
         if class_map:
             self.class_to_idx = load_class_map(class_map if isinstance(class_map, dict) else str(class_map), self.root)
@@ -59,7 +60,7 @@ class FolderReader(ReaderImageFolder):
         self.joined = {name: sorted(which) for name, which in folders.items() if len(which) > 1}
 
 
-def left_out_lines(left_out: dict[str, Sequence[str]]) -> list[str]:
+def left_out_lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:
     """For each reason a line: how many files were left out, why, and the names of the first of them."""
     return [f"left out {len(names)} ({why}): {listed(names)}" for why, names in left_out.items() if names]
 

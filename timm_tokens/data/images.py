@@ -31,7 +31,7 @@ class Images(Dataset):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Any,
         transform: Callable | None = None,
         rows: Sequence[int] | None = None,
         left_out: dict[str, list[str]] | None = None,
@@ -39,7 +39,7 @@ class Images(Dataset):
         check_indexed(dataset)
         self.dataset, self.transform = dataset, transform
         self.rows: Sequence[int] = range(len(dataset)) if rows is None else rows
-        self.left_out = getattr(self._source, "left_out", {}) if left_out is None else left_out
+        self.left_out: dict[str, list[str]] = getattr(self._source, "left_out", {}) if left_out is None else left_out
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,7 +102,7 @@ def classes_of(source: Any) -> list[str] | None:
     return list(getattr(source, "classes", ())) or None
 
 
-def as_images(dataset: Dataset) -> Dataset:
+def as_images(dataset: Any) -> Any:
     """timm's `ImageDataset` as `Images`, so that an unreadable image is an error; other data sets as they are."""
     plain = type(dataset) is ImageDataset and not (dataset.load_bytes or dataset.additional_features)
     return Images(dataset, dataset.transform) if plain else dataset

@@ -1,7 +1,7 @@
 """A timm image data set with the label map of every image."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -31,7 +31,7 @@ class LabeledTarget(NamedTuple):
 
     def to(self, *args, **kwargs) -> "LabeledTarget":
         """All tensors moved as by `Tensor.to`, so that timm's `PrefetchLoader` can."""
-        return LabeledTarget(*(x.to(*args, **kwargs) for x in self))
+        return LabeledTarget(*(cast(Tensor, x).to(*args, **kwargs) for x in self))
 
 
 class TokenLabelDataset(Dataset):
@@ -53,7 +53,7 @@ class TokenLabelDataset(Dataset):
         OSError: on reading, an image is corrupt; names the image.
     """
 
-    def __init__(self, dataset: Dataset, labels: Mapping[str, LabelMap], transform: Callable[[Image.Image], View]):
+    def __init__(self, dataset: Any, labels: Mapping[str, LabelMap], transform: Callable[[Image.Image], View]):
         check_indexed(dataset)
         self.dataset = dataset
         self.labels = labels

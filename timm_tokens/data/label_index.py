@@ -79,7 +79,8 @@ def shard_path(folder: Path, entry: ShardEntry) -> Path:
 
 def _checked(path: Path, index: dict[str, Any]) -> Index:
     """The index with every value of the type and in the range that it must have."""
-    num_classes, shape, shards = (index.get(name) for name in ("num_classes", "shape", "shards"))
+    given: Any = (index.get(name) for name in ("num_classes", "shape", "shards"))
+    num_classes, shape, shards = given
     wrong = None
     if not _count(num_classes):
         wrong = f"num_classes must be a number from 1 on, got {num_classes!r}"

@@ -3,7 +3,7 @@
 import hashlib
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -63,7 +63,7 @@ def name_key(name: str) -> int:
 
 def checksum(label: LabelMap) -> int:
     """CRC-32 of a label map."""
-    values, indices = (x.contiguous().numpy() for x in label)
+    values, indices = (cast(Any, x.contiguous().numpy()) for x in label)  # a buffer, which its stubs don't say
     return zlib.crc32(indices, zlib.crc32(values))
 
 
@@ -110,7 +110,7 @@ def _digest(path: Path, tensors: dict[str, Tensor]) -> str:
         found.update(file.read(int.from_bytes(file.read(8), "little")))
     for name in _DIRECTORY:
         if name in tensors:
-            found.update(tensors[name].numpy())
+            found.update(cast(Any, tensors[name].numpy()))
     return found.hexdigest()
 
 
@@ -126,4 +126,5 @@ def _shard(path: Path, tensors: dict[str, Tensor]) -> Shard:
         raise ValueError(f"it must hold {wanted}, it holds {found}")
     if ends[0] != 0 or ends[-1] != len(names) or (ends.diff() < 1).any():
         raise ValueError("its names have no proper ends")
-    return Shard(path, values, indices, keys, *(x if x is None else memoryview(x.numpy()) for x in (names, ends, sums)))
+    views: Any = (x if x is None else memoryview(cast(Any, x.numpy())) for x in (names, ends, sums))
+    return Shard(path, values, indices, keys, *views)

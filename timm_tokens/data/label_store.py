@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -40,13 +41,15 @@ class TokenLabelStore(Mapping[str, LabelMap]):
 
     def __init__(self, folder: str | Path, num_classes: int | None = None):
         self.folder = Path(folder)
-        self._shards = self._keys = self._places = None
+        self._shards: Any = None  # the shards and their directory, opened when they are first asked for
+        self._keys: Any = None
+        self._places: Any = None
         index = read_index(self.folder)
-        self.num_classes = num_classes if index is None else index.num_classes
+        self.num_classes: Any = num_classes if index is None else index.num_classes
         if num_classes not in (None, self.num_classes):
             raise ValueError(f"the labels in {self.folder} are over {self.num_classes} classes, not {num_classes}")
         self._shape = index and index.shape
-        self._files = index and [(shard_path(self.folder, entry), entry.digest) for entry in index.shards]
+        self._files: Any = index and [(shard_path(self.folder, entry), entry.digest) for entry in index.shards]
         if index is None and next(self.folder.rglob("*.pt"), None) is None:
             raise FileNotFoundError(f"no label store in {self.folder}: it holds neither {INDEX} nor .pt files")
 
@@ -121,14 +124,15 @@ class TokenLabelStore(Mapping[str, LabelMap]):
         shards = [load_shard(path, digest) for path, digest in self._files]
         for shard in shards:
             check_shape(shard, self._shape or tuple(shards[0].values.shape[1:]))
-        keys = [shard.keys for shard in shards]
-        places = [(i << 32) + torch.arange(len(key)) for i, key in enumerate(keys)]
+        parts = [shard.keys for shard in shards]
+        places = [(i << 32) + torch.arange(len(part)) for i, part in enumerate(parts)]
         none = torch.empty(0, dtype=torch.int64)
-        keys, order = torch.cat([none, *keys]).sort(stable=True)
+        keys, order = torch.cat([none, *parts]).sort(stable=True)
         first = torch.ones_like(keys, dtype=torch.bool)
         first[1:] = keys[1:] != keys[:-1]  # two parts may both have annotated an image; the labels are the same
-        self._keys = memoryview(keys[first].numpy())  # whose items are plain ints, an order faster than a tensor's
-        self._places = memoryview(torch.cat([none, *places])[order][first].numpy())
+        # memoryviews, whose items are plain ints, an order faster than a tensor's
+        self._keys = memoryview(cast(Any, keys[first].numpy()))
+        self._places = memoryview(cast(Any, torch.cat([none, *places])[order][first].numpy()))
         self._shards = shards
 
 

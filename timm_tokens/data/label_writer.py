@@ -2,6 +2,7 @@
 
 from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -88,7 +89,7 @@ class TokenLabelWriter:
             with replacing(path) as partial:
                 write_shard(partial, self._pending)
             self._next += 1
-            self._pending = {}
+            self._pending.clear()
         self._write_index(self._shape)
         self._journal.clear()
 
@@ -113,7 +114,9 @@ class TokenLabelWriter:
     def _resume(self) -> None:
         remove_partials(self.folder)
         index = self._read_index()
-        self._shape, self._done, self._pending = index.shape, set(), {}
+        self._shape: Any = index.shape
+        self._done: set[int] = set()
+        self._pending: dict[str, LabelMap] = {}
         digests = {entry.file: entry.digest for entry in index.shards}
         for path in _shards(self.folder):
             shard = load_shard(path, digests.get(path.name))
@@ -121,7 +124,7 @@ class TokenLabelWriter:
             self._shape = self._shape or tuple(shard.values.shape[1:])
             check_shape(shard, self._shape)
         own = [path.stem for path in _shards(self.folder) if path.name.startswith(f"labels-{self.part:05d}-")]
-        self._next = 1 + max((int(stem.rsplit("-", 1)[1]) for stem in own), default=-1)
+        self._next: int = 1 + max((int(stem.rsplit("-", 1)[1]) for stem in own), default=-1)
         for name, label in self._journal.recover():
             if name not in self:  # a kill between the shard and the emptied journal leaves both
                 self._agree(name, tuple(label.values.shape))
@@ -136,7 +139,7 @@ class TokenLabelWriter:
         if len(self._pending) >= self.shard_size:
             self.flush()
 
-    def _agree(self, name: str, shape: tuple[int, int, int]) -> None:
+    def _agree(self, name: str, shape: Any) -> None:
         """Refuse a map of another shape than the others'; the first of all parts decides, in the index."""
         if self._shape is None:
             self._shape = self._write_index(shape).shape

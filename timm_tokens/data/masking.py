@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -162,7 +163,7 @@ def _rejecting(
 def _counts(count: int | Tensor, batch: int | None, patches: int) -> Tensor:
     if isinstance(count, Tensor) == (batch is not None):
         raise ValueError("give count as one number with batch, or as a tensor (B,) without it")
-    counts = count.cpu() if isinstance(count, Tensor) else torch.full((batch,), count)
+    counts = count.cpu() if isinstance(count, Tensor) else torch.full((cast(int, batch),), count)
     if counts.numel() and not 0 <= counts.min() <= counts.max() <= patches:
         raise ValueError(f"count must be in [0, {patches}], got {counts.min():d} to {counts.max():d}")
     return counts

@@ -49,7 +49,7 @@ def check_size(model: nn.Module, height: int, width: int) -> None:
     Raises:
         ValueError: Names the sizes that would do.
     """
-    stem = next((module for module in model.modules() if hasattr(module, "feat_ratio")), None)
+    stem: Any = next((module for module in model.modules() if hasattr(module, "feat_ratio")), None)
     if stem is None or getattr(stem, "dynamic_img_pad", False):
         return  # not cut into patches, or padded
     patch = to_2tuple(stem.feat_ratio(as_scalar=False))

@@ -32,7 +32,7 @@ class Crop(NamedTuple):
     """
 
     size: int
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # it hides the method of tuples
     scale: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)

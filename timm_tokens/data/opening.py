@@ -4,6 +4,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from timm.data import ImageDataset, get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -33,7 +34,7 @@ def open_folder(root: str | Path, class_map: dict[str, int] | None = None) -> Im
         return Images(ImageDataset(str(root), reader=FolderReader(root, class_map)))
     try:
         with _every_suffix():
-            reader = ReaderImageInTar(str(root), class_map=class_map or "")
+            reader: Any = ReaderImageInTar(str(root), class_map=class_map or "")
         with tarfile.open(root) as tar:
             names = [member.name for member in tar if member.isfile() and not member.name.endswith(".tar")]
     except (tarfile.TarError, ValueError, EOFError, AssertionError) as error:  # ValueError: no image

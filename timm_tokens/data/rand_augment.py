@@ -3,6 +3,8 @@
 import copy
 import math
 import re
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -47,7 +49,7 @@ def _rotate(degrees: float, width: int, height: int) -> Tensor:
 
 
 # From (row, column) after the operation to before it, in fractions, for its argument and the image's width and height.
-_AFFINE = {
+_AFFINE: dict[str, Callable[..., Tensor]] = {
     "Rotate": _rotate,
     "ShearX": lambda factor, width, height: _matrix((1, 0, 0), (factor * height / width, 1, 0)),
     "ShearY": lambda factor, width, height: _matrix((1, factor * width / height, 0), (0, 1, 0)),
@@ -99,14 +101,14 @@ class TrackedRandAugment:
 
 def _run(op: AugmentOp, image: Image.Image) -> tuple[Image.Image, Tensor]:
     """Run one operation and return its map. It draws its argument within its call, so a copy of it notes that down."""
-    drawn = None
+    drawn: Any = None
 
-    def note(image, *args, **kwargs):
+    def note(image: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
         nonlocal drawn
         drawn = args
         if op.name in _POSTERIZE:  # to 0 bits, an image that is all black, is what Pillow refuses
-            args = [max(bits, 1) for bits in args]
-        return op.aug_fn(image, *args, **kwargs)
+            args = tuple(max(bits, 1) for bits in args)
+        return cast(Any, op.aug_fn)(image, *args, **kwargs)
 
     noted = copy.copy(op)
     noted.aug_fn = note

@@ -39,13 +39,14 @@ def image_name(dataset: Dataset, index: int) -> str:
     return image_id(file_name(dataset, index))
 
 
-def image_names(dataset: Dataset) -> list[str]:
+def image_names(dataset: Any) -> list[str]:
     """The ids of all images.
 
     Raises:
         ValueError: Two images have the same id.
     """
-    names, first = [image_name(dataset, index) for index in range(len(dataset))], {}
+    names = [image_name(dataset, index) for index in range(len(dataset))]
+    first: dict[str, int] = {}
     for index, name in enumerate(names):
         if name in first:
             files = " and ".join(file_name(dataset, i) for i in (first[name], index))
@@ -75,7 +76,7 @@ def read_image(dataset: Dataset, index: int, *, draft: int | None = None) -> tup
         raise ImageError(f"image {file_name(dataset, index)!r} can't be read: {error}") from error
 
 
-def unreadable(images: Dataset, workers: int = 0, rows: Sequence[int] | None = None, **bar: Any) -> dict[int, str]:
+def unreadable(images: Any, workers: int = 0, rows: Sequence[int] | None = None, **bar: Any) -> dict[int, str]:
     """The images that can't be read, by number, with the reason. Reads each once, JPEGs at an eighth of their size.
 
     Args:
@@ -112,7 +113,7 @@ class _Attempts(Dataset):
         return self.rows[index], ""
 
 
-def _inner(dataset: Dataset, index: int) -> tuple[Dataset, int]:
+def _inner(dataset: Any, index: int) -> tuple[Any, int]:
     """The data set that has the files, and the image's number in it."""
     rows = getattr(dataset, "rows", None)
     return (dataset, index) if rows is None else (dataset.dataset, rows[index])

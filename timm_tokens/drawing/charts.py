@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -146,7 +147,7 @@ def draw_scores(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 
 def _lines(axes: Axes, series: Series, marker: str = "o") -> None:
-    style = {"marker": marker, "markersize": 4, "linewidth": 1.2}
+    style: dict[str, Any] = {"marker": marker, "markersize": 4, "linewidth": 1.2}
     for i, (name, points) in enumerate(series.items()):
         axes.plot(*zip(*points, strict=True), label=name, color=LINES[i % len(LINES)], **style)
 

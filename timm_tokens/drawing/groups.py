@@ -1,6 +1,7 @@
 """Which patches of an image became one token."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -79,6 +80,6 @@ def mark_pieces(axes: Axes, group: Tensor) -> int:
         split += 1
         for part in parts:
             y, x = (piece == part).nonzero()[0].add(0.5).tolist()
-            style = {"ha": "center", "va": "center", "color": "white", "fontsize": 5}
+            style: dict[str, Any] = {"ha": "center", "va": "center", "color": "white", "fontsize": 5}
             axes.text(x / columns, y / rows, str(split), **style)
     return split

@@ -4,7 +4,7 @@ Lee & Chung, "Unsupervised Embedding Adaptation via Early-Stage Feature Reconstr
 ICML 2021, arXiv 2106.11486.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ class ESFR:
         labels = self._check(features, weights, support)
         features = features.to(torch.promote_types(features.dtype, torch.float32))  # half precision would not train
         if support is not None:
-            features = prepare(features, support if labels is None else labels.shape[-1])
+            features = prepare(features, cast(int, support) if labels is None else labels.shape[-1])
         device = "cpu" if generator is None else generator.device
         seeds = torch.randint(2**62, (len(features), self.num_nets), generator=generator, device=device).cpu()
         if not self.support_weight or labels is None:

@@ -108,7 +108,7 @@ class Nets:
             relu_backward(gradient, outputs[layer + 1], 0, grad_input=gradient)
             total = gradient.sum(1, keepdim=True)
             total = torch.where(always, shift, total) if layer == DEPTH - 1 else total
-            below = torch.bmm(gradient, self.weights[layer], out=outputs[layer + 1]) if layer else None
+            below = torch.bmm(gradient, self.weights[layer], out=outputs[layer + 1]) if layer else gradient
             self._step(layer, outputs[layer], gradient, total)
             gradient = below
 

@@ -19,7 +19,7 @@ from timm_tokens.models.lvvit_base import lvvit_base
 from timm_tokens.models.token_vit import fit_position_embedding, with_parts
 from timm_tokens.vit import TokenViT
 
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "lvvit_t": dict(embed_dim=240, depth=12, num_heads=4),
     "lvvit_s": dict(embed_dim=384, depth=16, num_heads=6, skip_lam=2.0),
     "lvvit_m": dict(embed_dim=512, depth=20, num_heads=8, skip_lam=2.0),
@@ -65,11 +65,12 @@ def _lvvit(variant: str, pretrained: bool, **kwargs: Any) -> TokenViT:
     def make(**base_args: Any) -> VisionTransformer:
         vit = lvvit_base(**_SIZES[variant] | base_args)
         # as timm records for models of its own, so that saved models are made again with them
-        vit._model_args = {name: value for name, value in base_args.items() if name not in _NOT_KEPT}
+        arguments: Any = {name: value for name, value in base_args.items() if name not in _NOT_KEPT}
+        vit._model_args = arguments
         return vit
 
     def create(head: dict[str, Any] | None = None, **options: Any) -> TokenViT:
-        dense = {} if options.get("num_classes") != 0 else None
+        dense: dict[str, Any] | None = {} if options.get("num_classes") != 0 else None
         model = with_parts(make, head=dense if head is None else head, **options)
         model.register_load_state_dict_pre_hook(_fit)
         return model

@@ -72,7 +72,8 @@ class ScaledBlock(Block):
     def __init__(self, *args: Any, skip_lam: float = 1.0, **options: Any):
         super().__init__(*args, **options)
         if skip_lam != 1:
-            self.ls1, self.ls2 = Divide(skip_lam), Divide(skip_lam)
+            layers: Any = Divide(skip_lam), Divide(skip_lam)
+            self.ls1, self.ls2 = layers
 
 
 class Divide(nn.Module):
@@ -97,8 +98,7 @@ def lvvit_base(*, skip_lam: float = 1.0, stem_width: int = 64, **options: Any) -
         stem_width: Channels of the stem's convolutions.
         options: Further arguments of timm's VisionTransformer.
     """
-    return VisionTransformer(
-        **{"mlp_ratio": 3.0, "qkv_bias": False, "norm_layer": partial(LayerNorm, eps=1e-5)} | options,
-        embed_layer=partial(ConvStem, stem_width),
-        block_fn=partial(ScaledBlock, skip_lam=skip_lam),
-    )
+    defaults = {"mlp_ratio": 3.0, "qkv_bias": False, "norm_layer": partial(LayerNorm, eps=1e-5)}
+    layers = {"embed_layer": partial(ConvStem, stem_width), "block_fn": partial(ScaledBlock, skip_lam=skip_lam)}
+    arguments: dict[str, Any] = defaults | options | layers
+    return VisionTransformer(**arguments)

@@ -54,13 +54,15 @@ def build(
     whole = pretrained_cfg is not None and not isinstance(pretrained_cfg, str)
     if isinstance(pretrained_cfg, str):
         base = f"{base.split('.')[0]}.{pretrained_cfg}"
-    weights = dict(pretrained=pretrained and not whole, cache_dir=kwargs.get("cache_dir"))
+    weights: dict[str, Any] = dict(pretrained=pretrained and not whole, cache_dir=kwargs.get("cache_dir"))
     if not whole:
         weights["pretrained_cfg_overlay"] = pretrained_cfg_overlay
-    parts = dict(aux=aux, merger=merger, head=head, mask_token=mask_token, base_num_classes=base_num_classes)
+    parts: dict[str, Any] = dict(
+        aux=aux, merger=merger, head=head, mask_token=mask_token, base_num_classes=base_num_classes
+    )
 
     def create(**base_args: Any) -> TokenViT:
-        make = partial(timm.create_model, base, **weights)
+        make: Callable[..., Any] = partial(timm.create_model, base, **weights)
         return make(**parts, **base_args) if _is_own(base) else with_parts(make, **parts, **base_args)
 
     model = build_model_with_cfg(

@@ -1,6 +1,7 @@
 """Numbers that can't be meant, refused by their names: each function takes arguments as keywords."""
 
 import math
+from collections.abc import Sequence
 
 
 def check_counts(least: int = 1, **counts: int) -> None:
@@ -25,14 +26,14 @@ def check_positive(**numbers: float) -> None:
             raise ValueError(f"{name} must be positive, got {value}")
 
 
-def check_within(low: float = 0.0, high: float = 1.0, **numbers: float) -> None:
+def check_within(low: float = 0.0, high: float = 1.0, **numbers: float | Sequence[float]) -> None:
     """Refuse numbers, and pairs of them, outside [low, high].
 
     Raises:
         ValueError: Names the argument and its value.
     """
     for name, value in numbers.items():
-        if not all(low <= part <= high for part in (value if isinstance(value, list | tuple) else (value,))):
+        if not all(low <= part <= high for part in (value if isinstance(value, Sequence) else (value,))):
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
 
 

@@ -115,7 +115,8 @@ def _split(count: int, share: float, generator: torch.Generator, device: torch.d
             f"held_out must leave training features on both sides: {share} of {count} is {held_out}; "
             "give more features or another share"
         )
-    return torch.randperm(count, generator=generator).to(device).tensor_split([held_out])
+    order = torch.randperm(count, generator=generator).to(device)
+    return order[:held_out], order[held_out:]
 
 
 def _batches(rows: Tensor, epochs: int, size: int, generator: torch.Generator) -> Iterator[tuple[float, Tensor]]:

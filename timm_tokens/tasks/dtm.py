@@ -3,7 +3,7 @@
 Shapes: B images, N patches, C channels of the student, D of the teacher.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -82,10 +82,10 @@ class DTMTask(TokenTask):
         grid = blocks.grid_size(vit.base, _image_size(vit, image_size))
         targets = TokenTeacher(teacher, grid, normalisation=normalisation_of(vit.base), head=teacher_head)
         super().__init__(MaskedStudent(vit, targets.width), seed=seed)
-        self.teacher = targets
-        self.criterion: Any = DTMLoss() if criterion is None else criterion
-        if hasattr(self.criterion, "check"):
-            self.criterion.check(grid[0] * grid[1])
+        loss: Any = cast(Any, DTMLoss() if criterion is None else criterion)
+        self.teacher, self.criterion = targets, loss
+        if hasattr(loss, "check"):
+            loss.check(grid[0] * grid[1])
         self.grid, self.masked_only = grid, masked_only
         self.find_unused_parameters = _has_unused(vit.base)
         self.masked = max(1, round(mask_ratio * grid[0] * grid[1]))

@@ -4,7 +4,7 @@ Shapes: B images, V crops of each, T tokens of a crop, K prototypes.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +110,9 @@ class MTETask(TokenTask):
         shape = (prototypes, hidden or defaults.hidden, width, learn_scale, heads, batch_norm, crop_by_crop)
         student = make_student(backbone, objective, *shape)
         super().__init__(student, seed=seed)
-        self.teacher: Any = use_batch_statistics(frozen_copy(student))
-        self.teacher.predictor = None
+        teacher = cast(Any, use_batch_statistics(frozen_copy(student)))
+        teacher.predictor = None
+        self.teacher: Any = teacher
         self.objective, self.aux_on_local, self.global_crops = objective, aux_on_local, global_crops
         self.names = token_names(token_counts(backbone))
         baseline = make_loss(objective, prototypes, width, queue_size, len(self.names))

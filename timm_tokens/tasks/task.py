@@ -54,7 +54,8 @@ class TokenTask(TrainingTask):
         super().__init__(verbose=False)
         self.trainable_module = trainable_module
         self.seed, self.step, self._draws, self._parts = seed, 0, 0, 0
-        self._drop_paths, self._stream = (), None  # a tuple: they are parts of the trainable module already
+        self._drop_paths: tuple[Any, ...] = ()  # a tuple: they are parts of the trainable module already
+        self._stream: torch.Generator | None = None
 
     def forward(self, input: Any, target: Any) -> dict[str, Tensor]:
         """The loss of one batch.

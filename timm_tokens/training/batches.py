@@ -1,6 +1,6 @@
 """Which images each step sees, and how they are augmented: a function of the seed and the step alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -78,8 +78,9 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 class SeededDataset(Dataset):
     """Items by (epoch, index), whose random augmentation depends on (seed, epoch, index) alone."""
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = as_images(dataset), seed
+    def __init__(self, dataset: Any, seed: int):
+        self.dataset: Any = as_images(dataset)
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -91,8 +92,8 @@ class SeededDataset(Dataset):
 
 
 def step_loader(
-    dataset: Dataset, plan: Plan, settings: Settings, start: int = 0, collate: Callable | None = None
-) -> Iterator[list[Any]]:
+    dataset: Any, plan: Plan, settings: Settings, start: int = 0, collate: Callable | None = None
+) -> Generator[list[Any], None, None]:
     """The accumulated parts of each step, as lists of batches on the CPU."""
     loader = DataLoader(
         SeededDataset(dataset, settings.seed),

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from timm_tokens.data.images import as_images
 from timm_tokens.distributed import all_reduce_sum, rank, world_size
@@ -32,7 +33,7 @@ class Accuracy:
         FloatingPointError: When called, the model's logits are infinite or NaN for some images; says for how many.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int = 64, workers: int = 0, topk: tuple[int, ...] = (1, 5)):
+    def __init__(self, dataset: Any, batch_size: int = 64, workers: int = 0, topk: tuple[int, ...] = (1, 5)):
         self.topk, self.loader = topk, part_of(dataset, batch_size, workers)
 
     @torch.no_grad()
@@ -63,7 +64,7 @@ class Fidelity:
         workers: Processes that load images.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int = 64, workers: int = 0):
+    def __init__(self, dataset: Any, batch_size: int = 64, workers: int = 0):
         self.loader = part_of(dataset, batch_size, workers)
 
     @torch.no_grad()
@@ -80,7 +81,7 @@ class Fidelity:
         return averages({"agreement" if logits else "cosine": meter}, device)
 
 
-def part_of(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
+def part_of(dataset: Any, batch_size: int, workers: int) -> DataLoader:
     """Batches of this process's part of a data set."""
     part = Subset(as_images(dataset), range(rank(), len(dataset), world_size()))
     return DataLoader(part, batch_size, num_workers=workers, worker_init_fn=outlast_signals)

@@ -74,7 +74,7 @@ def train(
 
 
 class _Run:
-    def __init__(self, task: TokenTask, dataset: Dataset, settings: Settings, collate: Any, evaluate: Any):
+    def __init__(self, task: TokenTask, dataset: Any, settings: Settings, collate: Any, evaluate: Any):
         self.settings, self.device = settings, torch.device(settings.device)
         self.plan, self.dataset, self.collate, self.evaluate = plan(dataset, settings), dataset, collate, evaluate
         self.task = task.to(self.device)

@@ -30,7 +30,7 @@ class Optimization:
     def __init__(self, module: nn.Module, settings: Settings, plan: Plan):
         self.settings, self.total_steps = settings, plan.total_steps
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        options = {} if settings.opt_betas is None else {"betas": tuple(settings.opt_betas)}
+        options: dict[str, Any] = {} if settings.opt_betas is None else {"betas": tuple(settings.opt_betas)}
         self.optimizer = create_optimizer_v2(
             parameter_groups(module, settings.weight_decay, settings.layer_decay),
             opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum, **options,

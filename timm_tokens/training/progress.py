@@ -37,7 +37,8 @@ class Progress:
     ):  # fmt: skip
         self.settings, self.plan, self.images = settings, plan, images
         self.task, self.optimization, self.ema = task, optimization, ema
-        self.done, self.saved, self.best = 0, None, None
+        self.done, self.best = 0, None
+        self.saved: int | None = None
 
     def restore(self) -> None:
         """Take up the last good checkpoint, if there is one.
