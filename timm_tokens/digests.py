@@ -81,7 +81,8 @@ class _Hashing:
     """A file to write to that hashes what goes by."""
 
     def __init__(self, file: IO[bytes]):
-        self.file, self.digest, self.error = file, hashlib.sha256(), None
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)

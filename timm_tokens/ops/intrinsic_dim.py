@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from timm_tokens.ops.chunking import makes_graph
+
 
 def local_intrinsic_dimensionality(x: Tensor, k: int = 21) -> Tensor:
     """The maximum-likelihood estimate of the local intrinsic dimensionality around every point.
@@ -53,8 +55,7 @@ def _smallest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Where no gradient is asked for, NumPy takes a third of topk's time on a CPU; it overwrites x.
     """
-    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if x.device.type == "cpu" and not x.requires_grad and not graph:
+    if x.device.type == "cpu" and not x.requires_grad and not makes_graph():
         x.numpy().partition(k - 1)
         return x[..., :k], x[..., k - 1 : k]
     near = x.topk(k, largest=False, sorted=False).values

@@ -107,9 +107,9 @@ class DTEMTask(TokenTask):
         Args:
             target: Classes (B,) or their probabilities (B, K), with target="labels"; otherwise it is not read.
         """
-        mixes = self.mixup is not None and self.training
-        if mixes:
-            input, target = self._mix(input, target)
+        mixup = self.mixup if self.training else None
+        if mixup is not None:
+            input, target = self._mix(mixup, input, target)
         else:
             self.place_in_order(len(input))
         given: Any = outputs(self.trainable_module, input, self.logits)
@@ -117,9 +117,9 @@ class DTEMTask(TokenTask):
             loss = F.cross_entropy(given.float(), target)
         else:
             loss = self.criterion(given, self._teach(input))
-        return {"loss": loss} | ({"output": given.detach()} if self.logits and not mixes else {})
+        return {"loss": loss} | ({"output": given.detach()} if self.logits and mixup is None else {})
 
-    def _mix(self, images: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _mix(self, mixup: Mixup, images: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """Images and targets mixed with their neighbours', which is what a flip makes of this order."""
         if len(images) % 2:
             raise ValueError(f"mixup mixes neighbours, so each process needs an even batch, got {len(images)} images")
@@ -128,7 +128,7 @@ class DTEMTask(TokenTask):
         order = order.to(images.device, non_blocking=True)
         target = torch.zeros_like(order) if target is None else target[order]
         with seeding.seeded(self.seed, self.step):  # timm draws from NumPy; without the rank: the same on all processes
-            return self.mixup(images[order], target)
+            return mixup(images[order], target)
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
