@@ -107,15 +107,17 @@ def test_labels_mixing_and_all_of_the_model(images, weights, tmp_path):
     assert result.model.merger.r == 3 and read_merger(tmp_path / "again").config["r"] == 3
 
 
-def test_models_without_classes(images, weights, tmp_path, capsys):
-    options = dict(
-        checkpoint=weights, data_dir=images, steps=1, batch_size=4, table_r=(4,), model_kwargs={"num_classes": 0}
-    )
-    call("train dtem", out=tmp_path, **QUICK, **options)
+def test_models_without_classes(images, tmp_path, capsys):
+    """As timm makes DINOv2."""
+    kwargs, name = {"embed_dim": 32, "depth": 3, "num_heads": 2}, "vit_small_patch14_reg4_dinov2"
+    save_file(timm.create_model(name, img_size=56, **kwargs).state_dict(), tmp_path / "weights.safetensors")
+    options = QUICK | dict(model=name, model_kwargs=kwargs, img_size=56, checkpoint=tmp_path / "weights.safetensors")
+    options |= dict(data_dir=images, steps=1, batch_size=4, table_r=(4,))
+    call("train dtem", out=tmp_path, **options)
     assert "eval_cosine" in rows(tmp_path / "summary.csv")[0]
     assert rows(tmp_path / "merging.csv")[1]["agreement"] == "" and "cosine of patches" in capsys.readouterr().out
     with pytest.raises(CommandError, match="--target labels needs the model's own classes"):
-        call("train dtem", out=tmp_path / "labels", target="labels", **QUICK, **options)
+        call("train dtem", out=tmp_path / "labels", target="labels", **options)
 
 
 def test_resume_needs_the_same_settings(trained, images, weights, capsys):

@@ -147,8 +147,17 @@ def test_every_option_says_what_it_does_and_its_default(command, capsys):
 
 def test_the_same_thing_has_the_same_name_and_range():
     """In all commands, but where a command says that it is another thing."""
-    seen, other = {}, {("annotate", "img_size"), ("bench", "batch_size"), ("bench", "r"), ("train mte", "mask_ratio")}
-    other |= {("train mira", "teacher_momentum")}
+    seen, other = (
+        {},
+        {
+            ("annotate", "img_size"),
+            ("bench", "batch_size"),
+            ("bench", "r"),
+            ("train mte", "mask_ratio"),
+            ("train dtem", "r"),
+        },
+    )
+    other |= {("train mira", "teacher_momentum"), ("train dtem", "r")}
     for command in COMMANDS:
         for each in fields(module_of(command).Options):
             limits = {name: each.metadata.get(name) for name in ("at_least", "above", "at_most", "below", "flag")}

@@ -41,7 +41,9 @@ class Options(AnnotatorOptions, LoadingOptions):
     data_dir: Path | None = option(
         None, "folder where a data set with a name is kept, or with the images (default: none)", metavar="FOLDER"
     )
-    split: str = option("train", "split of the data set; of a folder, the folder in it if there is one")
+    split: str | None = option(
+        None, "split of the data set; of a folder, the folder in it (default: train, of a folder if it has one)"
+    )
     shard_size: int = option(4096, "label maps in each file of the store", at_least=1, rare=True)
 
 

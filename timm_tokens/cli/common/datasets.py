@@ -23,24 +23,27 @@ _NAMED = "or a data set of timm with its prefix, such as torch/cifar10"
 RECORD = "images.json"  # in a folder of results: which images were left out of it
 
 
-def open_dataset(data: str | Path, root: str | Path | None = None, split: str = "train") -> Dataset:
+def open_dataset(data: str | Path, root: str | Path | None = None, split: str | None = None) -> Dataset:
     """A data set of images, without a transform.
 
     Args:
-        data: a folder with one folder of images a class (or that of the split in it), a tar of them, or the name of a
+        data: A folder with one folder of images a class (or that of the split in it), a tar of them, or the name of a
             data set in timm, such as "torch/cifar10", "hfds/cifar10".
-        root: where a data set with a name is kept.
-        split: of the data set.
+        root: Where a data set with a name is kept.
+        split: Which split; of a folder, the folder in it. None: "train", if the folder has one; "": all of a folder.
 
     Raises:
-        CommandError: there is no such data set.
+        CommandError: There is no such data set, or no such split.
         OSError, ValueError: The folder has no images.
     """
     if Path(data).exists():
-        return open_folder(_find(Path(data), split) or data)
+        found = _find(Path(data), "train" if split is None else split)
+        if split and found is None:
+            raise CommandError(f"no folder {Path(data) / split}: leave out --split to take the images in {data}")
+        return open_folder(found or data)
     if not _has_name(str(data)):
         raise CommandError(f"no folder {data}: give a folder with one folder of images a class, {_NAMED}")
-    return create(str(data), root, split)
+    return create(str(data), root, "train" if split is None else split)
 
 
 def _has_name(data: str) -> bool:
