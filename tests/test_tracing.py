@@ -65,6 +65,7 @@ def test_every_family_traced_with_one_image():
         torch.testing.assert_close(traced(x), model(x), atol=1e-5, rtol=1e-5, msg=family)
 
 
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # of torch 2.6 itself
 @torch.no_grad()
 def test_an_exported_model_is_the_model_at_any_batch():
     x, batch = images(3), torch.export.Dim("batch", max=1024)
