@@ -1,8 +1,7 @@
 """How many tokens to merge in which block: the schedule that changes the outputs least at a share of the FLOPs."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from timm_tokens.losses import DistillLoss
 from timm_tokens.merger_file import merger_of
 from timm_tokens.ops.schedule import token_counts
-from timm_tokens.outputs import classifies
+from timm_tokens.outputs import classifies, evaluating
 from timm_tokens.replay import Replay, as_batches
 from timm_tokens.vit import TokenViT
 
@@ -69,7 +68,7 @@ def calibrate(
         raise ValueError(f"flops_ratio must lie in (0, 1], got {flops_ratio}")
     batches = as_batches(images, BATCH, next(model.parameters()).device)
     try:
-        with _evaluating(model), tqdm(desc="calibrating", unit="schedule", disable=not progress) as bar:
+        with evaluating(model), tqdm(desc="calibrating", unit="schedule", disable=not progress) as bar:
             was = _Search(model, batches, flops_ratio, max_blocks, bar).run()
     finally:
         merger.r = was
@@ -189,15 +188,3 @@ def block_shares(depth: int, blocks: Sequence[int], weights: Sequence[float]) ->
     shares = np.zeros(depth)
     shares[list(blocks)] = [*inner, weights[-1]]
     return (shares / shares.sum()).tolist()
-
-
-@contextmanager
-def _evaluating(model: TokenViT) -> Iterator[None]:
-    """The model in evaluation mode; every module of it goes back to its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -1,11 +1,12 @@
 """Files that are there whole or not at all, however the process that writes them ends."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
@@ -42,6 +43,12 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
             _sync_folder(path.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write plain data, whole or not at all; what JSON does not know becomes text."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def remove_partials(folder: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from timm_tokens import identity
 from timm_tokens.merger_file import NAME, merger_of, save_merger
+from timm_tokens.tables import markdown
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -90,7 +91,7 @@ def merger_card(
         create=f'timm.create_model("{name}", pretrained=True)' if name else "...  # the base, with its weights",
         repo_id=repo_id,
         settings=settings,
-        table=_markdown(table or _costs(model)),
+        table=_table(table or _costs(model)),
     )
     return ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}")
 
@@ -129,12 +130,8 @@ def _costs(model: Any) -> list[dict[str, Any]]:
     return [{"r": name, "GFLOPs": f"{model.flops(r) / 1e9:.2f}"} for name, r in settings.items()]
 
 
-def _markdown(rows: Rows) -> str:
+def _table(rows: Rows) -> str:
     """A table whose columns are the keys of the first row."""
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column, "")) for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    values = ([row.get(column) for column in columns] for row in rows)
+    return markdown(columns, [[f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in values])

@@ -1,11 +1,14 @@
 """What a model is for: class logits where it classifies, features where it does not. Distilled, compared, reported."""
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 Outputs = Tensor | tuple[Tensor, ...]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def classifies(model: nn.Module) -> bool:
@@ -31,3 +34,14 @@ def outputs(model: nn.Module, images: Tensor, logits: bool) -> Outputs:
         return model(images)
     tokens: Any = model(images, tokens=True, aux=False)
     return tokens.cls, tokens.patches
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[Model]:
+    """The model in evaluation mode for a while; then each of its modules is put back into the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training

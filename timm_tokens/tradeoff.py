@@ -17,6 +17,7 @@ from timm_tokens.driver import encode
 from timm_tokens.merger_file import merger_of
 from timm_tokens.outputs import classifies
 from timm_tokens.parts import TokenMerger
+from timm_tokens.tables import markdown
 from timm_tokens.vit import TokenViT
 
 
@@ -167,6 +168,5 @@ def table(rows: Sequence[Tradeoff]) -> str:
              "cosine of patches")  # fmt: skip
     kinds = ("", "", "", ".2f", ".1f", ".1f", ".1f", ".4f", ".4f")
     columns = [i for i in range(len(names)) if any(row[i] is not None for row in rows)]
-    lines = [[names[i] for i in columns], ["---"] * len(columns)]
-    lines += [["" if row[i] is None else format(row[i], kinds[i]) for i in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    cells = [[row[i] for i in columns] for row in rows]
+    return markdown([names[i] for i in columns], cells, [kinds[i] for i in columns])

@@ -65,16 +65,16 @@ def test_two_corrupt_checkpoints_are_refused(killed):
     flip(killed / LAST)
     flip(killed / PREVIOUS, 0.99)
     for changes in ({}, {"resume": True}):
-        with pytest.raises(ValueError, match=r"last.pth is corrupt: its digest .*previous.pth is corrupt.*remove"):
+        with pytest.raises(ValueError, match=r"last.pth is corrupt, its digest .*previous.pth is corrupt.*remove them"):
             run(killed, **ONE_EPOCH, **changes)
     (killed / PREVIOUS).unlink()
-    with pytest.raises(ValueError, match=r"last.pth is corrupt: .*: remove it to start anew"):
+    with pytest.raises(ValueError, match=r"last.pth is corrupt, .* To start anew, remove it"):
         resume(killed)
     torch.save([1, 2], killed / LAST)
     with pytest.raises(ValueError, match=r"last.pth is not a checkpoint of a run"):
         resume(killed)
     (killed / LAST).write_bytes(b"half a che")
-    with pytest.raises(ValueError, match=r"last.pth can't be read as a checkpoint \("):
+    with pytest.raises(ValueError, match=r"last.pth can't be read as a checkpoint"):
         resume(killed)
 
 

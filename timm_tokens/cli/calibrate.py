@@ -91,8 +91,7 @@ def _model(options: Options) -> TokenViT:
     model = models.make_model(replace(options, pretrained=models.by_timm(options)))
     if options.merger is not None:
         return models.with_merger(model, options.merger)
-    own = isinstance(model, TokenViT) and model.merger is not None
-    return models.merged(model, 8, options.metric or (None if own else "keys"))
+    return models.merged(model, 8, options.metric, default="keys")
 
 
 def _images(options: Options, model: TokenViT) -> tuple[Tensor, Tensor | None]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from timm_tokens.options import Options, option
 
+DTYPES = ("float32", "bfloat16", "float16")
 _DECIDED = ("model_name", "pretrained", "checkpoint_path", "num_classes", "in_chans", "features_only")
 
 

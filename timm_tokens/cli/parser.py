@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from timm_tokens.cli import recipes
 from timm_tokens.cli.errors import CommandError, explained
-from timm_tokens.files import replacing
+from timm_tokens.files import write_json
 from timm_tokens.options import Options, kind
 
 RARE = "Rarely used"
@@ -127,8 +127,7 @@ def config_of(command: str, options: Options) -> dict[str, Any]:
 
 def write_config(folder: Path, command: str, options: Options) -> None:
     """Write the options down in a run's folder, for `--config`."""
-    with replacing(folder / CONFIG) as partial:
-        partial.write_text(json.dumps(config_of(command, options), indent=1) + "\n")
+    write_json(folder / CONFIG, config_of(command, options))
 
 
 def make_parser(command: str, of: type[Options], description: str | None = None) -> Parser:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timm_tokens.files import replacing
+from timm_tokens.files import write_json
 
 INDEX = "index.json"
 FORMAT = "timm-tokens label store"
@@ -57,8 +57,7 @@ def write_index(folder: Path, index: Index) -> None:
     """Put an index in the place of the one that is there."""
     shards = [{name: value for name, value in entry._asdict().items() if value is not None} for entry in index.shards]
     stored = {"format": FORMAT, "version": VERSION, "num_classes": index.num_classes, "shape": index.shape}
-    with replacing(folder / INDEX) as partial:
-        partial.write_text(json.dumps(stored | {"shards": shards}, indent=1), encoding="utf-8")
+    write_json(folder / INDEX, stored | {"shards": shards})
 
 
 def shard_path(folder: Path, entry: ShardEntry) -> Path:

@@ -10,14 +10,12 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from timm_tokens import seeding
-from timm_tokens.distributed import rank, world_size
 from timm_tokens.flops import is_quantized
 from timm_tokens.losses import DistillLoss
 from timm_tokens.ops.finite import check_weights
 from timm_tokens.outputs import classifies, outputs
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy
-from timm_tokens.tasks.token_label import mirrored_neighbours
 from timm_tokens.vit import TokenViT
 
 TARGETS, TRAINED = ("distill", "labels"), ("embeddings", "all")
@@ -123,9 +121,7 @@ class DTEMTask(TokenTask):
         """Images and targets mixed with their neighbours', which is what a flip makes of this order."""
         if len(images) % 2:
             raise ValueError(f"mixup mixes neighbours, so each process needs an even batch, got {len(images)} images")
-        order, total = mirrored_neighbours(len(images)), len(images) * world_size()
-        self.place(mirrored_neighbours(total).argsort()[len(images) * rank() + order], total)
-        order = order.to(images.device, non_blocking=True)
+        order = self.place_mirrored(images)
         target = torch.zeros_like(order) if target is None else target[order]
         with seeding.seeded(self.seed, self.step):  # timm draws from NumPy; without the rank: the same on all processes
             return mixup(images[order], target)

@@ -136,6 +136,17 @@ class TokenTask(TrainingTask):
         """`place` of as many images on each process, process after process."""
         self.place(torch.arange(batch) + rank() * batch, world_size() * batch)
 
+    def place_mirrored(self, images: Tensor) -> Tensor:
+        """`place` of a batch in an order in which its flip exchanges neighbours: 0, 2, 4, ..., 5, 3, 1.
+
+        Returns:
+            That order, (B,) int64 on the images' device.
+        """
+        batch, total = len(images), len(images) * world_size()
+        order = _mirrored_neighbours(batch)
+        self.place(_mirrored_neighbours(total).argsort()[batch * rank() + order], total)
+        return order.to(images.device, non_blocking=True)
+
     def train(self, mode: bool = True) -> "TokenTask":
         self.training = mode
         self.trainable_module.train(mode)
@@ -188,6 +199,10 @@ class TokenTask(TrainingTask):
 
 
 _EMA, _DDP = "trainable_module_ema.", "trainable_module.module."
+
+
+def _mirrored_neighbours(batch: int) -> Tensor:
+    return torch.cat([torch.arange(0, batch, 2), torch.arange(1, batch, 2).flip(0)])
 
 
 def _plain(name: str) -> str:

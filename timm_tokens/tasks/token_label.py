@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from timm_tokens import blocks
 from timm_tokens.data import LabeledTarget
-from timm_tokens.distributed import rank, world_size
 from timm_tokens.losses import TokenLabelLoss
 from timm_tokens.ops import draw_mix_box, warp_token_labels
 from timm_tokens.tasks.task import TokenTask
@@ -74,10 +73,7 @@ class TokenLabelTask(TokenTask):
             return {"loss": loss, "output": output.detach()}
         if not (self.mix and self.training):
             return self._dense(input, target, None)
-        order = mirrored_neighbours(len(input))
-        total = len(input) * world_size()
-        self.place(mirrored_neighbours(total).argsort()[len(input) * rank() + order], total)
-        order = order.to(input.device, non_blocking=True)
+        order = self.place_mirrored(input)
         target = LabeledTarget(*(x[order] for x in target)) if labelled else target[order]
         box = draw_mix_box(self._grid(input), self.step_generator(), even=self.even_boxes)
         out = self._dense(input[order], target, box)
@@ -95,11 +91,6 @@ class TokenLabelTask(TokenTask):
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return blocks.grid_size(self.student.base, images.shape[-2:])
-
-
-def mirrored_neighbours(batch: int) -> Tensor:
-    """The order (B,) of a batch in which its flip exchanges neighbours: 0, 2, 4, ..., 5, 3, 1."""
-    return torch.cat([torch.arange(0, batch, 2), torch.arange(1, batch, 2).flip(0)])
 
 
 def _has_unused(model: TokenViT) -> bool:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from timm_tokens.digests import is_whole, save_checkpoint, save_tensors
+from timm_tokens.checkpoint_file import read_checkpoint
+from timm_tokens.digests import save_checkpoint, save_tensors
 from timm_tokens.files import replacing
 
 LAST, PREVIOUS, BEST, FINAL = "last.pth", "previous.pth", "best.safetensors", "model.safetensors"
@@ -45,7 +46,7 @@ def load(folder: Path) -> Checkpoint | None:
         else:
             return Checkpoint(state, path, _warning(path, state, errors))
     if errors:
-        raise ValueError(f"{'; '.join(errors)}: remove {'them' if errors[1:] else 'it'} to start anew")
+        raise ValueError(f"{'; '.join(errors)}. To start anew, remove {'them' if errors[1:] else 'it'}")
     return None
 
 
@@ -67,13 +68,7 @@ def all_finite(module: nn.Module) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if is_whole(path) is False:
-        raise ValueError(f"{path} is corrupt: its digest is not that of its content")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever zip files and pickles raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} can't be read as a checkpoint ({reason})") from error
+    state = read_checkpoint(path)
     if not isinstance(state, dict) or "task_state" not in state:
         raise ValueError(f"{path} is not a checkpoint of a run")
     return state

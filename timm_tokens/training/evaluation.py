@@ -1,7 +1,5 @@
 """What is measured of a model on a data set while it trains, shared by the processes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,14 +90,3 @@ def averages(meters: dict[str, AverageMeter], device: torch.device) -> dict[str,
     sums = torch.tensor([[m.sum, m.count] for m in meters.values()], dtype=torch.float32, device=device)
     total, count = all_reduce_sum(sums).unbind(1)
     return dict(zip(meters, (total / count).tolist(), strict=True))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode for a while; every part of it is then put back into its own mode."""
-    modes = [(part, part.training) for part in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for part, mode in modes:
-            part.training = mode

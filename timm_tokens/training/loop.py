@@ -14,12 +14,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_tokens.distributed import all_reduce_max, rank, world_size
+from timm_tokens.outputs import evaluating
 from timm_tokens.peers import together
 from timm_tokens.stopping import Requests, Stopped, listening
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import checkpoints
 from timm_tokens.training.batches import plan, step_loader
-from timm_tokens.training.evaluation import evaluating
 from timm_tokens.training.history import History
 from timm_tokens.training.optimization import Optimization
 from timm_tokens.training.progress import Progress

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from timm_tokens.cli.common import checkpoints, models
 from timm_tokens.cli.common.datasets import model_classes
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.options import WeightOptions
+from timm_tokens.cli.options import DTYPES, WeightOptions
 from timm_tokens.data import LabelMap, input_config, input_transform
 from timm_tokens.dense import dense_scores
 from timm_tokens.ops import top_scores
 from timm_tokens.ops.finite import check_weights
 from timm_tokens.options import option
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Annotator(NamedTuple):
@@ -78,9 +76,7 @@ class AnnotatorOptions(WeightOptions):
         False, "label with the classes that the folders are named after alone (n01440764), in the folders' order"
     )
     top_k: int = option(5, "number of best classes to keep for each cell")
-    dtype: str = option(
-        "float32", "data type of autocast, which float32 turns off", choices=tuple(DTYPES), group="Machine"
-    )
+    dtype: str = option("float32", "data type of autocast, which float32 turns off", choices=DTYPES, group="Machine")
 
 
 def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | None = None) -> Annotator:
@@ -105,7 +101,7 @@ def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | 
         name = options.model
         raise CommandError(f"{name} can't annotate images of {height} x {width} pixels: {error}") from error
     kept = None if folders is None else _named(folders, model)
-    grid, dtype = (shape[1], shape[2]), DTYPES[options.dtype]
+    grid, dtype = (shape[1], shape[2]), getattr(torch, options.dtype)
     annotator = Annotator(model, input_transform(config), config, grid, options.top_k, dtype, kept)
     if not 1 <= options.top_k <= annotator.num_classes:
         raise CommandError(f"--top-k must lie in [1, {annotator.num_classes}], the classes, got {options.top_k}")

@@ -9,7 +9,6 @@ size. OUT becomes a label store that `TokenLabelDataset` reads. A run that was s
 that can't be read are named and left out.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from timm_tokens.cli.common.processes import joined
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions
 from timm_tokens.data import Images, TokenLabelWriter, image_names
+from timm_tokens.files import write_json
 from timm_tokens.options import option
 from timm_tokens.peers import together
 from timm_tokens.stopping import Stopped, listening
@@ -75,7 +75,7 @@ def run(options: Options) -> Summary:
         dataset = dataset.without(unread)
         if process.rank == 0:
             tell(dataset.notes())
-            (options.out / RECORD).write_text(json.dumps({"left out": dataset.left_out}, indent=1))
+            write_json(options.out / RECORD, {"left out": dataset.left_out})
     return summary
 
 

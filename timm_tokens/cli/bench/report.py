@@ -1,11 +1,10 @@
 """What `timm-tokens bench` measured: a table to print, a file of it, and a plot."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from timm_tokens.files import replacing
+from timm_tokens.tables import markdown, write_csv
 
 
 class Row(NamedTuple):
@@ -29,23 +28,18 @@ def table(rows: Sequence[Row]) -> str:
     head = ("step", "batch", "r", "tokens", "GFLOPs", "ms", "images/s", "speed-up", "ideal", "share of ideal",
             "peak MiB")  # fmt: skip
     kinds = ("", "", "", "", ".2f", ".1f", ".1f", ".2f", ".2f", ".2f", ".0f")
+    return markdown(head, [row._replace(r=_name(row.r)) for row in rows], kinds)
 
-    def line(row: Row) -> str:
-        row = row._replace(
-            r="base" if row.r is None else row.r if isinstance(row.r, int) else " ".join(map(str, row.r))
-        )
-        return " | ".join("" if value is None else format(value, kind) for value, kind in zip(row, kinds, strict=True))
 
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {line(row)} |" for row in rows)])
+def _name(r: int | tuple[int, ...] | None) -> str:
+    return "base" if r is None else str(r) if isinstance(r, int) else " ".join(map(str, r))
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
     """Write bench.csv, and bench.png: the speed-up by r, beside what the FLOPs promise."""
     from timm_tokens.drawing import draw_speed, save  # not above: matplotlib is an extra
 
-    with replacing(folder / "bench.csv") as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([Row._fields, *rows])
+    write_csv(folder / "bench.csv", Row._fields, rows)
     lines: dict[str, list[tuple[float, float]]] = {}
     merged = [row for row in rows if isinstance(row.r, int)]
     for row in merged:

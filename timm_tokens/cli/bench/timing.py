@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens.cli.common import models
-from timm_tokens.cli.options import DeviceOptions, MergerOptions, ModelOptions
+from timm_tokens.cli.options import DTYPES, DeviceOptions, MergerOptions, ModelOptions
 from timm_tokens.data import input_config
 from timm_tokens.options import option
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Setting(NamedTuple):
@@ -36,7 +34,7 @@ class MachineOptions(ModelOptions, MergerOptions, DeviceOptions):
     model: str = option(help="name of a ViT in timm, or of a model of this package", positional=True)
     metric: str = option("learned", "what tokens are compared by", choices=("learned", "keys"), group="What to measure")
     compile: bool = option(False, "compile every model with torch.compile")
-    dtype: str = option("float32", "data type of the weights, and of autocast in training steps", choices=tuple(DTYPES))
+    dtype: str = option("float32", "data type of the weights, and of autocast in training steps", choices=DTYPES)
     threads: int | None = option(
         None, "threads of torch on the CPU (default: torch's own choice)", at_least=1, at_most=1024
     )
@@ -54,7 +52,7 @@ def build(machine: MachineOptions, setting: Setting) -> nn.Module:
                 model = models.with_merger(model, machine.merger, setting.r)
         model.freeze_base(setting.step == "modular")
     if setting.step == "forward":
-        model = model.to(DTYPES[machine.dtype])
+        model = model.to(getattr(torch, machine.dtype))
     return model.to(machine.device).train(setting.step != "forward")
 
 
@@ -63,7 +61,7 @@ def make_step(machine: MachineOptions, setting: Setting, model: nn.Module) -> Ca
     images = torch.randn(setting.batch, *input_config(model, machine.img_size)["input_size"])
     forward = torch.compile(model) if machine.compile else model
     if setting.step == "forward":
-        images = images.to(machine.device, DTYPES[machine.dtype])
+        images = images.to(machine.device, getattr(torch, machine.dtype))
         return torch.inference_mode()(lambda: forward(images))
     images, labels = images.to(machine.device), torch.randint(model.num_classes, (setting.batch,)).to(machine.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
@@ -73,7 +71,7 @@ def make_step(machine: MachineOptions, setting: Setting, model: nn.Module) -> Ca
 def _train(
     machine: MachineOptions, forward: Callable, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
 ) -> None:
-    dtype = DTYPES[machine.dtype]
+    dtype = getattr(torch, machine.dtype)
     with torch.autocast(torch.device(machine.device).type, dtype=dtype, enabled=dtype is not torch.float32):
         loss = nn.functional.cross_entropy(forward(images), labels)
     loss.backward()

@@ -135,10 +135,14 @@ def model_classes(names: list[str] | None, model: nn.Module) -> Tensor | None:
     Classes named by WordNet numbers (n01440764) are ImageNet's; otherwise as many classes as the model has are taken to
     be the same, in the same order.
     """
-    if not names:
-        return None
-    subset = infer_imagenet_subset(model)
+    numbers = class_numbers(names or [], model.num_classes)
+    return torch.tensor([*numbers.values()]) if numbers else None
+
+
+def class_numbers(names: list[str], count: int) -> dict[str, int] | None:
+    """The number of each class among so many, None if it can't be told; see `model_classes`."""
+    subset = infer_imagenet_subset({"num_classes": count})
     known = {synset: i for i, synset in enumerate(ImageNetInfo(subset).label_names())} if subset else {}
     if all(name in known for name in names):
-        return torch.tensor([known[name] for name in names])
-    return torch.arange(len(names)) if len(names) == model.num_classes else None
+        return {name: known[name] for name in names}
+    return {name: i for i, name in enumerate(names)} if len(names) == count else None

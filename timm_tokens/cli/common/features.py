@@ -25,7 +25,6 @@ from timm_tokens.digests import save_tensors
 from timm_tokens.files import replacing
 from timm_tokens.merger_file import locate
 from timm_tokens.ops.finite import check_weights
-from timm_tokens.vit import TokenViT
 
 
 class Features(NamedTuple):
@@ -155,10 +154,7 @@ def _make(options: FeatureOptions) -> nn.Module:
         net.set_input_size(img_size=(size, size))
     if options.merger:
         return models.with_merger(net, options.merger, options.r or None)
-    if not options.r:
-        return net
-    own = isinstance(net, TokenViT) and net.merger is not None
-    return models.merged(net, options.r, None if own else "keys")
+    return models.merged(net, options.r, default="keys") if options.r else net
 
 
 @torch.inference_mode()

@@ -114,27 +114,27 @@ def make_backbone(options: ModelOptions, **kwargs: Any) -> nn.Module:
         return make_model(options, num_classes=0, **kwargs)
 
 
-def merged(model: nn.Module, r: int, metric: str | None = None) -> TokenViT:
-    """The model with r tokens merged in each block: by its own merger if it has one for this metric.
+def merged(model: nn.Module, r: int, metric: str | None = None, default: str = "learned") -> TokenViT:
+    """The model with r tokens merged in each block.
+
+    Args:
+        metric: What tokens are compared by; None: as the model's own merger does, or `default` if it has none.
 
     Raises:
         CommandError: A block can't merge so many.
         TypeError: The model can't be driven.
     """
-    model = _merging(model, r, metric)
+    own = model.merger if isinstance(model, TokenViT) else None
+    if own is not None and metric in (None, own.metric):
+        own.r = r
+    else:
+        model = apply_dtem_merging(plain(model), r=r, metric=metric or default)
     patches = model.token_counts(0)[0] - model.num_prefix_tokens
     if r > patches // 2:
         raise CommandError(
             f"--r {r} is too large: a block merges at most half of the {patches} patches, {patches // 2}"
         )
     return model
-
-
-def _merging(model: nn.Module, r: int, metric: str | None) -> TokenViT:
-    if isinstance(model, TokenViT) and model.merger is not None and metric in (None, model.merger.metric):
-        model.merger.r = r
-        return model
-    return apply_dtem_merging(plain(model), r=r, metric=metric or "learned")
 
 
 def with_merger(model: nn.Module, weights: str, r: int | None = None) -> TokenViT:

@@ -16,7 +16,7 @@ from torch import Tensor
 from timm_tokens.cli.common import checkpoints, models
 from timm_tokens.cli.common.runs import RunOptions, load_run
 from timm_tokens.cli.draw.looks import Looks, looks
-from timm_tokens.cli.draw.photo import PictureOptions, as_seen, check_picture, read_image
+from timm_tokens.cli.draw.photo import PictureOptions, as_seen, check_picture, open_photo
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import WeightOptions
 from timm_tokens.ops.finite import check_weights
@@ -47,7 +47,7 @@ def run(options: Options) -> Looks:
         ValueError: The attention has no weights to draw.
     """
     check_picture(options.out)
-    photo, block = read_image(options.image), options.block
+    photo, block = open_photo(options.image), options.block
     if (options.run_dir is None) == (options.model is None):
         raise CommandError("give either --run FOLDER, of timm-tokens train mte, or --model NAME")
     net = _by_name(options) if options.run_dir is None else _of_run(options.run_dir)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from timm_tokens.cli.common import checkpoints, checks, models
-from timm_tokens.cli.draw.photo import PictureOptions, as_seen, check_picture, read_image
+from timm_tokens.cli.draw.photo import PictureOptions, as_seen, check_picture, open_photo
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import DeviceOptions, MergerOptions, WeightOptions
 from timm_tokens.ops.finite import check_weights
@@ -59,7 +59,7 @@ def run(options: Options) -> list[Panel]:
         TypeError: The model can't be driven.
     """
     check_picture(options.out)
-    photo, device = read_image(options.image), checks.device(options.device)
+    photo, device = open_photo(options.image), checks.device(options.device)
     net = _merged(options)
     blocks = _check_blocks(options.blocks, depth=len(net.base.blocks))
     pixels, shown = as_seen(net, photo)

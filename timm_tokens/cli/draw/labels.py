@@ -21,7 +21,7 @@ from timm.data.readers.class_map import load_class_map
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from timm_tokens.cli.draw.photo import PictureOptions, check_picture, read_image
+from timm_tokens.cli.draw.photo import PictureOptions, check_picture, open_photo
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.data import TokenLabelStore, TokenLabelTransform
 from timm_tokens.data.label_format import LabelMap, image_id
@@ -79,7 +79,7 @@ def run(options: Options) -> Drawn:
         OSError, ValueError: The labels can't be read.
     """
     check_picture(options.out)
-    photo, crop, flip = read_image(options.image), options.crop, options.flip
+    photo, crop, flip = open_photo(options.image), options.crop, options.flip
     label, classes = _label(options)
     names = _names(options.class_map, classes)
     drawing = crop is None and not flip

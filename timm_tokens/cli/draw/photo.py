@@ -26,7 +26,7 @@ class PictureOptions(Options):
     )
 
 
-def read_image(path: Path) -> Image.Image:
+def open_photo(path: Path) -> Image.Image:
     """An image file in RGB, upright.
 
     Raises:

@@ -18,7 +18,7 @@ from timm_tokens.cli.common import checks
 from timm_tokens.cli.common.datasets import open_dataset
 from timm_tokens.cli.common.features import FeatureOptions, cached_features, load_features, named
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.fewshot.report import draw, table, write_csv
+from timm_tokens.cli.fewshot.report import draw, table, write
 from timm_tokens.cli.options import ImageOptions, LoadingOptions
 from timm_tokens.cli.parser import flag, write_config
 from timm_tokens.fewshot import CLASSIFIERS, ESFR, Comparison, compare
@@ -74,7 +74,7 @@ def run(options: Options) -> list[Comparison]:
     results = [row for shots in options.shots for row in _compare(x.to(device), labels, shots, options)]
     print(table(results))
     write_config(options.out, "fewshot", options)
-    write_csv(options.out / "fewshot.csv", results)
+    write(options.out / "fewshot.csv", results)
     if options.plot:
         draw(options.out / "fewshot.png", results)
     return results

@@ -1,27 +1,22 @@
 """What `timm-tokens fewshot` measured: a table to print, a file of it, and a plot."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from timm_tokens.fewshot import Comparison
-from timm_tokens.files import replacing
+from timm_tokens.tables import markdown, write_csv
 
 
 def table(results: Sequence[Comparison]) -> str:
     """Accuracies in percent with their 95 % intervals, as Markdown."""
-    lines = ["| shots | classifier | accuracy | with ESFR | gain |", "|---|---|---|---|---|"]
-    lines += [f"| {r.shots} | {r.classifier} | {r.plain} | {r.adapted} | {r.gain} |" for r in results]
-    return "\n".join(lines)
+    rows = [(r.shots, r.classifier, *map(str, (r.plain, r.adapted, r.gain))) for r in results]
+    return markdown(("shots", "classifier", "accuracy", "with ESFR", "gain"), rows)
 
 
-def write_csv(path: Path, results: Sequence[Comparison]) -> None:
-    """Accuracies as fractions, with half the widths of their 95 % intervals."""
-    kinds = ("plain", "adapted", "gain")
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["shots", "classifier", *(f"{kind}{suffix}" for kind in kinds for suffix in ("", "_ci95"))])
-        writer.writerows([r.shots, r.classifier, *r.plain, *r.adapted, *r.gain] for r in results)
+def write(path: Path, results: Sequence[Comparison]) -> None:
+    """Write a CSV file of accuracies as fractions, with the half-widths of their 95 % intervals."""
+    head = ["shots", "classifier", *(f"{kind}{end}" for kind in ("plain", "adapted", "gain") for end in ("", "_ci95"))]
+    write_csv(path, head, [(r.shots, r.classifier, *r.plain, *r.adapted, *r.gain) for r in results])
 
 
 def draw(path: Path, results: Sequence[Comparison]) -> None:

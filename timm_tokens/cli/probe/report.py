@@ -1,6 +1,5 @@
 """What `timm-tokens probe` measured: a table to print, files of it, and what they say."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 from timm_tokens.cli.common.features import Source
 from timm_tokens.files import replacing
 from timm_tokens.probing import LinearResult
+from timm_tokens.tables import markdown, write_csv
 
 
 class Report(NamedTuple):
@@ -37,7 +37,7 @@ def table(report: Report) -> str:
     for count, nmi in enumerate(report.nmi or (), start=1):
         names = report.tokens[0] if count == 1 else f"{report.tokens[0]} to {report.tokens[count - 1]}"
         rows.append((f"NMI of prototypes, {names}", f"{nmi:.4f}"))
-    return "\n".join(["| measure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return markdown(("measure", "value"), rows)
 
 
 def write(out: Path, source: Source, report: Report, plot: bool) -> None:
@@ -46,8 +46,7 @@ def write(out: Path, source: Source, report: Report, plot: bool) -> None:
     rows += [("linear", report.linear.lr, report.linear.accuracy)]
     rows += [("linear held out", lr, value) for lr, value in report.linear.held_out.items()]
     rows += [("nmi", count, value) for count, value in enumerate(report.nmi or (), start=1)]
-    with replacing(out / "probe.csv") as partial, partial.open("w", newline="") as file:
-        csv.writer(file).writerows([("measure", "setting", "value"), *rows])
+    write_csv(out / "probe.csv", ("measure", "setting", "value"), rows)
     train, val = report.images
     lines = [
         f"# {source.about['model']}",

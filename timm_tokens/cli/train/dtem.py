@@ -12,10 +12,8 @@ other commands. At the end a table compares it with merging by keys, which needs
 --val-split.
 """
 
-import csv
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,14 +26,14 @@ from timm_tokens.cli.common import models
 from timm_tokens.cli.common.datasets import class_names, model_classes, open_split
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import WeightOptions
+from timm_tokens.cli.train.augmentation import AugmentationOptions, ViewImage, transform
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
-from timm_tokens.cli.train.token_label import ViewImage
-from timm_tokens.data import TokenLabelTransform, input_config, input_transform
+from timm_tokens.data import input_config, input_transform
 from timm_tokens.data.images import as_images
-from timm_tokens.files import replacing
 from timm_tokens.merger_file import NAME, read_merger, save_merger
 from timm_tokens.options import changed, option
 from timm_tokens.outputs import classifies
+from timm_tokens.tables import write_csv
 from timm_tokens.tasks import DTEMTask
 from timm_tokens.tradeoff import Tradeoff, table, tradeoff
 from timm_tokens.training import Accuracy, Fidelity, Result
@@ -80,23 +78,21 @@ class MergeOptions(base.Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentationOptions(base.Options):
+class MixOptions(AugmentationOptions):
     """Augmentation."""
 
-    scale: tuple[float, float] = option((0.35, 1.0), "range of a crop's area", above=0, at_most=1)
-    hflip: float = option(0.5, "probability of a left-right flip", at_least=0, at_most=1)
-    aa: str = option("", "RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1; '' for none",
-                     aliases=("--auto-augment",))  # fmt: skip
-    re_prob: float = option(0.0, "probability of random erasing", at_least=0, at_most=1)
     mixup: float = option(0.0, "alpha of mixup; 0 for none", at_least=0)
     cutmix: float = option(0.0, "alpha of CutMix; 0 for none", at_least=0)
     smoothing: float = option(0.0, "label smoothing, where mixup or CutMix is used", at_least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MergeOptions, AugmentationOptions, WeightOptions, TrainOptions):
+class Options(MergeOptions, MixOptions, WeightOptions, TrainOptions):
     """DTEM."""
 
+    scale: tuple[float, float] = changed(AugmentationOptions, "scale", (0.35, 1.0))
+    aa: str = changed(AugmentationOptions, "aa", "")
+    re_prob: float = changed(AugmentationOptions, "re_prob", 0.0)
     epochs: int = changed(TrainOptions, "epochs", 1)
     batch_size: int = changed(TrainOptions, "batch_size", 32)
     weight_decay: float = changed(TrainOptions, "weight_decay", 1e-4)
@@ -129,10 +125,7 @@ def build(options: Options) -> Objective:
             )
         train = open_split(options, options.train_split, class_map=numbers)
     config = input_config(model, options.img_size)
-    train.transform = ViewImage(TokenLabelTransform(
-        config["input_size"][1:], options.scale, hflip=options.hflip, auto_augment=options.aa or None,
-        interpolation=config["interpolation"], mean=config["mean"], std=config["std"], re_prob=options.re_prob,
-    ))  # fmt: skip
+    train.transform = ViewImage(transform(options, config, interpolation=config["interpolation"]))
     r = options.r[0] if len(options.r) == 1 else options.r
     task = DTEMTask(model, target=options.target, train=options.train, r=r, mixup=_mixup(options, model))
     evaluate, val = None, None
@@ -189,15 +182,8 @@ def _finish(options: Options, val: Dataset | None, labelled: bool, result: Resul
     if val is not None:
         loader = DataLoader(as_images(val), options.batch_size, num_workers=options.workers)
         rows = tradeoff(result.model, loader, options.table_r, labelled=labelled)
-        write(rows, options.out)
+        write_csv(options.out / TABLE, Tradeoff._fields, rows)
         print(table(rows))
     notes = {"data": str(options.data_dir), "table": [row._asdict() for row in rows]}
     path = save_merger(result.model, options.out / NAME, dtype=torch.float16, notes=notes)
     print(f'The merger is in {path}: timm_tokens.apply_dtem_merging(vit, weights="{options.out}").')
-
-
-def write(rows: list[Tradeoff], folder: Path) -> None:
-    """Write the table to merging.csv."""
-    with replacing(folder / TABLE) as partial_path, partial_path.open("w", newline="") as file:
-        writer: Any = csv.writer(file)
-        writer.writerows([Tradeoff._fields, *rows])

@@ -16,6 +16,7 @@ from torch import nn
 from timm_tokens import options as base
 from timm_tokens.cli.common import checkpoints, models
 from timm_tokens.cli.common.datasets import open_split
+from timm_tokens.cli.train.augmentation import CropAndFlip
 from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import input_config, input_transform
@@ -49,18 +50,11 @@ class TeacherOptions(base.Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentationOptions(base.Options):
-    """Augmentation."""
-
-    scale: tuple[float, float] = option((0.2, 1.0), "range of a crop's area", above=0, at_most=1, ascending=True)
-    hflip: float = option(0.5, "probability of a left-right flip", at_least=0, at_most=1)
-    color_jitter: float = option(0.0, "strength of colour jitter", at_least=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(TeacherOptions, AugmentationOptions, TrainOptions):
+class Options(TeacherOptions, CropAndFlip, TrainOptions):
     """DTM."""
 
+    scale: tuple[float, float] = changed(CropAndFlip, "scale", (0.2, 1.0))
+    color_jitter: float = option(0.0, "strength of colour jitter", at_least=0, group="Augmentation")
     epochs: int = changed(TrainOptions, "epochs", 300)
     batch_size: int = changed(TrainOptions, "batch_size", 256)
     lr: float = changed(TrainOptions, "lr", 1.5e-3)

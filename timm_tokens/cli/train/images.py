@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from timm_tokens.cli.common.datasets import RECORD, identity, tell
 from timm_tokens.data import Images, unreadable
 from timm_tokens.distributed import rank, world_size
-from timm_tokens.files import replacing
+from timm_tokens.files import write_json
 from timm_tokens.training import Settings
 
 
@@ -59,6 +59,4 @@ def _check(images: Images, workers: int) -> dict[str, str]:
 
 
 def _record(folder: Path, split: str, kept: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / RECORD) as partial:
-        partial.write_text(json.dumps(read_record(folder) | {split: kept}, indent=1))
+    write_json(folder / RECORD, read_record(folder) | {split: kept})

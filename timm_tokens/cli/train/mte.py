@@ -30,6 +30,11 @@ from timm_tokens.wrap import add_aux_tokens
 
 TOKENS = ("num_cls", "aux_sees_cls", "aux_sees_aux")  # arguments of auxiliary class tokens
 POOL = ("num_pooled", "pool_weight", "pool_norm")  # and of pooled ones
+SAME = (  # arguments of MTETask that are options of the same name
+    "learn_scale", "aux_target", "include_global", "global_weight", "heads", "batch_norm", "aux_on_local",
+    "tau_teacher", "tau_epochs", "frozen_epochs", "mask_ratio", "mask_prob", "exact_masks", "patch_center",
+    "queue_size", "crop_by_crop",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,29 +144,10 @@ def build(options: Options) -> Objective:
 
 def make_task(options: Options) -> MTETask:
     """The task alone, which needs no images."""
-    return MTETask(
-        _model(options),
-        options.loss,
-        num_prototypes=options.prototypes,
-        hidden=options.head_hidden,
-        learn_scale=options.learn_scale,
-        aux_target=options.aux_target,
-        include_global=options.include_global,
-        global_weight=options.global_weight,
-        heads=options.heads,
-        batch_norm=options.batch_norm,
-        aux_on_local=options.aux_on_local,
-        tau_teacher=options.tau_teacher,
-        tau_epochs=options.tau_epochs,
-        momentum=None if options.teacher_momentum is None else (options.teacher_momentum, 1.0),
-        frozen_epochs=options.frozen_epochs,
-        mask_ratio=options.mask_ratio,
-        mask_prob=options.mask_prob,
-        exact_masks=options.exact_masks,
-        patch_center=options.patch_center,
-        queue_size=options.queue_size,
-        crop_by_crop=options.crop_by_crop,
-    )
+    same = {name: getattr(options, name) for name in SAME}
+    momentum = None if options.teacher_momentum is None else (options.teacher_momentum, 1.0)
+    shape = {"num_prototypes": options.prototypes, "hidden": options.head_hidden}
+    return MTETask(_model(options), options.loss, momentum=momentum, **shape, **same)
 
 
 def _model(options: Options) -> nn.Module:

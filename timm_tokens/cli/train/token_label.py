@@ -11,24 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from timm_tokens import options as base
-from timm_tokens.cli.common.datasets import class_names, open_split, tell
+from timm_tokens.cli.common.datasets import class_names, class_numbers, open_split, tell
 from timm_tokens.cli.errors import CommandError
+from timm_tokens.cli.train.augmentation import AugmentationOptions, ViewImage, transform
 from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
-from timm_tokens.data import (
-    Images,
-    TokenLabelDataset,
-    TokenLabelStore,
-    TokenLabelTransform,
-    image_names,
-    input_config,
-    input_transform,
-)
+from timm_tokens.data import Images, TokenLabelDataset, TokenLabelStore, image_names, input_config, input_transform
 from timm_tokens.data.folders import left_out_lines
 from timm_tokens.distributed import rank
 from timm_tokens.losses import TokenLabelLoss
@@ -61,20 +52,12 @@ class LabelOptions(base.Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentationOptions(base.Options):
-    """Augmentation."""
-
-    scale: tuple[float, float] = option((0.08, 1.0), "range of a crop's area", above=0, at_most=1, ascending=True)
-    ratio: tuple[float, float] = option((3 / 4, 4 / 3), "range of a crop's aspect ratio", above=0, ascending=True)
-    hflip: float = option(0.5, "probability of a left-right flip", at_least=0, at_most=1)
-    aa: str = option("rand-m9-mstd0.5-inc1", "RandAugment as timm writes it; '' for none", aliases=("--auto-augment",))
-    re_prob: float = option(0.25, "probability of random erasing", at_least=0, at_most=1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Options(LabelOptions, AugmentationOptions, TrainOptions):
     """Token labeling."""
 
+    ratio: tuple[float, float] = option(
+        (3 / 4, 4 / 3), "range of a crop's aspect ratio", above=0, ascending=True, group="Augmentation"
+    )
     val_split: str = option(
         "val", "folder in --data-dir, or split of --dataset, to validate on; '' for none", group="Images"
     )
@@ -97,7 +80,7 @@ def build(options: Options) -> Objective:
         raise CommandError("neither the labels nor the images say how many classes there are: give --num-classes")
     if store is not None:
         store = TokenLabelStore(options.labels, count)  # .pt files don't say how many
-    numbers = class_numbers(names, count)
+    numbers = _numbers(names, count)
     if numbers is not None:
         train = open_split(options, options.train_split, class_map=numbers)
     model = make_student(options, num_classes=count)
@@ -116,37 +99,23 @@ def build(options: Options) -> Objective:
     return Objective(task, _training_data(train, store, options, config), evaluate=evaluate)
 
 
-def class_numbers(names: list[str] | None, count: int) -> dict[str, int] | None:
-    """The number of each class among so many: in the order of the folders, or ImageNet's for its WordNet names.
-
-    Returns:
-        None for a data set whose classes have no names.
-
-    Raises:
-        CommandError: The classes are not so many, and not named as ImageNet's are.
-    """
-    if not names or len(names) == count:
-        return None if not names else {name: i for i, name in enumerate(names)}
-    subset = infer_imagenet_subset({"num_classes": count})
-    synsets = {name: i for i, name in enumerate(ImageNetInfo(subset).label_names())} if subset else {}
-    odd = [name for name in names if name not in synsets]
-    if odd:
+def _numbers(names: list[str] | None, count: int) -> dict[str, int] | None:
+    """The number of each class among so many; None for a data set whose classes have no names."""
+    numbers = class_numbers(names, count) if names else None
+    if names and numbers is None:
         raise CommandError(
-            f"the labels are over {count} classes, the images are in {len(names)} folders, and {odd[0]!r} is no "
-            "WordNet name of ImageNet's: annotate with a classifier of these folders' classes"
+            f"the labels have {count} classes, but the images are in {len(names)} folders, such as {names[0]!r}, which "
+            "are not all named by ImageNet's WordNet names: annotate with a classifier of these folders' classes"
         )
-    return {name: synsets[name] for name in names}
+    return numbers
 
 
 def _training_data(train: Dataset, store: TokenLabelStore | None, options: Options, config: dict[str, Any]) -> Dataset:
-    transform = TokenLabelTransform(
-        config["input_size"][1:], options.scale, options.ratio, options.hflip,
-        auto_augment=options.aa or None, mean=config["mean"], std=config["std"], re_prob=options.re_prob,
-    )  # fmt: skip
+    views = transform(options, config, ratio=options.ratio)
     if store is None:
-        train.transform = ViewImage(transform)
+        train.transform = ViewImage(views)
         return train
-    labelled = TokenLabelDataset(_labelled(train, store), store, transform)
+    labelled = TokenLabelDataset(_labelled(train, store), store, views)
     share = labelled.others_share(store.num_classes)
     if share > 0.5 and rank() == 0:
         print(
@@ -167,13 +136,3 @@ def _labelled(train: Images, store: TokenLabelStore) -> Images:
     if rank() == 0 and missing:
         tell(left_out_lines({why: labelled.left_out[why]}))
     return labelled
-
-
-class ViewImage:
-    """The image alone of what a `TokenLabelTransform` gives."""
-
-    def __init__(self, transform: TokenLabelTransform):
-        self.transform = transform
-
-    def __call__(self, image: Any) -> Tensor:
-        return self.transform(image).image

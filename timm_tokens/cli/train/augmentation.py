@@ -1,0 +1,44 @@
+"""How the images of one view are augmented: the options that several objectives have, and their transform."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from timm_tokens.data import TokenLabelTransform
+from timm_tokens.options import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropAndFlip(Options):
+    """Augmentation."""
+
+    scale: tuple[float, float] = option((0.08, 1.0), "range of a crop's area", above=0, at_most=1, ascending=True)
+    hflip: float = option(0.5, "probability of a left-right flip", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions(CropAndFlip):
+    """Augmentation."""
+
+    aa: str = option("rand-m9-mstd0.5-inc1", "RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1; '' for none",
+                     aliases=("--auto-augment",))  # fmt: skip
+    re_prob: float = option(0.25, "probability of random erasing", at_least=0, at_most=1)
+
+
+def transform(options: AugmentationOptions, config: dict[str, Any], **more: Any) -> TokenLabelTransform:
+    """The transform to views of a model's input; `more` are further arguments of `TokenLabelTransform`."""
+    return TokenLabelTransform(
+        config["input_size"][1:], options.scale, hflip=options.hflip, auto_augment=options.aa or None,
+        mean=config["mean"], std=config["std"], re_prob=options.re_prob, **more,
+    )  # fmt: skip
+
+
+class ViewImage:
+    """The image alone of what a `TokenLabelTransform` gives."""
+
+    def __init__(self, transform: TokenLabelTransform):
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.transform(image).image

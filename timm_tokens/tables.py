@@ -1,0 +1,31 @@
+"""Tables: Markdown to read, and CSV files to compute with."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_tokens.files import replacing
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]], formats: Sequence[str] = ()) -> str:
+    """A Markdown table; None leaves a cell empty.
+
+    Args:
+        head: Names of the columns.
+        rows: A value for each column.
+        formats: How the values of each column are written, as `format` takes it; empty: as text.
+    """
+    cells = [[_cell(value, kind) for value, kind in zip(row, formats or [""] * len(head), strict=True)] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [list(head), ["---"] * len(head), *cells])
+
+
+def _cell(value: Any, kind: str) -> str:
+    return "" if value is None else format(value, kind)
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file, whole or not at all; None leaves a cell empty."""
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer: Any = csv.writer(file)
+        writer.writerows([head, *rows])
