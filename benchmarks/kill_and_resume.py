@@ -49,9 +49,9 @@ class Row(NamedTuple):
 
     Attributes:
         seconds: How long it took undisturbed.
-        kills: How many runs were killed in time; the others were done before.
+        kills: How many runs were killed; those that were done before that don't count.
         unsaved: How many of them had no checkpoint, or no map, by then.
-        same: How many runs have the same bytes.
+        same: How many of them have the same bytes after they were resumed.
     """
 
     name: str
@@ -114,15 +114,17 @@ def measure(name: str, kills: int, workers: int) -> Row:
     finish(start(command))
     seconds = time.monotonic() - begin
     wanted, killed, unsaved, same = contents(out), 0, 0, 0
-    for trial in range(kills):
-        shutil.rmtree(out)
-        killed += kill_after(start(command), random.random() * seconds)
+    while killed < kills:
+        shutil.rmtree(out, ignore_errors=True)
+        if not kill_after(start(command), random.random() * seconds):
+            continue
+        killed += 1
         unsaved += not any(out.glob("*.pth")) and not any(out.glob("*.journal")) and not any(out.glob("labels-*"))
         finish(start(command))
         odd = sorted(name for name, _ in contents(out).items() ^ wanted.items())
         same += not odd
         if odd:
-            print(f"kill {trial} of {name}: {', '.join(odd)} differ", flush=True)
+            print(f"kill {killed} of {name}: {', '.join(odd)} differ", flush=True)
     shutil.rmtree(out)
     return Row(name, seconds, killed, unsaved, same)
 

@@ -86,6 +86,33 @@ def test_hooks_of_merging_with_auxiliary_tokens():
     assert [calls[-1][1][-1].shape[1] for calls in seen] == [14 + 2, 11 + 2]
 
 
+def test_hooks_of_what_holds_the_blocks():
+    """timm's VisionTransformer calls it; what its hooks change goes on, and its backward hooks see the gradients."""
+    plain, model, x = tiny.base("average"), tiny.merging("average"), tiny.images()
+    logs = [record(vit.blocks) for vit in (plain, model.base)]
+    plain(x)
+    model(x)
+    model.forward_features(x)
+    once, twice = ([kind for kind, *_ in log] for log in logs)
+    assert len(once) == 4 and twice == once * 2
+    (entered,), left = logs[1][0][1][1], logs[1][-1][1][-1]
+    assert entered.shape == (3, 17, 48) and left.shape == (3, 11, 48)
+    seen = []
+    model.base.blocks.register_full_backward_hook(lambda _, inputs, outputs: seen.append((inputs[0], outputs[0])))
+    model.base.blocks.register_forward_hook(lambda _, args, output: torch.zeros_like(output) + output.mean())
+    zeros = model(x)
+    zeros.sum().backward()
+    assert (zeros - zeros[:1]).abs().max() < 1e-6
+    assert seen[0][0].shape == entered.shape and seen[0][1].shape == left.shape
+
+
+def test_hooks_of_what_holds_the_blocks_see_all_tokens_of_the_last():
+    model, seen = tiny.merging(), []
+    model.base.blocks.register_forward_hook(lambda _, args, output: seen.append(output.shape))
+    model(tiny.images())
+    assert seen == [(3, 11, 48)]  # and not the class token alone, which the logits need
+
+
 @torch.no_grad()
 def test_hooks_of_all_modules_see_merging_blocks():
     model, seen = tiny.merging(depth=2), []
@@ -246,7 +273,11 @@ def test_hooks_of_the_base_itself():
     assert torch.equal(labelled(x), with_pool) and not model(x).any()
 
 
-@pytest.mark.parametrize("change", [compiled, patched])
+def patched_features(base):
+    base.forward_features = base.forward_features
+
+
+@pytest.mark.parametrize("change", [compiled, patched, patched_features])
 def test_what_would_be_bypassed_of_the_base_is_refused(change):
     model = tiny.merging(r=0)
     change(model.base)

@@ -7,7 +7,7 @@ from families import DRIVABLE, MERGEABLE, WHOLE_BLOCKS, create, images
 from timm.models.vision_transformer import Attention, Block
 
 import timm_tokens
-from timm_tokens import TokenViT, apply_dtem_merging, blocks, pooling
+from timm_tokens import TokenViT, apply_dtem_merging, blocks, pooling, rotary
 from timm_tokens.ops import size_bias
 
 every_family = pytest.mark.parametrize("family", DRIVABLE)
@@ -64,8 +64,8 @@ def test_a_token_of_size_two_equals_the_token_twice(family):
     size = torch.ones(tokens.shape[:2])
     size[:, -1] = 2
     for i, block in enumerate(base.blocks):
-        rope = {} if ropes is None else {"rope": blocks.rope_rows(ropes[i], rows)}
-        twice_rope = {} if ropes is None else {"rope": blocks.rope_rows(ropes[i], twice_rows)}
+        rope = {} if ropes is None else {"rope": rotary.rope_rows(ropes[i], rows)}
+        twice_rope = {} if ropes is None else {"rope": rotary.rope_rows(ropes[i], twice_rows)}
         halves = blocks.halves(block)
         tokens = halves.attend(block, tokens, halves.read(block, tokens), attn_mask=size_bias(size), **rope)
         tokens = halves.feed(block, tokens)

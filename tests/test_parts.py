@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_tokens
-from timm_tokens import TokenViT, add_aux_tokens, apply_dtem_merging, blocks, token_label_head
+from timm_tokens import TokenViT, add_aux_tokens, apply_dtem_merging, blocks, rotary, token_label_head
 from timm_tokens.ops import aux_attention_mask, mix_tokens, size_bias
 from timm_tokens.parts import AdaptivePool
 from timm_tokens.wrap import add_mask_token
@@ -89,7 +89,7 @@ def test_masked_attention_equals_two_streams(family, sees):
                 or (key < p and "aux_sees_cls" in sees)
                 or (key >= n and "aux_sees_aux" in sees)
             )
-        full = {} if ropes is None else {"rope": blocks.unrotated(ropes[i], k)}
+        full = {} if ropes is None else {"rope": rotary.unrotated(ropes[i], k)}
         # the model's own tokens see everything here: only the auxiliary rows are read
         aux = block(context, attn_mask=torch.zeros(1, 1, *seen.shape).masked_fill(~seen, -1e9), **full)[:, n:]
         tokens = block(tokens, **rope)

@@ -19,6 +19,7 @@ from timm.models import vision_transformer as _vit
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
+from timm_tokens import rotary
 from timm_tokens.timm_types import Block, ViT
 
 
@@ -114,7 +115,8 @@ def embed(base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | None = N
         TypeError: If the base itself is wrapped, compiled or patched, which is bypassed.
     """
     # FSDP2 gives what it wraps a method `unshard`
-    if hasattr(type(base), "unshard") or base._compiled_call_impl is not None or "forward" in base.__dict__:
+    replaced = "forward" in base.__dict__ or "forward_features" in base.__dict__
+    if replaced or hasattr(type(base), "unshard") or base._compiled_call_impl is not None:
         raise TypeError(
             f"{name(base)} was wrapped by FSDP, compiled or given another forward, but it is called module by module, "
             "past that; wrap or compile the TokenViT instead of its base"
@@ -128,7 +130,7 @@ def embed(base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | None = N
         x, rope = base._pos_embed(x)
         x = base.norm_pre(x)
         mixed = getattr(base, "rope_mixed", False)
-        return Embedded(x, _per_block(rope, len(base.blocks), mixed))
+        return Embedded(x, rotary.per_block(rope, len(base.blocks), mixed))
     return Embedded(base.norm_pre(base.patch_drop(base._pos_embed(x))), None)
 
 
@@ -139,11 +141,11 @@ def _embed_naflex(base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | 
     x, keep = stem["patches"], stem["keep_indices"]
     if edit is not None:
         x = _edit_naflex(base, x, grid_size(base, images.shape[-2:]), edit)
-    ropes = _per_block(stem["rope_embeds"], len(base.blocks), base.rope_is_mixed)
+    ropes = rotary.per_block(stem["rope_embeds"], len(base.blocks), base.rope_is_mixed)
     if (
         ropes is not None and keep is not None and base.rope_is_mixed
     ):  # timm leaves this gather to its own loop over the blocks
-        ropes = [rope_rows(rope, keep) for rope in ropes]
+        ropes = [rotary.rope_rows(rope, keep) for rope in ropes]
     return Embedded(x, ropes)
 
 
@@ -162,40 +164,6 @@ def _edit_naflex(base: ViT, x: Tensor, grid: tuple[int, int], edit: Callable[[Te
     elif stem.pos_embed_type == "factorized":
         stem._apply_factorized_pos_embed(position, grid_size=grid)
     return torch.cat([x[:, :prefix], edit(x[:, prefix:] - position) + position], dim=1)
-
-
-def _per_block(rope: Tensor | None, depth: int, mixed: bool) -> list[Tensor] | None:
-    if rope is None:
-        return None
-    return list(rope) if mixed else [rope] * depth
-
-
-def unrotated(rope: Tensor, count: int) -> Tensor:
-    """The rotary embedding with `count` more tokens at its end that are not rotated: (..., N, D) -> (..., N + A, D)."""
-    sin, cos = rope.chunk(2, dim=-1)
-    shape = (*sin.shape[:-2], count, sin.shape[-1])
-    return torch.cat([rope, torch.cat([sin.new_zeros(shape), cos.new_ones(shape)], dim=-1)], dim=-2)
-
-
-def rope_rows(rope: Tensor, rows: Tensor | None) -> Tensor:
-    """The rotary embedding of the tokens that are left: that of patch `rows` (B, M); all if None.
-
-    Args:
-        rope: (N, D), (heads, N, D) or (B, 1 or heads, N, D).
-        rows: (B, M) int64.
-
-    Returns:
-        (B, 1 or heads, M, D).
-    """
-    if rows is None:
-        return rope
-    if rope.ndim == 2:
-        return rope[rows].unsqueeze(1)
-    if rope.ndim == 3:
-        return rope[:, rows].transpose(0, 1)
-    return rope.expand(rows.shape[0], -1, -1, -1).gather(
-        2, rows[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3])
-    )
 
 
 def halves(block: Block) -> Halves:
@@ -221,6 +189,11 @@ def halves(block: Block) -> Halves:
 def is_replaced(module: nn.Module) -> bool:
     """Whether something else than its class's forward runs when the module is called."""
     return "forward" in module.__dict__ or module._compiled_call_impl is not None
+
+
+def calls_them_at_once(base: ViT) -> bool:
+    """Whether the model calls the module that holds its blocks, and not each of them."""
+    return type(base).forward_features is VisionTransformer.forward_features and not base.grad_checkpointing
 
 
 def has_halves(block: Block) -> bool:

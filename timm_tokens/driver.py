@@ -1,6 +1,6 @@
 """The loop that drives a timm ViT block by block, and what may happen to its tokens on the way."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -8,8 +8,7 @@ import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from timm_tokens import blocks, hooks, last_block, tracing
-from timm_tokens.ops import mix_tokens
+from timm_tokens import blocks, hooks, last_block, rotary, tracing
 from timm_tokens.ops.matching import Matching
 from timm_tokens.ops.relaxed import RelaxedMatching
 from timm_tokens.parts import AuxTokens, TokenMerger
@@ -43,31 +42,6 @@ class Stream(NamedTuple):
         """The model's own tokens and the auxiliary ones of x (B, N + A, C)."""
         main = x.shape[1] - self.num_aux
         return x[:, :main], x[:, main:]
-
-
-def patch_edit(
-    grid: tuple[int, int], box: Tensor | Sequence[int] | None, mask: Tensor | None, mask_token: Tensor | None
-) -> Callable[[Tensor], Tensor]:
-    """What happens to the patches (B, N, C) before their position embedding: masking, then mixing.
-
-    Args:
-        grid: Rows and columns of patches.
-        box: (top, left, bottom, right) of the patches that the flipped batch gives, or None.
-        mask: (B, N) bool, the patches that become the mask token (C,), or zeros without one; or None.
-    """
-
-    def edit(x: Tensor) -> Tensor:
-        if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
-                raise ValueError(
-                    f"mask must be bool (B, N) = {tuple(x.shape[:2])} for a grid of {grid[0]} x {grid[1]} patches, "
-                    f"got {mask.dtype} {tuple(mask.shape)}"
-                )
-            token = x.new_zeros(()) if mask_token is None else mask_token.to(x.dtype)
-            x = torch.where(mask.unsqueeze(2), token, x)
-        return x if box is None else mix_tokens(x, box, grid)
-
-    return edit
 
 
 def limited(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
@@ -114,6 +88,24 @@ def encode(
     x, ropes = blocks.embed(base, images, edit)
     stream = _start(x, merger, aux, limits)
     trace: Trace = []
+    watched = hooks.has_own(base.blocks) and not limits and on_block is None and blocks.calls_them_at_once(base)
+    run = partial(_run_blocks, base, ropes, trace, merger, aux, limits, on_block, depth, logits_only and not watched)
+    return (hooks.around(base.blocks, run, stream) if watched else run(stream)), trace
+
+
+def _run_blocks(
+    base: ViT,
+    ropes: list[Tensor] | None,
+    trace: Trace,
+    merger: TokenMerger | None,
+    aux: AuxTokens | None,
+    limits: Mapping[str, Any],
+    on_block: Callable[[int, Tensor, Trace], None] | None,
+    depth: int | None,
+    logits_only: bool,
+    stream: Stream,
+) -> Stream:
+    """The tokens after the blocks of `encode`, which adds to the trace what was merged."""
     prefix, recompute = base.num_prefix_tokens, base.grad_checkpointing
     watching = merger.unmerged if merger is not None and merger.watched else None
     short = logits_only and watching is None and last_block.needs_prefix_alone(base)
@@ -131,7 +123,7 @@ def encode(
             on_block(i, stream.x, trace)
         if watching is not None:
             watching[i](unmerge_all(trace, stream.split(stream.x)[0]))
-    return stream, trace
+    return stream
 
 
 def _start(x: Tensor, merger: TokenMerger | None, aux: AuxTokens | None, limits: Mapping[str, Any]) -> Stream:
@@ -226,8 +218,8 @@ def _attention(
     """The arguments by which a block's attention learns of rotary positions, sizes and auxiliary tokens."""
     arguments = {}
     if rope is not None:
-        rope = blocks.rope_rows(rope, rows)
-        arguments["rope"] = blocks.unrotated(rope, num_aux) if num_aux else rope
+        rope = rotary.rope_rows(rope, rows)
+        arguments["rope"] = rotary.unrotated(rope, num_aux) if num_aux else rope
     if aux is not None and num_aux:
         mask = aux.mask(x, prefix)
         bias = mask if bias is None else mask + nn.functional.pad(bias, (0, num_aux))

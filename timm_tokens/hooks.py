@@ -6,7 +6,7 @@ registered on the block (or on all modules) fires here instead, in torch's order
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,22 @@ def call(module: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwa
             if always and key not in done:
                 _call_anyway(hook, (module, args, kwargs, result) if takes_kwargs else (module, args, result))
         raise
+
+
+def around(module: nn.Module, run: Callable[[Any], Any], state: Any) -> Any:
+    """What run(state) gives, with the hooks of a module for which it stands, and which takes and gives tokens alone.
+
+    Args:
+        run: Takes a named tuple whose first field is the tokens, and gives one.
+    """
+    ends: list[Any] = []
+
+    def forward(x: Tensor) -> Tensor:
+        ends.append(run(type(state)(x, *state[1:])))
+        return cast(Tensor, ends[-1][0])
+
+    x = call(module, forward, (state[0],), {})
+    return type(state)(x, *ends[-1][1:])
 
 
 def _call_anyway(hook: Callable[..., Any], arguments: Args) -> None:

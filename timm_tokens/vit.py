@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from timm_tokens import blocks, features, hooks, tracing
 from timm_tokens.classification import check_call, class_logits, dense_logits
-from timm_tokens.driver import encode, limited, patch_edit
+from timm_tokens.driver import encode, limited
+from timm_tokens.editing import patch_edit
 from timm_tokens.features import MergedTokens, Tokens
 from timm_tokens.flops import Costs, on_meta, schedule_of
 from timm_tokens.forward_type import Box, Forward, Mask, typed

@@ -34,7 +34,20 @@ def test_the_papers_numbers():
     assert (second.size, second.scale, second.blur, second.solarize) == (224, (0.4, 1.0), 0.1, 0.2)
     assert (local.size, local.count, local.scale, local.blur, local.solarize) == (96, 8, (0.05, 0.4), 0.5, 0.0)
     for crop in (first, second, local):
+        assert crop.ratio == (3 / 4, 4 / 3)
         assert crop.jitter == (0.4, 0.4, 0.2, 0.1) and (crop.jitter_prob, crop.grayscale, crop.flip) == (0.8, 0.2, 0.5)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
+def test_a_crop_has_its_aspect_ratio(ratio):
+    """Red grows along the rows of the image and green along its columns, so a crop shows how wide and high it was."""
+    ramp = np.arange(128, dtype=np.uint8)
+    image = Image.fromarray(np.stack([*np.meshgrid(ramp, ramp), np.zeros((128, 128), np.uint8)], axis=2))
+    transform = MultiCrop([PLAIN._replace(size=64, scale=(0.3, 0.3), ratio=(ratio, ratio))], (0.0,) * 3, (1 / 255,) * 3)
+    for seed in range(4):
+        red, green, _ = transform(image, generator(seed))[0]
+        width, height = (x.max() - x.min() + 1 for x in (red, green))
+        assert abs(width / height - ratio) < 0.05 * ratio and abs(width * height / 128**2 - 0.3) < 0.02
 
 
 def test_normalisation_is_the_models():
