@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import timm_tokens
 from timm_tokens import TokenViT, apply_dtem_merging
@@ -70,9 +70,9 @@ def rows(path):
 
 def test_a_run_gives_a_merger(trained, vit):
     result, out = trained
-    assert isinstance(result.model, TokenViT) and result.model.merger.r == 12
+    assert isinstance(result.model, TokenViT) and result.model.merger.r == 2
     loaded = apply_dtem_merging(vit, weights=out)  # no warning: it is for these weights
-    assert loaded.merger.r == 12
+    assert loaded.merger.r == 2  # 6 blocks merge 12 of 16 patches
     for ours, theirs in zip(loaded.merger.parameters(), result.model.merger.parameters(), strict=True):
         assert torch.equal(ours, theirs.half().float())
     assert not torch.equal(loaded.merger.embed[0].weight, apply_dtem_merging(vit).merger.embed[0].weight)
@@ -136,6 +136,11 @@ def test_resume_needs_the_same_settings(trained, images, weights, capsys):
     [
         ({"checkpoint": None}, "Give --pretrained for timm's, or --checkpoint FILE"),
         ({"r": (5, 2)}, r"--r must be one number, or the lowest and the highest, got \(5, 2\)"),
+        ({"r": (9,)}, "--r 9 is too large: a block merges at most half of the 16 patches, 8"),
+        ({"r": (2, 9)}, "--r 9 is too large"),
+        ({"eval_r": 9}, "--eval-r 9 is too large"),
+        ({"table_r": (4, 9)}, "--table-r 9 is too large"),
+        ({"smoothing": 0.1}, r"--smoothing needs mixup or cutmix: the labels of other images stay, got 0\.1"),
         ({"merger": "nowhere"}, "there is no file nowhere"),
         ({"model": "vit_small_patch16_18x2_224"}, "parallel"),
     ],
@@ -169,10 +174,38 @@ def test_calibrate_a_trained_merger(trained, images, weights, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"r = {' '.join(map(str, schedule))}: " in printed and printed.count("| learned |") == 2
     assert "| keys |" not in printed
+    with pytest.raises(CommandError, match="--merger brings what tokens are compared by: leave out --metric"):
+        call("calibrate", merger=str(trained[1]), metric="keys", **QUICK, **options)
     with pytest.raises(CommandError, match=r"--flops-ratio=0\.01 can't be reached"):
         call("calibrate", flops_ratio=0.01, **QUICK, **options)
     with pytest.raises(CommandError, match="Give --pretrained for timm's, or --checkpoint FILE"):
         call("calibrate", **QUICK, **options | {"checkpoint": None})
+
+
+def test_what_is_done_with_too_few_images_is_said(images, weights, tmp_path, capsys):
+    options = dict(checkpoint=weights, data_dir=images, images=14, flops_ratio=0.9, max_blocks=1)
+    call("calibrate", out=tmp_path / "some", test_images=4, **QUICK, **options)
+    assert "There are 16 images: 14 are to calibrate by, and 2 for the table." in capsys.readouterr().err
+    call("calibrate", out=tmp_path / "none", test_images=4, **QUICK, **options | {"images": 16})
+    assert "16 are to calibrate by, and none for the table." in capsys.readouterr().err
+
+
+def test_usual_numbers_of_tokens_to_merge():
+    """They are 8, 12 and 16 for 196 patches and 12 blocks, and in proportion for others."""
+    usual = {(224, 12): (8, 12, 16), (224, 24): (4, 6, 8), (448, 12): (33, 49, 65), (32, 1): (2, 2, 2)}
+    for (size, depth), expected in usual.items():
+        vit = timm.create_model("vit_tiny_patch16_224", img_size=size, depth=depth)
+        model = apply_dtem_merging(vit)
+        assert tuple(dtem.usual_r(model, share) for share in (0.5, 0.75, 1.0)) == expected
+
+
+def test_a_teacher_that_is_not_finite_is_named(images, weights, tmp_path):
+    state = load_file(weights)
+    state["head.weight"].fill_(3e38)
+    save_file(state, tmp_path / "huge.safetensors")
+    given = dict(checkpoint=tmp_path / "huge.safetensors", data_dir=images, out=tmp_path / "run", steps=1, batch_size=4)
+    with pytest.raises(CommandError, match=r"the loss is nan at step 0; .*The outputs without merging are not finite"):
+        call("train dtem", **QUICK, **given)
 
 
 def test_bench_takes_a_merger(calibrated, capsys):
@@ -187,7 +220,7 @@ def test_draw_takes_a_merger(trained, images, weights, tmp_path):
     photo = next(images.rglob("*.png"))
     given = dict(image=photo, model="test_vit", img_size=64, checkpoint=weights, device="cpu")
     panels = call("draw", out=tmp_path / "a.png", merger=str(trained[1]), **given)
-    assert panels[-1].tokens == 1  # r = 12 leaves one of 16 patches
+    assert panels[-1].tokens == 16 - 12
     panels = call("draw", out=tmp_path / "b.png", merger=str(trained[1]), r=1, **given)
     assert panels[-1].tokens == 16 - 6
     with pytest.raises(CommandError, match="leave out --metric"):
@@ -238,7 +271,7 @@ def test_run_takes_a_merger(trained, weights, tmp_path):
     arguments = ("--model", "test_vit", "--checkpoint", str(weights), "--merger", str(trained[1]))
     with pytest.warns(UserWarning, match="on other weights"):  # the checkpoint comes later
         made = call("run", script=script, arguments=arguments)["model"]
-    assert made.merger.r == 12 and sys.argv == before
+    assert made.merger.r == 2 and sys.argv == before
     assert torch.equal(made.merger.embed[1].bias, trained[0].model.merger.embed[1].bias.half().float())
     assert made.base.pretrained_cfg["architecture"] == "test_vit"
 
@@ -267,7 +300,7 @@ def test_objective_options_are_those_of_the_task(images, weights):
     options = dict(checkpoint=weights, data_dir=images, out="run", r=(3,), tau1=0.2, candidates=5, val_split="")
     built = dtem.build(dtem.Options(**QUICK, **options))
     assert built.task.product.merger.config == dict(
-        r=12, embed_dim=32, metric="learned", candidates=5, tau1=0.2, tau2=0.1, prop_attn=True
+        r=2, embed_dim=32, metric="learned", candidates=5, tau1=0.2, tau2=0.1, prop_attn=True
     )
     built.task.start_step(0, 1, 1)
     assert built.task.product.merger.r == 3 and built.evaluate is None and len(built.dataset) == 16

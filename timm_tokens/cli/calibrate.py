@@ -8,6 +8,7 @@ timm_tokens.apply_dtem_merging(vit, weights="calibrated"). A table compares it w
 other images of the same folder.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from timm_tokens import seeding
 from timm_tokens.calibration import calibrate
 from timm_tokens.cli.common import checks, models
 from timm_tokens.cli.common.datasets import open_split
+from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import ImageOptions, LoadingOptions, MergerOptions, WeightOptions
 from timm_tokens.cli.parser import write_config
 from timm_tokens.data import input_config, input_transform
@@ -90,6 +92,8 @@ def run(options: Options) -> tuple[int, ...]:
 def _model(options: Options) -> TokenViT:
     model = models.make_model(replace(options, pretrained=models.by_timm(options)))
     if options.merger is not None:
+        if options.metric is not None:
+            raise CommandError("--merger brings what tokens are compared by: leave out --metric")
         return models.with_merger(model, options.merger)
     return models.merged(model, 8, options.metric, default="keys")
 
@@ -101,6 +105,11 @@ def _images(options: Options, model: TokenViT) -> tuple[Tensor, Tensor | None]:
     images = as_images(dataset)
     order = torch.randperm(len(images), generator=seeding.generator(options.seed)).tolist()
     rows = order[: options.images + options.test_images]
+    if len(rows) < options.images + options.test_images:
+        print(
+            f"There are {len(rows)} images: {min(len(rows), options.images)} are to calibrate by, and "
+            f"{max(len(rows) - options.images, 0) or 'none'} for the table.", file=sys.stderr,
+        )  # fmt: skip
     loader = DataLoader(Subset(images, rows), options.batch_size, num_workers=options.workers)
     read = torch.cat([batch for batch, _ in loader]).to(options.device)
     chosen, others = read[: options.images], read[options.images :]

@@ -70,6 +70,7 @@ class DTEMTask(TokenTask):
         self.target, self.logits, self.mixup = target, classifies(model), mixup
         self.criterion = DistillLoss() if criterion is None else criterion
         self._r = model.merger.r
+        self._taught: Tensor | None = None  # the sum of all that the teacher gave
         self._shared: tuple[TokenViT, ...] = ()
         self.find_unused_parameters = _may_be_unused(model, self._range, train == "all")
         if target == "distill":
@@ -129,7 +130,18 @@ class DTEMTask(TokenTask):
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         teacher = self._shared[0] if self._shared else self.teacher
-        return outputs(teacher, images, self.logits)
+        taught = outputs(teacher, images, self.logits)
+        total = (taught if isinstance(taught, Tensor) else taught[1]).float().sum()
+        self._taught = total if self._taught is None else self._taught + total  # NaN and infinity stay
+        return taught
+
+    def advice(self) -> str:
+        if self._taught is not None and not self._taught.isfinite():
+            return (
+                "The outputs without merging are not finite themselves: look at the model's weights and at the images "
+                "for values that are corrupt or far too large, and at amp"
+            )
+        return super().advice()
 
 
 def _check(model: nn.Module, target: str, train: str) -> None:

@@ -80,6 +80,10 @@ class TokenTask(TrainingTask):
         """The plain timm model that comes out of the training: what is validated, averaged, saved and published."""
         return self.student
 
+    def advice(self) -> str:
+        """What to do about a loss that is infinite or NaN, in a sentence."""
+        return "Lower the learning rate, or limit the gradients with clip_grad"
+
     def bound_to_length(self) -> list[str]:
         """What `start_step` schedules over the whole length of a run, each in words: that length can't change then."""
         own = type(self).start_step is not TokenTask.start_step

@@ -178,6 +178,4 @@ class _Run:
         return stopped
 
     def _fail(self, reason: str) -> None:
-        raise FloatingPointError(
-            f"{reason}; {self.progress.last_good()}. Lower the learning rate, or limit the gradients with clip_grad"
-        )
+        raise FloatingPointError(f"{reason}; {self.progress.last_good()}. {self.task.advice()}")

@@ -1,5 +1,6 @@
 """Models for the commands: made by name or as options say, and merged, with one clear line for what can't be."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -129,12 +130,32 @@ def merged(model: nn.Module, r: int, metric: str | None = None, default: str = "
         own.r = r
     else:
         model = apply_dtem_merging(plain(model), r=r, metric=metric or default)
-    patches = model.token_counts(0)[0] - model.num_prefix_tokens
-    if r > patches // 2:
-        raise CommandError(
-            f"--r {r} is too large: a block merges at most half of the {patches} patches, {patches // 2}"
-        )
+    check_r(model, r)
     return model
+
+
+def num_patches(model: TokenViT) -> int:
+    """How many patches an image of the model's own size has."""
+    return model.token_counts(0)[0] - model.num_prefix_tokens
+
+
+def most_r(model: TokenViT) -> int:
+    """The most tokens that a block can merge."""
+    return num_patches(model) // 2
+
+
+def check_r(model: TokenViT, r: int | Sequence[int], option: str = "--r") -> None:
+    """Refuse more tokens to merge than the first block can, which must be a slip.
+
+    Raises:
+        CommandError: Names the option.
+    """
+    for each in (r,) if isinstance(r, int) else r:
+        if each > most_r(model):
+            raise CommandError(
+                f"{option} {each} is too large: a block merges at most half of the {num_patches(model)} patches, "
+                f"{most_r(model)}"
+            )
 
 
 def with_merger(model: nn.Module, weights: str, r: int | None = None) -> TokenViT:

@@ -55,15 +55,18 @@ class MergeOptions(base.Options):
         "embeddings", "train the embeddings that tokens are compared by, or all of the model",
         choices=("embeddings", "all"),
     )  # fmt: skip
-    r: tuple[int, ...] = option(
-        (16,), "tokens to merge in each block while training; of two numbers, each step draws one between them",
-        at_least=1,
+    r: tuple[int, ...] | None = option(
+        None, "tokens to merge in each block while training; of two numbers, each step draws one between them "
+        "(default: 16 for 196 patches and 12 blocks, and in proportion for other models)", at_least=1,
     )  # fmt: skip
     eval_r: int | None = option(
-        None, "tokens that each block of the trained model merges, until its r is set (default: 12, or as --merger)",
-        at_least=0,
+        None, "tokens that each block of the trained model merges, until its r is set (default: three quarters of "
+        "the default of --r, or as --merger)", at_least=0,
     )  # fmt: skip
-    table_r: tuple[int, ...] = option((8, 12, 16), "tokens to merge in each block for the table at the end", at_least=0)
+    table_r: tuple[int, ...] | None = option(
+        None, "tokens to merge in each block for the table at the end (default: a half, three quarters and all of "
+        "the default of --r)", at_least=0,
+    )  # fmt: skip
     merger: str | None = option(
         None, "trained merger to start from: a file, the folder of a run, or hf-hub:user/name (default: none)",
         metavar="FILE",
@@ -103,8 +106,10 @@ class Options(MergeOptions, MixOptions, WeightOptions, TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.r) > 2 or self.r[0] > self.r[-1]:
+        if self.r is not None and (len(self.r) > 2 or self.r[0] > self.r[-1]):
             raise ValueError(f"r must be one number, or the lowest and the highest, got {self.r}")
+        if self.smoothing and not (self.mixup or self.cutmix):
+            raise ValueError(f"smoothing needs mixup or cutmix: the labels of other images stay, got {self.smoothing}")
 
 
 def run(options: Options) -> Result:
@@ -115,6 +120,8 @@ def run(options: Options) -> Result:
 def build(options: Options) -> Objective:
     """The task, the images, and what is measured."""
     model = _model(replace(options, pretrained=models.by_timm(options)))
+    for name, r in (("--r", options.r), ("--eval-r", options.eval_r), ("--table-r", options.table_r)):
+        models.check_r(model, r or (), name)
     train = open_split(options, options.train_split)
     numbers = _class_numbers(train, model)
     if options.target == "labels":
@@ -126,8 +133,10 @@ def build(options: Options) -> Objective:
         train = open_split(options, options.train_split, class_map=numbers)
     config = input_config(model, options.img_size)
     train.transform = ViewImage(transform(options, config, interpolation=config["interpolation"]))
-    r = options.r[0] if len(options.r) == 1 else options.r
-    task = DTEMTask(model, target=options.target, train=options.train, r=r, mixup=_mixup(options, model))
+    r = options.r or (usual_r(model, 1.0),)
+    task = DTEMTask(
+        model, target=options.target, train=options.train, r=r[0] if len(r) == 1 else r, mixup=_mixup(options, model)
+    )
     evaluate, val = None, None
     if options.val_split:
         val = open_split(options, options.val_split, class_map=numbers)
@@ -142,12 +151,19 @@ def _model(options: Options) -> TokenViT:
     settings = {name: getattr(options, name) for name in ("embed_dim", "candidates", "tau1", "tau2")}
     model = make_student(options)
     if not (isinstance(model, TokenViT) and model.merger is not None):
-        r = 12 if options.eval_r is None and options.merger is None else options.eval_r
-        return apply_dtem_merging(model, r, weights=options.merger, **settings)
+        model = apply_dtem_merging(model, options.eval_r, weights=options.merger, **settings)
+        if options.eval_r is None and options.merger is None:
+            model.merger.r = usual_r(model, 0.75)
+        return model
     if options.merger is not None:
         raise CommandError(f"{options.model} brings a merger of its own: name its base instead, or leave out --merger")
     model.merger.r = model.merger.r if options.eval_r is None else options.eval_r
     return model
+
+
+def usual_r(model: TokenViT, share: float) -> int:
+    """Tokens to merge in each block so that all blocks together merge this share of the patches."""
+    return min(max(1, round(share * models.num_patches(model) / len(model.base.blocks))), models.most_r(model))
 
 
 def make_product(options: Options, state: dict[str, Any]) -> TokenViT:
@@ -181,7 +197,8 @@ def _finish(options: Options, val: Dataset | None, labelled: bool, result: Resul
     rows: list[Tradeoff] = []
     if val is not None:
         loader = DataLoader(as_images(val), options.batch_size, num_workers=options.workers)
-        rows = tradeoff(result.model, loader, options.table_r, labelled=labelled)
+        rs = options.table_r or tuple(sorted({usual_r(result.model, share) for share in (0.5, 0.75, 1.0)}))
+        rows = tradeoff(result.model, loader, rs, labelled=labelled)
         write_csv(options.out / TABLE, Tradeoff._fields, rows)
         print(table(rows))
     notes = {"data": str(options.data_dir), "table": [row._asdict() for row in rows]}
