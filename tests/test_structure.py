@@ -1,6 +1,7 @@
 """The direction of imports: a reader can take each layer for itself."""
 
 import ast
+import statistics
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,20 @@ def test_imports_point_inwards(file):
     if layer in ("ops", "distributed", "probing"):
         roots = {m.split(".")[0] for m in imports(file)}
         assert not roots & {"timm", "torchvision", "numpy"}
+
+
+def lengths(node):
+    return [
+        (each.end_lineno - each.lineno + 1, each.name)
+        for each in ast.walk(node)
+        if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+def test_files_and_functions_stay_short():
+    files = {file: file.read_text() for file in PACKAGE.rglob("*.py")}
+    lines = {file: len(text.splitlines()) for file, text in files.items()}
+    functions = [(count, name, file) for file, text in files.items() for count, name in lengths(ast.parse(text))]
+    assert {str(file): count for file, count in lines.items() if count > 250} == {}
+    assert [function for function in functions if function[0] > 45] == []
+    assert statistics.median(lines.values()) <= 95 and statistics.median(count for count, *_ in functions) <= 8

@@ -1,8 +1,7 @@
 """How timm's Vision Transformers are driven from outside: `blocks`, `keys` and `pooling` alone know their inside.
 
 A model is driven as stem -> for each block: attend, feed -> norm -> head. `embed` is the stem; `attend` and `feed` are
-the two halves of a block, so that tokens can change in between; `pooling.head` pools tokens that stand for several
-patches.
+the two halves of a block, so that tokens can change in between; `pooling.head` pools tokens of several patches.
 What a block does is looked up by its class's forward function, not by its class: a subclass with a forward of its own
 does something else, and is refused. A test compares every driven model with the model itself.
 """
@@ -142,9 +141,7 @@ def _embed_naflex(base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | 
     if edit is not None:
         x = _edit_naflex(base, x, grid_size(base, images.shape[-2:]), edit)
     ropes = rotary.per_block(stem["rope_embeds"], len(base.blocks), base.rope_is_mixed)
-    if (
-        ropes is not None and keep is not None and base.rope_is_mixed
-    ):  # timm leaves this gather to its own loop over the blocks
+    if ropes is not None and keep is not None and base.rope_is_mixed:  # timm's own loop over the blocks does this
         ropes = [rotary.rope_rows(rope, keep) for rope in ropes]
     return Embedded(x, ropes)
 

@@ -26,13 +26,9 @@ STEPS = (2.0, 1.5, 1.25)  # factors by which a weight is changed
 
 @torch.no_grad()
 def calibrate(
-    model: TokenViT,
-    images: Tensor | Iterable[Tensor],
-    flops_ratio: float = 0.6,
-    *,
-    max_blocks: int | None = None,
-    progress: bool = True,
-) -> Schedule:
+    model: TokenViT, images: Tensor | Iterable[Tensor], flops_ratio: float = 0.6,
+    *, max_blocks: int | None = None, progress: bool = True,
+) -> Schedule:  # fmt: skip
     """Choose how many tokens each block merges, by unlabelled images, and set `model.merger.r` to it.
 
         timm_tokens.calibrate(model, images, flops_ratio=0.6)  # a hundred images or more, prepared as for the model

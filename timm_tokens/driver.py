@@ -56,17 +56,11 @@ def limited(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
 
 
 def encode(
-    base: ViT,
-    images: Tensor,
-    edit: Callable[[Tensor], Tensor] | None = None,
-    *,
-    merger: TokenMerger | None = None,
-    aux: AuxTokens | None = None,
+    base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | None = None, *,
+    merger: TokenMerger | None = None, aux: AuxTokens | None = None,
     on_block: Callable[[int, Tensor, Trace], None] | None = None,
-    depth: int | None = None,
-    limits: Mapping[str, Any] = UNLIMITED,
-    logits_only: bool = False,
-) -> tuple[Stream, Trace]:
+    depth: int | None = None, limits: Mapping[str, Any] = UNLIMITED, logits_only: bool = False,
+) -> tuple[Stream, Trace]:  # fmt: skip
     """Run the first blocks of a timm ViT: the tokens, and what was merged on the way.
 
     Args:

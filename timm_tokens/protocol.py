@@ -114,11 +114,8 @@ class TimmProtocol(nn.Module):
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the images that the model is made for, as far as it says."""
-        size = (
-            getattr(blocks.stem(self.base), "img_size", None)
-            or self.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
-        )
-        return tuple(size)
+        size = getattr(blocks.stem(self.base), "img_size", None)
+        return tuple(size or self.pretrained_cfg.get("input_size", (3, 224, 224))[1:])
 
     @property
     def model_args(self) -> dict[str, Any]:

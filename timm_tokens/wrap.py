@@ -19,41 +19,31 @@ def apply_dtem_merging(
     model: nn.Module,
     r: int | Sequence[int] | tuple[int, float] | None = None,
     *,
-    embed_dim: int | None = None,
-    metric: str = "learned",
-    candidates: int = 3,
-    tau1: float = 0.1,
-    tau2: float = 0.1,
-    prop_attn: bool = True,
-    flops_ratio: float | None = None,
-    weights: str | PathLike[str] | None = None,
-) -> TokenViT:
+    embed_dim: int | None = None, metric: str = "learned", candidates: int = 3, tau1: float = 0.1, tau2: float = 0.1,
+    prop_attn: bool = True, flops_ratio: float | None = None, weights: str | PathLike[str] | None = None,
+) -> TokenViT:  # fmt: skip
     """Merge the most similar tokens in each block of a ViT: learned (DTEM) or training-free (ToMe).
 
         vit = timm.create_model("deit_small_patch16_224", pretrained=True)
         model = timm_tokens.apply_dtem_merging(vit, r=13)
         logits = model(images)
 
-    The weights are shared with `model`, which stays as it is. Train the result as any classifier; `freeze_base()` first
-    to train the merging alone. `result.merger.r` is a dial between speed and accuracy.
+    Returns a TokenViT around the same base, with a merger and the parts that `model` had; `model` stays as it is. Train
+    it as any classifier, or the merging alone after `freeze_base()`. `merger.r` can be set at any time.
 
     Args:
         model: A timm ViT, or a TokenViT without a merger.
-        r: Tokens to merge in each block: an int (8 if neither r nor flops_ratio is given), (int, float inflection), or
-            one int a block, padded with 0.
-        embed_dim: Width of the learned embedding; None: a head's width, twice that from 1024 channels on.
+        r: Tokens to merge in each block: an int (default: 8), (int, float inflection), or a sequence of one int per
+            block, padded with 0.
+        embed_dim: Dimension of the learned embedding; None: a head's dimension, twice that from 1024 channels on.
         metric: "learned" (DTEM), or "keys": the attention's keys averaged over heads, which needs no training.
         candidates: Partners that relaxed merging considers for each token in training.
         tau1: Temperature of the similarities in relaxed merging.
         tau2: Temperature of the choice of pairs in relaxed merging.
         prop_attn: Whether a token counts as many times as it has members in the attention.
-        flops_ratio: Instead of r: merge the fewest tokens, the same in each block, with which the FLOPs are at most
-            this share of the base's.
-        weights: A trained merger: a file that `save_merger` wrote, a training run's folder, or "hf-hub:user/name" with
-            or without "@revision". It brings its own settings and r; r and flops_ratio override its r.
-
-    Returns:
-        A TokenViT around the same base, with a merger and the parts that `model` had.
+        flops_ratio: Largest share of the base's FLOPs, instead of r; the smallest r that reaches it is set.
+        weights: A trained merger: a file from `save_merger`, a training run's folder, or "hf-hub:user/name[@revision]".
+            It brings its own settings and r; r and flops_ratio override its r.
 
     Raises:
         TypeError: If the model can't be driven (the message names its block class), or r has the wrong type.
@@ -62,31 +52,31 @@ def apply_dtem_merging(
         OSError: If the weights are not found.
 
     Warns:
-        UserWarning: If the weights were trained on other weights of the same model.
+        UserWarning: If the merger was trained on other weights of the same model.
 
     Source: DTEM (arXiv 2412.10569); ToMe (arXiv 2210.09461) for metric="keys".
     """
+    options = dict(embed_dim=embed_dim, metric=metric, candidates=candidates, tau1=tau1, tau2=tau2, prop_attn=prop_attn)
+    return _with_merger(model, r, flops_ratio, weights, options)
+
+
+def _with_merger(
+    model: nn.Module, r: Any, flops_ratio: float | None, weights: Any, options: dict[str, Any]
+) -> TokenViT:
     base = _base_without(model, "merger", "merges tokens already; set model.merger.r")
     if r is not None and flops_ratio is not None:
         raise ValueError(f"give r or flops_ratio, not both, got r={r} and flops_ratio={flops_ratio}")
     blocks.check(base, merging=True)
-    options: dict[str, Any] = dict(
-        embed_dim=embed_dim, metric=metric, candidates=candidates, tau1=tau1, tau2=tau2, prop_attn=prop_attn
-    )
     if weights is None:
         merger = TokenMerger(base, 8 if r is None else r, **options)
     else:
-        merger = read_merger(weights).build(base, r, **_changed(options))
+        defaults = signature(apply_dtem_merging).parameters
+        changed = {name: value for name, value in options.items() if value != defaults[name].default}
+        merger = read_merger(weights).build(base, r, **changed)
     merged = _with_part(model, merger=merger)
     if flops_ratio is not None:
         merged.merger.r = smallest_r(merged, flops_ratio)
     return merged
-
-
-def _changed(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of `apply_dtem_merging` that are not at their defaults."""
-    defaults = signature(apply_dtem_merging).parameters
-    return {name: value for name, value in options.items() if value != defaults[name].default}
 
 
 def add_aux_tokens(

@@ -20,11 +20,6 @@ def build(
     variant: str,
     pretrained: bool,
     base: str,
-    aux: dict[str, Any] | None = None,
-    merger: dict[str, Any] | None = None,
-    head: dict[str, Any] | None = None,
-    mask_token: bool = False,
-    base_num_classes: int | None = None,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -36,14 +31,9 @@ def build(
         pretrained: Load weights: the base's own, or those of a whole TokenViT where timm found such a checkpoint
             (`local-dir:`, `hf-hub:`).
         base: Any timm ViT's name, with or without a tag; or a model's of this package, which then gets the parts.
-        aux: Arguments of `timm_tokens.add_aux_tokens`, or None.
-        merger: Arguments of `timm_tokens.apply_dtem_merging`, or None.
-        head: Arguments of `timm_tokens.token_label_head`, or None.
-        mask_token: Whether to have a learned token for masked patches.
-        base_num_classes: Classes of the base's own classifier, where the head's are others; None: num_classes.
         pretrained_cfg: A tag of the base's weights; or, from timm, the description of a whole checkpoint.
         pretrained_cfg_overlay: Replacements in it, such as dict(file="weights.safetensors") for the base's weights.
-        kwargs: timm's arguments for the base (num_classes, img_size, drop_path_rate, features_only, ...).
+        kwargs: The parts, as for `with_parts`, and timm's arguments for the base, such as img_size.
 
     Raises:
         TypeError: If the base can't be driven, or its name is no string. ValueError: if an argument of a part is out
@@ -55,18 +45,11 @@ def build(
     if isinstance(pretrained_cfg, str):
         base = f"{base.split('.')[0]}.{pretrained_cfg}"
     weights: dict[str, Any] = dict(pretrained=pretrained and not whole, cache_dir=kwargs.get("cache_dir"))
-    if not whole:
-        weights["pretrained_cfg_overlay"] = pretrained_cfg_overlay
-    parts: dict[str, Any] = dict(
-        aux=aux, merger=merger, head=head, mask_token=mask_token, base_num_classes=base_num_classes
-    )
-
-    def create(**base_args: Any) -> TokenViT:
-        make: Callable[..., Any] = partial(timm.create_model, base, **weights)
-        return make(**parts, **base_args) if _is_own(base) else with_parts(make, **parts, **base_args)
+    weights |= {} if whole else {"pretrained_cfg_overlay": pretrained_cfg_overlay}
+    make: Callable[..., Any] = partial(timm.create_model, base, **weights)
 
     model = build_model_with_cfg(
-        create,
+        make if _is_own(base) else partial(with_parts, make),
         variant,
         pretrained=pretrained and whole,
         pretrained_cfg=pretrained_cfg if whole else wrapped_cfg(base) | {"architecture": variant},
@@ -90,7 +73,15 @@ def with_parts(
     base_num_classes: int | None = None,
     **base_args: Any,
 ) -> TokenViT:
-    """A TokenViT around the plain ViT that make(**base_args) gives; the other arguments are those of `build`."""
+    """A TokenViT around the plain ViT that make(**base_args) gives.
+
+    Args:
+        aux: Arguments of `timm_tokens.add_aux_tokens`, or None.
+        merger: Arguments of `timm_tokens.apply_dtem_merging`, or None.
+        head: Arguments of `timm_tokens.token_label_head`, or None.
+        mask_token: Whether to have a learned token for masked patches.
+        base_num_classes: Classes of the base's own classifier, where the head's are others; None: num_classes.
+    """
     if base_num_classes is not None:
         head = {"num_classes": base_args.get("num_classes")} | (head or {})
         base_args["num_classes"] = base_num_classes

@@ -4,7 +4,7 @@ No token is removed. A token that merges hands a part of itself over and its siz
 a token of size 0 is as good as gone. Shapes: B images, N tokens, P prefix tokens, C channels, E embedding width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,9 +128,9 @@ def relaxed_merge(
         r: Tokens to merge; at most half of the effective ones after the prefix are.
         effective: Number of active tokens, prefix included: N at first.
         num_prefix_tokens: Leading tokens that take no part.
-        tau1: Temperature of the similarities; see `relaxed_top_k`.
-        tau2: Temperature of the choice of pairs; see `relaxed_top_k`.
-        candidates: Partners considered for each token; see `relaxed_top_k`.
+        tau1: Temperature of the similarities.
+        tau2: Temperature of the choice of pairs.
+        candidates: Partners considered for each token.
 
     Returns:
         Tokens (B, N, C) and sizes (B, N), the effective ones sorted by size, and the new effective count.
@@ -148,9 +148,8 @@ def relaxed_merge(
     r = mergeable(r, effective, num_prefix_tokens)
     if not r:
         return x, size, effective
-    assignment = relaxed_match(
-        metric, r, effective, num_prefix_tokens=num_prefix_tokens, tau1=tau1, tau2=tau2, candidates=candidates
-    )
+    options: dict[str, Any] = {"tau1": tau1, "tau2": tau2, "candidates": candidates}
+    assignment = relaxed_match(metric, r, effective, num_prefix_tokens=num_prefix_tokens, **options)
     x, size, _ = relaxed_apply(assignment, x, size, effective, num_prefix_tokens)
     return x, size, effective - r
 

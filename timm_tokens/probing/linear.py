@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from timm_tokens.ops.ranges import check_weights, check_within
+from timm_tokens.ops.ranges import check_counts, check_positive, check_weights, check_within
 from timm_tokens.probing._checks import check_pair
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -40,19 +40,10 @@ class Classifiers(NamedTuple):
 
 
 def linear_probe(
-    train_features: Tensor,
-    train_labels: Tensor,
-    features: Tensor,
-    labels: Tensor,
-    *,
-    lrs: Sequence[float] = LEARNING_RATES,
-    epochs: int = 100,
-    batch_size: int = 1024,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    held_out: float = 0.1,
-    generator: torch.Generator | None = None,
-) -> LinearResult:
+    train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor, *,
+    lrs: Sequence[float] = LEARNING_RATES, epochs: int = 100, batch_size: int = 1024, momentum: float = 0.9,
+    weight_decay: float = 0.0, held_out: float = 0.1, generator: torch.Generator | None = None,
+) -> LinearResult:  # fmt: skip
     """Top-1 accuracy of a linear classifier on frozen features.
 
     Features are standardised by the training set's. All learning rates are trained together, by SGD with a cosine
@@ -73,11 +64,11 @@ def linear_probe(
         generator: Random generator of the split and the order, on the CPU; None: one with seed 0, so results repeat.
 
     Raises:
-        ValueError: shapes do not fit, features are not finite, there is nothing to hold out, or an argument is out of
-            range.
+        ValueError: Shapes do not fit, features are not finite, nothing is held out, or an argument is out of range.
     """
     check_pair(train_features, train_labels, features, labels)
-    _check_positive(lrs, epochs, batch_size)
+    check_counts(epochs=epochs, batch_size=batch_size, **{"len(lrs)": len(lrs)})
+    check_positive(**{f"lrs[{i}]": lr for i, lr in enumerate(lrs)})
     check_weights(weight_decay=weight_decay)
     check_within(momentum=momentum, held_out=held_out)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -86,19 +77,13 @@ def linear_probe(
     y, truth = train_labels.to(x.device), labels.to(x.device)
 
     def fit(rows: Tensor, rates: Sequence[float]) -> Classifiers:
-        batches = _batches(rows, epochs, batch_size, generator)
-        return _sgd(x, y, batches, num_classes, rates, momentum, weight_decay)
+        return _sgd(x, y, _batches(rows, epochs, batch_size, generator), num_classes, rates, momentum, weight_decay)
 
     judges, rest = _split(len(x), held_out, generator, x.device)
     scores = _accuracy(fit(rest, lrs), x[judges], y[judges])
     best = max(range(len(lrs)), key=scores.__getitem__)
     accuracy = _accuracy(fit(torch.arange(len(x), device=x.device), [lrs[best]]), target, truth)[0]
     return LinearResult(accuracy, lrs[best], dict(zip(lrs, scores, strict=True)))
-
-
-def _check_positive(lrs: Sequence[float], epochs: int, batch_size: int) -> None:
-    if not lrs or not all(0 < lr < math.inf for lr in lrs) or epochs < 1 or batch_size < 1:
-        raise ValueError(f"lrs, epochs and batch_size must be positive, got {tuple(lrs)}, {epochs}, {batch_size}")
 
 
 def _standardise(train: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
