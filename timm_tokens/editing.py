@@ -16,7 +16,7 @@ def patch_edit(
     Args:
         grid: Rows and columns of patches.
         box: (top, left, bottom, right) of the patches that the flipped batch gives, or None.
-        mask: (B, N) bool, the patches that become the mask token (C,), or zeros without one; or None.
+        mask: (B, N) bool, the patches that become the mask token (1, C), or zeros without one; or None.
     """
 
     def edit(x: Tensor) -> Tensor:

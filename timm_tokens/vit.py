@@ -38,7 +38,7 @@ class TokenViT(TimmProtocol):
     Args:
         base: A timm VisionTransformer, Eva or NaFlexVit.
         aux: Auxiliary tokens, or None. merger: merges tokens, or None. head: the token-label head, or None.
-        mask_token: Whether to have a learned token (C,) that stands for masked patches, at `.mask_token`.
+        mask_token: Whether to have a learned token (1, C) that stands for masked patches, at `.mask_token`.
 
     Raises:
         TypeError: If the base can't be driven exactly; the message names its class and what is supported.
@@ -58,7 +58,7 @@ class TokenViT(TimmProtocol):
         self.aux, self.merger, self.head = cast(Any, (aux, merger, head))
         self.mask_token = None
         if mask_token:
-            self.mask_token = nn.Parameter(torch.empty(base.embed_dim, **blocks.placement(base)))
+            self.mask_token = nn.Parameter(torch.empty(1, base.embed_dim, **blocks.placement(base)))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
         self._frozen = False
         self._init_protocol()

@@ -53,6 +53,8 @@ def test_every_recipe_is_of_options_that_there_are():
             assert all(recipe.sources.values()) and recipe.title and recipe.source and recipe.published, name
             options = options_of(objective, name)  # refuses unknown names and values out of range
             for option, value in recipe.options.items():
+                if option in GIVEN:
+                    continue
                 wanted = tuple(value) if isinstance(value, list) else value
                 assert getattr(options, option) == wanted, (name, option)
 

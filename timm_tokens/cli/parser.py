@@ -55,7 +55,7 @@ def parse(command: str, of: type[Options], argv: Sequence[str], description: str
     if given.pop("list_recipes", False):
         _print_and_exit(recipes.listed(command))
     recipe = recipes.named(command, name)
-    kept = read_config(path, command) if path else recipe.options if recipe else {}
+    kept = read_config(path, command) if path else recipes.values(recipe, given) if recipe else {}
     if given.pop("print_config", False):
         _print_and_exit(recipes.config(of, kept | given, recipe))
     return build(of, kept | given)

@@ -24,6 +24,12 @@ def named(command: str, name: str | None) -> "Recipe | None":
         return load(command.split()[-1], name)
 
 
+def values(recipe: "Recipe", given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's options; its arguments of the model only where no other model is given."""
+    other = given.get("model") not in (None, recipe.options.get("model"))
+    return {name: value for name, value in recipe.options.items() if not (other and name == "model_kwargs")}
+
+
 def listed(command: str) -> str:
     """The recipes of a command, with what each of them trains and what was reached with it."""
     from timm_tokens.recipes import load, names

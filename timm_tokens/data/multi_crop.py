@@ -108,10 +108,10 @@ class MultiCrop:
         self.transforms = [_transform(crop, mean, std, InterpolationMode(interpolation)) for crop in crops]
 
     @classmethod
-    def for_model(cls, model: nn.Module, crops: Sequence[Crop]) -> "MultiCrop":
-        """With the channels, the normalisation and the interpolation that a timm model expects."""
+    def for_model(cls, model: nn.Module, crops: Sequence[Crop], interpolation: str | None = None) -> "MultiCrop":
+        """With the channels and the normalisation that a timm model expects, and its interpolation if None is given."""
         config = input_config(model)
-        return cls(crops, config["mean"], config["std"], config["interpolation"])
+        return cls(crops, config["mean"], config["std"], interpolation or config["interpolation"])
 
     def __call__(self, image: Image.Image | Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
         """Draw all crops of a PIL image, or of a uint8 tensor (C, H, W).

@@ -37,11 +37,11 @@ class Prototypes(nn.Module):
     def __init__(self, width: int, count: int, learn_scale: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(count, width), dim=1))
-        self.scale = nn.Parameter(torch.ones(count)) if learn_scale else None
+        self.scale = nn.Parameter(torch.ones(count, 1)) if learn_scale else None  # no vector: weight decay holds for it
 
     def forward(self, x: Tensor) -> Tensor:
         cosines = F.linear(x, F.normalize(self.weight, dim=1))
-        return cosines if self.scale is None else cosines * self.scale
+        return cosines if self.scale is None else cosines * self.scale.squeeze(1)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"

@@ -64,7 +64,7 @@ class MIRATask(TokenTask):
 
     Args:
         backbone: Any timm model, a conv net or a ViT, with num_classes=0; a ViT with dynamic_img_size=True if crops
-            have several sizes. It is `product`, trained.
+            have several sizes. It is trained in place.
         criterion: `MIRALoss()` is the default; its temperatures are the loss's own.
         num_prototypes: K.
         hidden: Width of the projector's hidden layers.
@@ -75,6 +75,7 @@ class MIRATask(TokenTask):
         frozen_epochs: For so long the prototypes do not learn.
         crop_by_crop: Whether crops are encoded one by one, as in the paper's code, so that batch norms see one crop of
             each image at a time. It is slower; otherwise crops of one size are encoded together.
+        publish: What comes out: "student", or "teacher", its moving average, which is what the paper's code evaluates.
         seed: Seed of the run.
 
     Raises:
@@ -96,8 +97,11 @@ class MIRATask(TokenTask):
         momentum: tuple[float, float] = (0.99, 1.0),
         frozen_epochs: float = 1.0,
         crop_by_crop: bool = False,
+        publish: str = "student",
         seed: int = 0,
     ) -> None:
+        if publish not in ("student", "teacher"):
+            raise ValueError(f"publish must be 'student' or 'teacher', got {publish!r}")
         counts = {"num_prototypes": num_prototypes, "hidden": hidden, "width": width, "global_crops": global_crops}
         _check(backbone, counts, beta, momentum)
         check_weights(frozen_epochs=frozen_epochs)
@@ -105,14 +109,14 @@ class MIRATask(TokenTask):
         super().__init__(ClusteringStudent(encoder, Prototypes(width, num_prototypes)), seed=seed)
         self.teacher = use_batch_statistics(frozen_copy(encoder))
         self.criterion = MIRALoss() if criterion is None else criterion
-        self.global_crops, self.frozen_epochs = global_crops, frozen_epochs
+        self.global_crops, self.frozen_epochs, self.publish = global_crops, frozen_epochs, publish
         self.betas, self.momenta = (beta[0], beta[1]), (momentum[0], momentum[1])
         self.beta, self.momentum, self.frozen = beta[0], momentum[0], frozen_epochs > 0
 
     @property
     def product(self) -> Any:
-        """The student's backbone."""
-        return self.student.encoder.backbone
+        """The student's backbone, or the teacher's, frozen: call requires_grad_() to train it further."""
+        return (self.teacher if self.publish == "teacher" else self.student.encoder).backbone
 
     def bound_to_length(self) -> list[str]:
         return over_the_run("beta", self.betas) + over_the_run("teacher's momentum", self.momenta)

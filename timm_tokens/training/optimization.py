@@ -32,7 +32,7 @@ class Optimization:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         options: dict[str, Any] = {} if settings.opt_betas is None else {"betas": tuple(settings.opt_betas)}
         self.optimizer = create_optimizer_v2(
-            parameter_groups(module, settings.weight_decay, settings.layer_decay),
+            parameter_groups(module, settings.weight_decay, settings.layer_decay, settings.decay_exempt),
             opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum, **options,
         )  # fmt: skip
         self.decayed = [bool(group["weight_decay"]) for group in self.optimizer.param_groups]
@@ -83,23 +83,38 @@ class Optimization:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, layer_decay: float | None = None, exempt_names: str | None = None
+) -> list[dict[str, Any]]:
     """timm's parameter groups, where what a part of the module exempts from weight decay stays exempt in the whole.
+
+    Args:
+        module: What is trained.
+        weight_decay, layer_decay: As timm has them.
+        exempt_names: The last parts of the names of what is exempt beside biases and vectors, separated by commas;
+            None: what the parts of the module name.
 
     Raises:
         ValueError: layer_decay is given, and the module doesn't sort its parameters into layers.
     """
-    exempt = {
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, part in module.named_modules()
-        if hasattr(part, "no_weight_decay")
-        for name in part.no_weight_decay()
-    }
+    exempt = _exempt(module, exempt_names)
     if layer_decay is None:
         return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt)
     if not hasattr(module, "group_matcher"):
         raise ValueError(f"layer_decay needs a model that sorts its layers (group_matcher): {type(module).__name__}")
     return param_groups_layer_decay(module, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+
+
+def _exempt(module: nn.Module, names: str | None) -> set[str]:
+    if names is not None:
+        given = set(names.replace(",", " ").split())
+        return {name for name, _ in module.named_parameters() if name.rpartition(".")[2] in given}
+    return {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, part in module.named_modules()
+        if hasattr(part, "no_weight_decay")
+        for name in part.no_weight_decay()
+    }
 
 
 def clip(parameters: Iterable[nn.Parameter], value: float, mode: str) -> None:
@@ -130,7 +145,8 @@ def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, plan: Plan)
         raise ValueError(f"a warm-up takes a schedule: with sched none, warmup_epochs must be 0, got {epochs}")
     linear = {"sched": "poly", "decay_rate": 1.0}
     kind = linear if settings.sched == "linear" else {"sched": settings.sched}
+    apart = settings.sched_after_warmup
     return create_scheduler_v2(
-        optimizer, **kind, num_epochs=plan.total_steps, warmup_epochs=warmup,
+        optimizer, **kind, num_epochs=plan.total_steps - apart * warmup, warmup_epochs=warmup, warmup_prefix=apart,
         warmup_lr=min(settings.warmup_lr, settings.lr), min_lr=min(settings.min_lr, settings.lr),
     )[0]  # fmt: skip

@@ -58,9 +58,16 @@ class Settings(Options):
         None, "epochs of linear warm-up (default: a twentieth of the run)", at_least=0, group=_OPTIMIZER
     )
     warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up", at_least=0, rare=True)
+    sched_after_warmup: bool = option(
+        False, "start the schedule when the warm-up ends, instead of at the first step", rare=True
+    )
     weight_decay: float = option(
         0.05, "weight decay; biases, norms and what the model exempts have none", at_least=0, group=_OPTIMIZER
     )
+    decay_exempt: str | None = option(
+        None, "names of parameters that have no weight decay beside biases and norms, such as cls_token,pos_embed; '' "
+        "for none (default: those that the model names)", rare=True,
+    )  # fmt: skip
     weight_decay_end: float | None = option(
         None, "final weight decay of the cosine schedule that starts at --weight-decay (default: it stays constant)",
         at_least=0, group=_OPTIMIZER,

@@ -24,6 +24,10 @@ class CropOptions(TrainOptions):
     local_scale: tuple[float, float] = option(
         (0.05, 0.4), "range of a local crop's area", above=0, at_most=1, ascending=True
     )
+    interpolation: str | None = option(
+        None, "interpolation of the crops (default: the one that the model expects)", choices=("bicubic", "bilinear"),
+        rare=True,
+    )  # fmt: skip
 
 
 def crop_sides(options: CropOptions, backbone: nn.Module) -> tuple[int, int]:

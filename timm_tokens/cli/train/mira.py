@@ -46,6 +46,10 @@ class ClusterOptions(base.Options):
     teacher_momentum: tuple[float, float] = option(
         (0.99, 1.0), "momentum of the teacher's average at the start and at the end", at_least=0, at_most=1
     )
+    publish: str = option(
+        "student", "network that comes out: the student, or its moving average, which the paper's code evaluates",
+        choices=("student", "teacher"), rare=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +83,12 @@ def build(options: Options) -> Objective:
     task = MIRATask(
         backbone, loss, num_prototypes=options.prototypes, hidden=options.head_hidden, width=options.head_dim,
         beta=options.beta, momentum=options.teacher_momentum, frozen_epochs=options.frozen_epochs,
-        crop_by_crop=options.crop_by_crop,
+        crop_by_crop=options.crop_by_crop, publish=options.publish,
     )  # fmt: skip
     train = open_split(options, options.train_split)
     sides = crop_sides(options, backbone)
     kinds = swav_crops if options.colors == "swav" else dino_crops  # which are BYOL's colours, as MIRA has them
     crops = kinds(*sides, options.local_crops, options.global_scale, options.local_scale)
     train = readable(train, options, options.train_split)
-    train.transform = MultiCrop.for_model(backbone, crops)
+    train.transform = MultiCrop.for_model(backbone, crops, options.interpolation)
     return Objective(task, train)

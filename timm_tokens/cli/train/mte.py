@@ -138,7 +138,7 @@ def build(options: Options) -> Objective:
     base = task.student.encoder.backbone.base
     images, crops = open_split(options, options.train_split), _crops(options, base)
     images = readable(images, options, options.train_split)
-    images.transform = MultiCrop.for_model(base, crops)
+    images.transform = MultiCrop.for_model(base, crops, options.interpolation)
     return Objective(task, images)
 
 
