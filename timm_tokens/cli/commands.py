@@ -7,6 +7,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from timm_tokens.cli import recipes
 from timm_tokens.cli.errors import CommandError, explained, flush
 from timm_tokens.cli.parser import Parser, build, flags, parse
 
@@ -54,13 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def call(command: str, **options: Any) -> Any:
-    """Run a command from Python: its options by their names, its result instead of an exit code.
+    """Run a command from Python: its options by their names, its result instead of an exit code; a `recipe` gives its
+    own to those that are left out.
 
     Raises:
         CommandError: What the command would print.
     """
     module = module_of(command)
-    settled = build(module.Options, options)
+    recipe = recipes.named(command, options.get("recipe"))
+    settled = build(module.Options, (recipes.values(recipe, options) if recipe else {}) | options)
     with explained(flags(module.Options)):
         return module.run(settled)
 
