@@ -1,12 +1,14 @@
-"""Publishing a merger on the Hugging Face hub, with a model card that says what it is for and what it does."""
+"""Publishing mergers and trained models on the Hugging Face hub, with a model card that says what they are."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import timm
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -60,6 +62,84 @@ def push_merger_to_hub(
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=commit_message
         )
+
+
+def push_model_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    made_by: str = "",
+    results: Mapping[str, Any] | None = None,
+    token: str | None = None,
+    private: bool = False,
+) -> CommitInfo:
+    """Upload a trained timm model, for `timm.create_model("hf-hub:user/name", pretrained=True)`.
+
+    Args:
+        model: Of timm or of this package.
+        repo_id: "user/name"; the repository is made where there is none, and its model card stays if it has one.
+        model_args: What timm.create_model needs beside the architecture's name, such as img_size; plain data.
+        made_by: How it was trained, for the card, as code.
+        results: What was measured, for the card.
+        token: Access token; None: the one that is stored on this machine.
+        private: Whether a new repository is private.
+    """
+    api = HfApi(token=token, library_name="timm-tokens")
+    with TemporaryDirectory() as folder:
+        timm.models.save_for_hf(model, folder, model_args=dict(model_args or {}), safe_serialization=True)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not api.file_exists(repo_id, "README.md"):
+            _model_card(model, repo_id, made_by, results or {}).save(Path(folder) / "README.md")
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Add model")
+
+
+def check_repository(repo_id: str) -> None:
+    """Refuse a name that can't be a repository's, or a machine without access to the hub, before there is work to lose.
+
+    Raises:
+        ValueError: Says which.
+    """
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count("/") != 1:
+            raise ValueError(f"a repository is named user/name, got {repo_id!r}")
+        HfApi(library_name="timm-tokens").whoami()
+    except Exception as error:  # no token, no network, a hub that is down: each has its own
+        reason = str(error).strip() or type(error).__name__
+        raise ValueError(f"can't push to the hub: {reason.splitlines()[0]} (huggingface-cli login)") from error
+
+
+def _model_card(model: Any, repo_id: str, made_by: str, results: Mapping[str, Any]) -> ModelCard:
+    header = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification" if model.num_classes else "image-feature-extraction",
+        tags=["timm", "timm-tokens", "vision-transformer"],
+    )
+    table = markdown(list(results), [list(results.values())], [".4g"] * len(results)) if results else "Not stated."
+    made_by = made_by or "Not stated."
+    body = _MODEL.format(title=repo_id.split("/")[-1], repo_id=repo_id, made_by=made_by, table=table)
+    return ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}")
+
+
+_MODEL = """# {title}
+
+Trained with timm-tokens.
+
+```python
+import timm, timm_tokens
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
+```
+
+## Training
+
+{made_by}
+
+## Results
+
+{table}
+"""
 
 
 def merger_card(

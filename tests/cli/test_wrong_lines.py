@@ -42,7 +42,7 @@ RIGHT = {
     "probe": f"{_VIT} --data-dir images --neighbours 1 --lrs 0.1 --epochs 1 --no-plot --out probe --workers 0 "
     "--device cpu",
     "run": "",  # all that follows a script is its own
-    "train dtem": f"{_TRAIN} --checkpoint w.safetensors --r 2 3 --table-r 2",
+    "train dtem": f"{_TRAIN} --checkpoint w.safetensors --r 1 2 --table-r 2",
     "train dtm": f"{_TRAIN} --teacher test_vit --teacher-checkpoint w.safetensors",
     "train mira": f"{_TRAIN} --prototypes 4 --head-hidden 4 --head-dim 4 --local-crops 1 --local-size 16",
     "train mte": f"{_TRAIN} --prototypes 4 --head-hidden 4 --local-crops 1 --local-size 16",
@@ -64,6 +64,7 @@ WRONG = {  # by the option's name
     "model": ("no_such_model", "", "test_resnett", "local-dir:nowhere", "local-dir:script.py", "hf-hub:", ":"),
     "model_kwargs": ("depth", "depth=x", "nothing=1", "=1", "depth=-1", "embed_dim=7", "img_size=0", "num_classes=0",
                      "features_only=True", "patch_size=0"),
+    "push_to_hub": ("", "name", "a/b/c", "user/na me", "user/name"),  # the last: there is no access to the hub
     "name": ("nowhere", ""), "opt": ("nothing", ""), "teacher": ("no_such_model", "", "test_resnet"),
     "split": ("nowhere", "\0"), "train_split": ("nowhere", "\0"), "val_split": ("nowhere", "\0"),
 }  # fmt: skip

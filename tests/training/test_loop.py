@@ -14,7 +14,7 @@ from timm_tokens.tasks import TokenTask
 from timm_tokens.training import Accuracy, Settings, train
 from timm_tokens.training.batches import Plan, StepBatches, plan, to_device
 from timm_tokens.training.history import read
-from timm_tokens.training.optimization import Optimization, clip, parameter_groups
+from timm_tokens.training.optimization import Optimization, clip, gradient_norms, parameter_groups
 
 
 class Plain(TokenTask):
@@ -36,7 +36,7 @@ def test_is_the_loop_that_one_would_write(tmp_path):
         tmp_path, opt="momentum", momentum=0.0, weight_decay=0.0, sched="none", warmup_epochs=0, clip_grad=0.1
     )
     result = train(Plain(net), data, options)
-    losses = []
+    losses, norms = [], []
     for batch in StepBatches(10, plan(data, options), options):
         x, y = torch.stack([data[i][0] for _, i in batch]), torch.tensor([data[i][1] for _, i in batch])
         loss = nn.functional.cross_entropy(reference(x), y)
@@ -46,8 +46,10 @@ def test_is_the_loop_that_one_would_write(tmp_path):
             for p, g in zip(reference.parameters(), gradients, strict=True):
                 p -= 0.05 * g * min(1, 0.1 / norm)
         losses.append(loss.item())
+        norms.append(norm.item())
     torch.testing.assert_close(result.model.weight, reference.weight)
     assert [row["loss"] for row in read(tmp_path / "steps.csv")] == pytest.approx(losses)
+    assert [row["grad_norm"] for row in read(tmp_path / "steps.csv")] == pytest.approx(norms)  # before clipping
     assert result.epochs[-1]["train_loss"] == pytest.approx(sum(losses[-2:]) / 2)
 
 
@@ -97,7 +99,7 @@ def test_what_a_part_exempts_from_weight_decay_stays_exempt():
 def test_clipping_each_parameter():
     parameters = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0, 4]), torch.tensor([0.1, 0, 0])
-    clip(parameters, 1.0, "parameter")
+    clip(parameters, gradient_norms(parameters), 1.0, "parameter")
     torch.testing.assert_close(parameters[0].grad, torch.tensor([0.6, 0, 0.8]))
     torch.testing.assert_close(parameters[1].grad, torch.tensor([0.1, 0, 0]))
 
@@ -183,9 +185,10 @@ def test_scalars_must_stay_the_same(tmp_path):
     task = Follow()
     forward = task.forward
     task.forward = lambda x, y: forward(x, y) | ({"extra": torch.tensor(1.0)} if task.step else {})
-    with pytest.raises(
-        ValueError, match=r"the same scalars every step; \['loss', 'agreement'\] became \['loss', .*'extra'\] at step 1"
-    ):
+    message = (
+        r"the same scalars every step; \['loss', 'agreement', 'grad_norm'\] became \['loss', .*'extra', .*\] at step 1"
+    )
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, task)
 
 

@@ -12,18 +12,27 @@ class GlobalDropPath(DropPath):
         generator: The stream that one process would draw from, on the images' device.
         rows: (B,) where this process's images are in the global batch; None: it draws for its own, as timm's does.
         total: How many images the global batch has.
+        outside: Whether a compiled model calls it from outside of its graphs, which take no generators; otherwise a
+            compiled one draws as timm's does.
     """
 
     generator: torch.Generator | None = None
     rows: Tensor | None = None
     total: int = 0
+    outside: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """V crops of B images, (V B, ...), crop by crop."""
-        if self.rows is None or len(x) % len(self.rows) or torch.compiler.is_compiling():  # programs take no generators
-            return super().forward(x)
         if not self.training or self.drop_prob == 0:
             return x
+        if torch.compiler.is_compiling() and not self.outside:
+            return super().forward(x)
+        return self._drop(x)
+
+    @torch.compiler.disable
+    def _drop(self, x: Tensor) -> Tensor:
+        if self.rows is None or len(x) % len(self.rows):
+            return super().forward(x)
         crops = len(x) // len(self.rows)
         drawn = x.new_empty(crops * self.total, *[1] * (x.ndim - 1))
         kept = drawn.bernoulli_(1 - self.drop_prob, generator=self.generator)
@@ -32,7 +41,8 @@ class GlobalDropPath(DropPath):
         return x * kept.unflatten(0, (crops, self.total))[:, self.rows].flatten(0, 1)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"generator": None, "rows": None}  # a copy belongs to no batch, nor do generators copy
+        own = {"generator": None, "rows": None, "outside": False}  # a copy belongs to no batch, nor do generators copy
+        return self.__dict__ | own
 
 
 def make_drop_paths_global(module: nn.Module) -> list[GlobalDropPath]:

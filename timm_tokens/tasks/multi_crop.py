@@ -88,6 +88,7 @@ class MultiCropEncoder(nn.Module):
         return tokens, None if patches is None else logits[-1]
 
 
+@torch.compiler.disable  # hooks on what is inside of a graph are more than the compiler can do
 def _norms_of_gradient(features: Sequence[Tensor]) -> Tensor:
     """(T,) norms of the gradient of features, (B, T, C) each, of a sample's loss, averaged; filled in by backward."""
     norms = torch.zeros(features[0].shape[1], device=features[0].device)

@@ -54,7 +54,7 @@ class TokenTask(TrainingTask):
         super().__init__(verbose=False)
         self.trainable_module = trainable_module
         self.seed, self.step, self._draws, self._parts = seed, 0, 0, 0
-        self._drop_paths: tuple[Any, ...] = ()  # a tuple: they are parts of the trainable module already
+        self.drop_paths: tuple[Any, ...] = ()  # a tuple: they are parts of the trainable module already
         self._stream: torch.Generator | None = None
 
     def forward(self, input: Any, target: Any) -> dict[str, Tensor]:
@@ -128,12 +128,12 @@ class TokenTask(TrainingTask):
             rows: (B,) int64.
             total: How many images the global batch has.
         """
-        if not self._drop_paths:
+        if not self.drop_paths:
             return
         device = next(self.trainable_module.parameters()).device
         if self._stream is None:  # what one process draws from, as the trainer seeds it
             self._stream = torch.Generator(device).manual_seed(seeding.derived_seed(self.seed, self.step, 0))
-        for drop_path in self._drop_paths:
+        for drop_path in self.drop_paths:
             drop_path.generator, drop_path.rows, drop_path.total = self._stream, rows.to(device), total
 
     def place_in_order(self, batch: int) -> None:
@@ -167,7 +167,7 @@ class TokenTask(TrainingTask):
 
         Before, its batch norms and stochastic depth are replaced by ones that know of the global batch.
         """
-        self._drop_paths = tuple(make_drop_paths_global(self.trainable_module))
+        self.drop_paths = tuple(make_drop_paths_global(self.trainable_module))
         if next(self.trainable_module.parameters()).device.type == "cpu":  # on GPUs timm's convert_sync_batchnorm does
             make_batch_norms_global(self)
         options = {"find_unused_parameters": self.find_unused_parameters} | ddp_kwargs

@@ -95,6 +95,12 @@ class TokenEncoder(nn.Module):
         """
         tokens = self.backbone(images, tokens=True, mask=mask, aux=aux)
         kinds = (tokens.cls.unsqueeze(1), tokens.aux_cls, tokens.pooled)
-        features = torch.cat([x for x in kinds if x is not None], 1)
+        features = _between_graphs(torch.cat([x for x in kinds if x is not None], 1))
         rows = None if patches is None else self.heads["cls"](tokens.patches.flatten(0, 1).index_select(0, patches))
         return Encoded(features, self.heads(features), rows)
+
+
+@torch.compiler.disable
+def _between_graphs(features: Tensor) -> Tensor:
+    """Ends a compiled graph: what is inside of one can't be watched for its gradient, as features are."""
+    return features

@@ -1,6 +1,7 @@
 """Which images each step sees, and how they are augmented: a function of the seed and the step alone."""
 
 from collections.abc import Callable, Generator, Iterator
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from timm_tokens import seeding
 from timm_tokens.data.images import as_images
 from timm_tokens.distributed import rank, world_size
 from timm_tokens.stopping import outlast_signals
+from timm_tokens.training.pace import Work
 from timm_tokens.training.settings import Settings
 
 
@@ -76,27 +78,37 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 
 
 class SeededDataset(Dataset):
-    """Items by (epoch, index), whose random augmentation depends on (seed, epoch, index) alone."""
+    """Items by (epoch, index), whose random augmentation depends on (seed, epoch, index) alone.
 
-    def __init__(self, dataset: Any, seed: int):
+    Args:
+        dataset: Items by index.
+        seed: Seed of the run.
+        work: Where the time that each item takes is noted; None: nowhere.
+    """
+
+    def __init__(self, dataset: Any, seed: int, work: Work | None = None):
         self.dataset: Any = as_images(dataset)
-        self.seed = seed
+        self.seed, self.work = seed, work
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
+        (epoch, index), started = key, perf_counter()
         with seeding.seeded(self.seed, epoch, index):
-            return self.dataset[index]
+            item = self.dataset[index]
+        if self.work is not None:
+            self.work.add(started)
+        return item
 
 
 def step_loader(
-    dataset: Any, plan: Plan, settings: Settings, start: int = 0, collate: Callable | None = None
-) -> Generator[list[Any], None, None]:
+    dataset: Any, plan: Plan, settings: Settings, start: int = 0, collate: Callable | None = None,
+    work: Work | None = None,
+) -> Generator[list[Any], None, None]:  # fmt: skip
     """The accumulated parts of each step, as lists of batches on the CPU."""
     loader = DataLoader(
-        SeededDataset(dataset, settings.seed),
+        SeededDataset(dataset, settings.seed, work),
         batch_sampler=StepBatches(len(dataset), plan, settings, start),
         num_workers=settings.workers,
         worker_init_fn=outlast_signals,

@@ -18,10 +18,12 @@ from timm_tokens.outputs import evaluating
 from timm_tokens.peers import together
 from timm_tokens.stopping import Requests, Stopped, listening
 from timm_tokens.tasks import TokenTask
-from timm_tokens.training import checkpoints
+from timm_tokens.training import checkpoints, compiling, logs
 from timm_tokens.training.batches import plan, step_loader
 from timm_tokens.training.history import History
+from timm_tokens.training.logs import Logs
 from timm_tokens.training.optimization import Optimization
+from timm_tokens.training.pace import Pace
 from timm_tokens.training.progress import Progress
 from timm_tokens.training.scalars import Scalars, first_bad
 from timm_tokens.training.settings import Settings
@@ -52,7 +54,8 @@ def train(
         previous.pth        the checkpoint before it, used where the last one is corrupt
         model.safetensors   the product, for timm.create_model(name, checkpoint_path=...)
         best.safetensors    the product when `evaluate` liked it best
-        steps.csv           every scalar of every step; summary.csv: every epoch's means and validation
+        steps.csv           every scalar of every step, and the gradient's norm; summary.csv: every epoch's means and
+                            validation
 
     Args:
         task: On any device; it is moved.
@@ -76,6 +79,9 @@ def train(
 class _Run:
     def __init__(self, task: TokenTask, dataset: Any, settings: Settings, collate: Any, evaluate: Any):
         self.settings, self.device = settings, torch.device(settings.device)
+        logs.check(settings.log)
+        if settings.compile:
+            compiling.check(self.device)
         self.plan, self.dataset, self.collate, self.evaluate = plan(dataset, settings), dataset, collate, evaluate
         self.task = task.to(self.device)
         self.task.seed = settings.seed
@@ -91,7 +97,8 @@ class _Run:
             self.task.prepare_distributed(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         ended = self.start // self.plan.steps_per_epoch + (self.start == self.plan.total_steps)  # the last may be short
         self.history = History(settings.out if rank() == 0 else None, self.start, ended)
-        self.scalars = Scalars()
+        self.scalars, self.pace = Scalars(), Pace(settings.batch_size * settings.accumulate, settings.workers)
+        self.logs = Logs(settings.log, settings.out if rank() == 0 else None, self.start, settings.curve())
 
     @property
     def model(self) -> nn.Module:
@@ -109,12 +116,13 @@ class _Run:
 
     def _take_steps(self, requests: Requests) -> int:
         """The steps that are left, or those until a signal asks to stop; returns its number, or 0."""
-        steps = step_loader(self.dataset, self.plan, self.settings, self.start, self.collate)
+        steps = step_loader(self.dataset, self.plan, self.settings, self.start, self.collate, self.pace.work)
         numbers = range(self.start, self.plan.total_steps)
         self.bar = tqdm(numbers, "training", self.plan.total_steps, initial=self.start, unit="step", disable=rank() > 0)
         self.task.train()
-        with closing(self.bar), closing(steps):
-            for step, batches in zip(self.bar, steps, strict=True):
+        compiled = compiling.compiled(self.task, self.settings.compile)
+        with closing(self.bar), closing(steps), closing(self.logs), compiled:
+            for step, batches in zip(self.bar, self.pace.watch(steps), strict=True):
                 scalars = self.stepper(step, batches)
                 self.scalars.add(step, self.optimization.lr, scalars)
                 stop = self._end_step(step + 1, requests)
@@ -134,7 +142,7 @@ class _Run:
         if (saving or stop) and not checkpoints.all_finite(self.task):
             self._fail(f"weights are infinite or NaN after step {step}")
         if end:
-            self._end_epoch(step // self.plan.steps_per_epoch, last)
+            self._end_epoch(done, last)
         if saving or stop:
             self.progress.save(done)
         return stop
@@ -150,13 +158,16 @@ class _Run:
         """Read and write the losses since the last time; stop if one is infinite or NaN."""
         rows = self.scalars.rows()
         bad = first_bad(rows)
-        self.history.add_steps(rows if bad is None else rows[: bad + 1])
+        rows = rows if bad is None else rows[: bad + 1]
+        self.history.add_steps(rows)
+        self.logs.add_steps(rows)
         if bad is not None:
             self._fail(f"the loss is {rows[bad]['loss']} at step {rows[bad]['step']}")
         if rows:
             self.bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}", refresh=False)
 
-    def _end_epoch(self, epoch: int, last: bool) -> None:
+    def _end_epoch(self, done: int, last: bool) -> None:
+        epoch = (done - 1) // self.plan.steps_per_epoch
         if world_size() > 1:
             distribute_bn(self.task.student, world_size(), reduce=True)
         metrics = {}
@@ -164,12 +175,15 @@ class _Run:
             with torch.no_grad(), self.stepper.autocast(), evaluating(self.model) as model:
                 metrics = self.evaluate(model)
         row = self.history.end_epoch(epoch, epoch * self.plan.steps_per_epoch, metrics)
+        self.logs.add_epoch(row, done - 1)
         if metrics and (self.progress.best is None or next(iter(metrics.values())) > self.progress.best):
             self.progress.best = next(iter(metrics.values()))
             if rank() == 0:
                 checkpoints.export(self.settings.out / checkpoints.BEST, self.model)
         if rank() == 0:
             self.bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items() if "/" not in name))
+            if done - self.start <= self.plan.steps_per_epoch and (line := self.pace.line()):  # the first of this start
+                self.bar.write(line)
 
     def _stopped(self, number: int) -> Stopped:
         stopped = Stopped(number, self.progress.how_to_go_on())

@@ -1,7 +1,7 @@
 """Optimizer, schedules of learning rate and weight decay, loss scaling and clipping."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -65,15 +65,21 @@ class Optimization:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, before: Callable[[], None]) -> None:
-        """Unscale the gradients, call `before`, clip, update the weights, and forget the gradients."""
+    def step(self, before: Callable[[], None]) -> Tensor:
+        """Unscale the gradients, call `before`, clip, update the weights, and forget the gradients.
+
+        Returns:
+            The norm of all gradients before they were clipped, on the device: nothing waits for it.
+        """
         self.scaler.unscale_(self.optimizer)
         before()
+        norms = gradient_norms(self.parameters)
         if self.settings.clip_grad is not None:
-            clip(self.parameters, self.settings.clip_grad, self.settings.clip_mode)
+            clip(self.parameters, norms, self.settings.clip_grad, self.settings.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        return torch.linalg.vector_norm(norms)
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -117,14 +123,28 @@ def _exempt(module: nn.Module, names: str | None) -> set[str]:
     }
 
 
-def clip(parameters: Iterable[nn.Parameter], value: float, mode: str) -> None:
-    """Clip gradients as timm does, or with mode "parameter" by the norm of each parameter's own."""
-    if mode != "parameter":
+def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """(P,) the norm of the gradient of each parameter that has one."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
+
+
+def clip(parameters: Sequence[nn.Parameter], norms: Tensor, value: float, mode: str) -> None:
+    """Clip gradients as timm does, or with mode "parameter" by the norm of each parameter's own.
+
+    Args:
+        parameters: Those without a gradient are left alone.
+        norms: Of their gradients, as `gradient_norms` gives them.
+        value: What the mode limits.
+        mode: "norm", of all gradients together, "parameter", "value" or "agc".
+    """
+    if mode not in ("norm", "parameter"):
         dispatch_clip_grad(parameters, value, mode)
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    factors = [(value / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(gradients)]
-    torch._foreach_mul_(gradients, factors)
+    if gradients:
+        norms = norms if mode == "parameter" else torch.linalg.vector_norm(norms).expand_as(norms)
+        torch._foreach_mul_(gradients, list((value / (norms + 1e-6)).clamp(max=1).unbind()))
 
 
 def _interned(nest: Any) -> Any:

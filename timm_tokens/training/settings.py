@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_tokens.options import Options, option
+from timm_tokens.training.logs import KINDS as LOGS
 
 _OPTIMIZER, _FILES = "Optimizer", "Checkpoints and logs"
 
@@ -37,6 +38,10 @@ class Settings(Options):
     seed: int = option(0, "seed of everything random", at_least=0, below=2**63)
     workers: int = option(4, "processes that load images", at_least=0, at_most=1024)
     device: str = option("cpu", "device to compute on, such as cuda")
+    compile: bool = option(
+        False, "compile the student (torch.compile), which takes minutes at the start and is faster afterwards",
+        group="Machine",
+    )  # fmt: skip
     resume: bool = option(False, "continue from the last checkpoint in --out, or start anew if there is none")
 
     opt: str = option("adamw", "name of one of timm's optimizers", group=_OPTIMIZER)
@@ -93,6 +98,10 @@ class Settings(Options):
                              group=_FILES)  # fmt: skip
     eval_every: int = option(1, "epochs between validations", at_least=1, group=_FILES)
     log_every: int = option(10, "optimizer steps between writing the losses to steps.csv", at_least=1, group=_FILES)
+    log: tuple[str, ...] | None = option(
+        None, "where else to write the losses, beside the tables in --out (default: nowhere)", choices=LOGS,
+        group=_FILES,
+    )  # fmt: skip
     patience: float = option(
         45.0, "seconds without a sign of life after which another process of the run is taken for dead, and this one "
         "ends", above=0, rare=True,
@@ -122,4 +131,4 @@ class Settings(Options):
 
 
 # What may change between a run and its continuation.
-FREE = {"out", "resume", "workers", "device", "save_every", "eval_every", "log_every", "patience"}
+FREE = {"out", "resume", "workers", "device", "save_every", "eval_every", "log_every", "log", "patience"}

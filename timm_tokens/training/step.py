@@ -30,7 +30,7 @@ class Stepper:
         self.task, self.optimization, self.ema = task, optimization, ema
 
     def __call__(self, step: int, batches: list[Any]) -> list[dict[str, Tensor]]:
-        """Take a step; returns the scalars that the task gave for each part."""
+        """Take a step; returns the scalars that the task gave for each part, and the norm of the step's gradient."""
         self.optimization.start_step(step)
         self.task.start_step(step, self.plan.total_steps, self.plan.steps_per_epoch)
         torch.manual_seed(seeding.derived_seed(self.settings.seed, step, rank()))  # for dropout and the like
@@ -39,11 +39,11 @@ class Stepper:
             with self.task.no_sync():
                 scalars.append(self._backward(part, len(batches)))
         scalars.append(self._backward(batches[-1], len(batches)))
-        self.optimization.step(self.task.before_optimizer)
+        norm = self.optimization.step(self.task.before_optimizer)
         self.task.end_step()
         if self.ema is not None:
             self.ema.update(self.task.product, step=step)
-        return scalars
+        return [part | {"grad_norm": norm} for part in scalars]
 
     def autocast(self) -> torch.autocast:
         """Mixed precision as the settings say."""

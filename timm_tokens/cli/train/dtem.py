@@ -30,6 +30,7 @@ from timm_tokens.cli.train.augmentation import AugmentationOptions, ViewImage, t
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import input_config, input_transform
 from timm_tokens.data.images import as_images
+from timm_tokens.hub import push_merger_to_hub
 from timm_tokens.merger_file import NAME, read_merger, save_merger
 from timm_tokens.options import changed, option
 from timm_tokens.outputs import classifies
@@ -143,7 +144,8 @@ def build(options: Options) -> Objective:
         val.transform = input_transform(config)
         loading = (options.batch_size, options.workers)
         evaluate = Accuracy(val, *loading, topk=(1,)) if numbers is not None else Fidelity(val, *loading)
-    return Objective(task, train, evaluate=evaluate, finish=partial(_finish, options, val, numbers is not None))
+    finish = partial(_finish, options, val, numbers is not None)
+    return Objective(task, train, evaluate=evaluate, finish=finish, publish=partial(_publish, options))
 
 
 def _model(options: Options) -> TokenViT:
@@ -204,3 +206,10 @@ def _finish(options: Options, val: Dataset | None, labelled: bool, result: Resul
     notes = {"data": str(options.data_dir), "table": [row._asdict() for row in rows]}
     path = save_merger(result.model, options.out / NAME, dtype=torch.float16, notes=notes)
     print(f'The merger is in {path}: timm_tokens.apply_dtem_merging(vit, weights="{options.out}").')
+
+
+def _publish(options: Options, result: Result, repo_id: str) -> None:
+    """Upload the merger; of the data, the name of its folder is said."""
+    kept = read_merger(options.out / NAME).notes
+    data = options.dataset or options.data_dir.resolve().name
+    push_merger_to_hub(result.model, repo_id, data=f"Images of {data}.", table=kept.get("table") or None)

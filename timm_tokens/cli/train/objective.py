@@ -7,8 +7,10 @@ An objective is a module `timm_tokens.cli.train.<name>`, dashes as underscores, 
     run(options)                    launch("train <name>", options, build)
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +24,7 @@ from timm_tokens.cli.common.processes import joined
 from timm_tokens.cli.options import DeviceOptions, ImageOptions, ModelOptions
 from timm_tokens.cli.parser import CONFIG, config_of, read_config, write_config
 from timm_tokens.cli.train.images import count_unreadable
+from timm_tokens.hub import check_repository, push_model_to_hub
 from timm_tokens.options import option
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import Result, Settings, checkpoints, history, train
@@ -35,6 +38,7 @@ class Objective(NamedTuple):
 
     Attributes:
         finish: Called with the result, on the first process, when the others have ended.
+        publish: Uploads the result to a repository of the hub; None: the model is uploaded.
     """
 
     task: TokenTask
@@ -42,6 +46,7 @@ class Objective(NamedTuple):
     collate: Callable | None = None
     evaluate: Evaluate | None = None
     finish: Callable[[Result], None] | None = None
+    publish: Callable[[Result, str], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,10 @@ class TrainOptions(ModelOptions, ImageOptions, DeviceOptions, Settings):
     grad_checkpointing: bool = option(
         False, "save memory by computing activations again in the backward pass", rare=True
     )
+    push_to_hub: str | None = option(
+        None, "repository of the Hugging Face hub to upload the result to, with a model card (default: none)",
+        metavar="USER/NAME", group="Checkpoints and logs",
+    )  # fmt: skip
     plot: bool = option(False, "draw the losses to curves.png, which needs matplotlib", group="Checkpoints and logs")
 
 
@@ -101,6 +110,8 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
     """
     checks.plot(options.plot)
     checks.folder(options.out)
+    if options.push_to_hub is not None:
+        check_repository(options.push_to_hub)
     with joined(options.device) as process:
         options = replace(options, device=process.device)
         settings = Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})
@@ -123,7 +134,24 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
         print(f"The model is in {result.path}; the losses in {settings.out / 'steps.csv'}.")
         if unread := count_unreadable(settings.out):
             print(f"{unread} images could not be read and were left out: their names are in {settings.out / RECORD}.")
+        if options.push_to_hub is not None:
+            (built.publish or partial(_publish, command, options))(result, options.push_to_hub)
+            print(f"It was uploaded to https://huggingface.co/{options.push_to_hub}.")
     return result
+
+
+def _publish(command: str, options: TrainOptions, result: Result, repo_id: str) -> None:
+    """Upload the model that was trained."""
+    made = {"img_size": options.img_size} if hasattr(result.model, "patch_embed") and options.img_size else {}
+    made = getattr(result.model, "model_args", made | models.arguments(options))
+    how = {name: value for name, value in config_of(command, options).items() if name not in _PRIVATE}
+    text = f"`timm-tokens {command}` with\n\n```json\n{json.dumps(how, indent=1)}\n```"
+    results = result.epochs[-1] if result.epochs else {}
+    results = {name: value for name, value in results.items() if "/" not in name}
+    push_model_to_hub(result.model, repo_id, model_args=made, made_by=text, results=results)
+
+
+_PRIVATE = ("command", "out", "data_dir", "checkpoint", "push_to_hub", "device", "workers", "resume", "log", "plot")
 
 
 def _draw_curves(folder: Path) -> None:
@@ -146,6 +174,6 @@ def _note(command: str, options: TrainOptions) -> None:
     if not running:
         write_config(options.out, command, options)
     elif options.resume and path.is_file():
-        free = {*FREE, "plot", "data_dir"}
+        free = {*FREE, "plot", "data_dir", "push_to_hub"}
         kept = read_config(path, command), config_of(command, options)
         check_same(options.out, *({k: v for k, v in each.items() if k not in {*free, "command"}} for each in kept))

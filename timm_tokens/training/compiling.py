@@ -1,0 +1,41 @@
+"""torch.compile for the student's forward and backward passes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from timm_tokens.tasks import TokenTask
+
+BACKEND = "inductor"
+
+
+@contextmanager
+def compiled(task: TokenTask, wanted: bool) -> Iterator[None]:
+    """Let the task's student run compiled while the block runs, if wanted; afterwards it is the plain module again."""
+    if wanted:
+        task.student.compile(backend=BACKEND)
+        for drop_path in task.drop_paths:
+            drop_path.outside = True
+    try:
+        yield
+    finally:
+        if wanted:
+            task.student._compiled_call_impl = None
+
+
+def check(device: torch.device) -> None:
+    """Refuse to compile where a trivial function can't be compiled.
+
+    Raises:
+        ValueError: Says why.
+    """
+    try:
+        torch.compile(_add_one, backend=BACKEND)(torch.zeros(2, device=device))
+    except Exception as error:  # a missing compiler, a Python that is too new, a GPU that is too old: each has its own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"compile can't be used on {device}: {reason.strip()}; leave it out") from error
+
+
+def _add_one(x: torch.Tensor) -> torch.Tensor:
+    return x + 1

@@ -1,0 +1,76 @@
+"""How fast images are loaded and how fast steps take them: which of the two waits for the other."""
+
+from collections.abc import Iterable, Iterator
+from time import perf_counter
+from typing import TypeVar
+
+import torch
+from torch.utils.data import get_worker_info
+
+from timm_tokens.distributed import world_size
+
+Batch = TypeVar("Batch")
+
+
+class Work:
+    """What the processes that load images have done: the time that it took, and how many images it was.
+
+    Args:
+        workers: How many there are; 0: the main process loads them.
+    """
+
+    def __init__(self, workers: int):
+        self.done = torch.zeros(max(1, workers), 2, dtype=torch.float64)  # seconds, images
+        if workers:
+            self.done.share_memory_()
+
+    def add(self, started: float) -> None:
+        """Note an image that was begun at this time, by `perf_counter`, and is ready now."""
+        info = get_worker_info()
+        self.done[info.id if info else 0] += torch.tensor([perf_counter() - started, 1.0], dtype=torch.float64)
+
+    def rate(self) -> float:
+        """Images per second of all workers together."""
+        seconds, images = self.done[self.done[:, 1] > 0].unbind(1)
+        return float((images / seconds).sum())
+
+
+class Pace:
+    """Watches the batches of a run, all but the first, which comes with costs of its own.
+
+    The time of a step is that of its Python code: where a GPU is behind it, the code waits for it now and then, when it
+    reads the losses. So the rates are right where the steps are what takes long.
+
+    Args:
+        images: How many there are in a step on this process.
+        workers: Processes that load images.
+    """
+
+    def __init__(self, images: int, workers: int):
+        self.images, self.workers, self.work = images, workers, Work(workers)
+        self.waited = self.stepped = 0.0
+        self.steps = 0
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches."""
+        before, began = None, perf_counter()
+        for batch in batches:
+            came = perf_counter()
+            if before is not None:
+                self.waited += came - began
+                self.stepped += began - before
+                self.steps += 1
+            yield batch
+            before, began = came, perf_counter()
+
+    def line(self) -> str | None:
+        """What was measured, in words; None if there was nothing to measure yet."""
+        if not self.steps:
+            return None
+        loader, step = (x * world_size() for x in (self.work.rate(), self.steps * self.images / self.stepped))
+        share = self.waited / (self.waited + self.stepped)
+        who = f"the loader waits for the steps, which wait {share:.0%} of the time"
+        if loader < step:
+            who = f"the steps wait for the loader, {share:.0%} of the time: more workers may help"
+        workers = f"{self.workers or 'no'} worker{'s' if self.workers != 1 else ''}"
+        return f"loader {loader:.4g} images/s ({workers}), steps {step:.4g} images/s: {who}"
