@@ -122,7 +122,7 @@ def test_help_shows_groups_and_defaults():
         "Blur: IMAGE image to read (required)", "--kernel {box,gauss} kind of blur (required)",
         "--sigmas X [X ...] standard deviations (default: 1 2.5)", "--range X X range of values (default: 0 1)",
         "Shared: --size N side in pixels (default: the image's own) --gamma X exponent (default: 1)",
-        "--no-pad cut the border off Rarely used: --kwargs [KEY=VALUE ...]",
+        "--no-pad cut the border off (default: off) Rarely used: --kwargs [KEY=VALUE ...]",
     ):  # fmt: skip
         assert part in text
     assert "--side" not in text and " --pad" not in text

@@ -1,11 +1,11 @@
-"""Choose how many tokens each block of a ViT merges, by unlabelled images, for a share of its FLOPs.
+"""Choose how many tokens each block of a ViT merges, with unlabelled images, for a given share of its FLOPs.
 
     timm-tokens calibrate --model vit_tiny_patch16_224 --pretrained --data-dir images --flops-ratio 0.6 --out calibrated
     timm-tokens calibrate --model vit_tiny_patch16_224 --pretrained --merger run --data-dir images --out calibrated
 
-The schedule that changes the outputs least is kept in merger.safetensors in --out, for --merger of other commands and
-timm_tokens.apply_dtem_merging(vit, weights="calibrated"). A table compares it with as many tokens in each block, on
-other images of the same folder.
+The schedule that changes the outputs least is saved with the merger in merger.safetensors in --out, for --merger of
+other commands and timm_tokens.apply_dtem_merging(vit, weights="calibrated"). A table compares it with a constant number
+of tokens per block, on other images of the same folder.
 """
 
 import sys
@@ -37,26 +37,26 @@ from timm_tokens.wrap import smallest_r
 class BudgetOptions(base.Options):
     """Budget."""
 
-    flops_ratio: float = option(0.6, "largest share of the FLOPs without merging", above=0, at_most=1)
+    flops_ratio: float = option(0.6, "largest share of the FLOPs of the model without merging", above=0, at_most=1)
     max_blocks: int | None = option(
-        None, "largest number of blocks that merge; fewer are faster at batch size 1 (default: any)", at_least=1
+        None, "largest number of blocks that merge; fewer are faster at batch size 1 (default: no limit)", at_least=1
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(BudgetOptions, WeightOptions, MergerOptions, ImageOptions, LoadingOptions):
-    """What to calibrate."""
+    """Calibration."""
 
     model: str = option(help="name of a ViT in timm, or of a model of this package")
     metric: str | None = option(
-        None, "what tokens are compared by without --merger (default: as the model is made, else keys)",
+        None, "what tokens are compared by, without --merger (default: as in the model, else keys)",
         choices=("learned", "keys"), group="Token merging",
     )  # fmt: skip
     data_dir: Path = option(help="folder with train/<class>/", metavar="FOLDER")
     split: str = option("train", "folder in --data-dir, or split of --dataset, with the images", group="Images")
-    images: int = option(128, "number of images to calibrate by", at_least=1)
-    test_images: int = option(128, "number of other images for the table; 0 for no table", at_least=0)
-    seed: int = option(0, "seed of the choice of images", at_least=0, below=2**63)
+    images: int = option(128, "number of images to calibrate with", at_least=1)
+    test_images: int = option(128, "number of other images for the table, 0 for no table", at_least=0)
+    seed: int = option(0, "seed that chooses the images", at_least=0, below=2**63)
     out: Path = option(Path("calibrated"), "folder for merger.safetensors", metavar="FOLDER")
 
 

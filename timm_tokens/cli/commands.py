@@ -15,20 +15,20 @@ from timm_tokens.cli.parser import Parser, build, flags, parse
 #     Options         a dataclass of options, whose module's docstring is the description
 #     run(options)    which raises what the library raises, or CommandError
 COMMANDS = {
-    "annotate": "make label maps of a data set's images with any classifier, for token labeling",
-    "bench": "measure the speed of a model with merged tokens, against the model itself",
-    "calibrate": "choose how many tokens each block merges, by unlabelled images, for a share of the FLOPs",
-    "draw": "draw the groups in which an image's patches were merged",
-    "draw attention": "draw what a model's auxiliary tokens look at",
-    "draw labels": "draw an image's label map, and the targets of a crop",
-    "fewshot": "measure the few-shot accuracy of a model's features, with and without ESFR",
-    "probe": "measure what a model's features are worth: nearest neighbours, a linear classifier, NMI of prototypes",
+    "annotate": "make label maps for token labeling, with any classifier",
+    "bench": "measure how much faster a model runs when its tokens merge",
+    "calibrate": "choose how many tokens each block merges, with unlabelled images, for a share of the FLOPs",
+    "draw": "draw which patches of an image merge",
+    "draw attention": "draw what a model's auxiliary tokens attend to",
+    "draw labels": "draw an image's label map and the targets of a crop",
+    "fewshot": "measure few-shot accuracy on a model's features, with and without ESFR",
+    "probe": "evaluate a model's frozen features: nearest neighbours, a linear classifier, NMI of prototypes",
     "run": "run one of timm's own scripts with this package's models registered",
-    "train dtem": "train token merging for a ViT without labels: a small file that makes it faster (DTEM)",
-    "train dtm": "pre-train a ViT without labels, from a teacher's morphed tokens (DTM)",
-    "train mira": "pre-train any backbone without labels, by clustering with balanced pseudo-labels (MIRA)",
-    "train mte": "pre-train a backbone without labels by DINO, iBOT or MoBY, with auxiliary tokens (MTE)",
-    "train token-label": "train a classifier; with token labels, every patch has a label of its own (LV-ViT)",
+    "train dtem": "train token merging without labels: a small file that makes a ViT faster (DTEM)",
+    "train dtm": "pre-train a ViT without labels, on the morphed tokens of a teacher (DTM)",
+    "train mira": "pre-train any backbone without labels, by clustering (MIRA)",
+    "train mte": "pre-train without labels by DINO, iBOT or MoBY, with auxiliary tokens (MTE)",
+    "train token-label": "train a classifier, with a label for every patch if there are label maps (LV-ViT)",
 }
 
 
@@ -95,7 +95,7 @@ def _table(argv: list[str]) -> None:
     about = "Better and cheaper tokens for the Vision Transformers in timm."
     parser = Parser(f"timm-tokens {word}".strip(), about, f"commands:\n{lines}")
     parser.add_argument("--version", action="version", version=_version())
-    parser.add_argument("command", metavar="COMMAND", help="one of those below; each has its own --help")
+    parser.add_argument("command", metavar="COMMAND", help="one of the commands below; each has its own --help")
     asked = word + parser.parse_known_args(argv[1:] if word else argv)[0].command
     raise CommandError(f"there is no command {asked!r}: choose from {', '.join(names)}")
 

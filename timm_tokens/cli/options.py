@@ -15,13 +15,13 @@ class ModelOptions(Options):
     """Model."""
 
     model: str | None = option(None, "name of a model in timm or in this package (default: none)")
-    pretrained: bool = option(False, "use timm's pretrained weights of the model")
+    pretrained: bool = option(False, "load timm's pretrained weights")
     checkpoint: Path | None = option(
-        None, "file with the model's weights, .safetensors or .pth (default: none)", metavar="FILE"
+        None, "checkpoint with the model's weights, .safetensors or .pth (default: none)", metavar="FILE"
     )
     checkpoint_key: str | None = option(
-        None, "where in --checkpoint the weights are, such as teacher, if several fit the model (default: where they "
-        "are found)", metavar="KEY", rare=True,
+        None, "name of the weights to take from --checkpoint where several fit the model, such as teacher (default: "
+        "the only ones that fit)", metavar="KEY", rare=True,
     )  # fmt: skip
     img_size: int | None = option(
         None,
@@ -31,10 +31,10 @@ class ModelOptions(Options):
         aliases=("--image-size",),
     )
     in_chans: int | None = option(
-        None, "channels of the images: 3 for colour, 1 for grey (default: the model's own)", choices=(1, 3)
+        None, "number of image channels: 3 for colour, 1 for grey (default: the model's own)", choices=(1, 3)
     )
     model_kwargs: dict[str, Any] = option(
-        {}, "further arguments of timm.create_model, such as depth=6 embed_dim=192", rare=True
+        {}, "further arguments for timm.create_model, such as depth=6 embed_dim=192", rare=True
     )
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class ModelOptions(Options):
 class WeightOptions(ModelOptions):
     """Model."""
 
-    random: bool = option(False, "use random weights, to compare with")
+    random: bool = option(False, "use random weights, as a baseline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ class DeviceOptions(Options):
 class LoadingOptions(DeviceOptions):
     """Machine."""
 
-    batch_size: int = option(64, "images in each batch", at_least=1)
-    workers: int = option(4, "processes that load images", at_least=0, at_most=1024)
+    batch_size: int = option(64, "number of images in each batch", at_least=1)
+    workers: int = option(4, "number of worker processes that load images", at_least=0, at_most=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class ImageOptions(Options):
         None, "folder with one folder of images for each class (default: none)", metavar="FOLDER"
     )
     dataset: str = option(
-        "", "name of a data set that timm knows, such as torch/cifar10, which is then kept in --data-dir"
+        "", "name of a data set that timm knows, such as torch/cifar10; it is then kept in --data-dir"
     )
 
 
@@ -106,6 +106,6 @@ class MergingOptions(MergerOptions):
     """Token merging."""
 
     r: int = option(
-        0, "tokens that each block merges away; with --merger, 0 leaves what it was saved with", at_least=0,
+        0, "tokens to merge in each block; with --merger, 0 keeps the number it was saved with", at_least=0,
         aliases=("--merge-r",),
     )  # fmt: skip

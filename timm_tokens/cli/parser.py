@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, NoReturn, get_type_hints
 
 from timm_tokens.cli import recipes
@@ -20,11 +21,16 @@ _PLACE = "place of "  # before the name of an option that is given without one
 CONFIG = "options.json"  # of a run, in its folder
 
 
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrap(" ".join(text.split()), width, break_on_hyphens=False)  # --data-dir stays on one line
+
+
 class Parser(ArgumentParser):
     """A parser whose errors are one line, and that takes no abbreviations: an option that is added would break them."""
 
     def __init__(self, prog: str, description: str | None = None, epilog: str | None = None):
-        words = {"description": description, "epilog": epilog, "formatter_class": RawDescriptionHelpFormatter}
+        words = {"description": description, "epilog": epilog, "formatter_class": _HelpFormatter}
         super().__init__(prog, allow_abbrev=False, **words)
 
     def error(self, message: str) -> NoReturn:
@@ -134,8 +140,10 @@ def make_parser(command: str, of: type[Options], description: str | None = None)
     """A parser whose namespace holds what is given and nothing else."""
     parser, hints = Parser(f"timm-tokens {command}", description), get_type_hints(of)
     places = [each.name.upper() for each in fields(of) if each.metadata.get("positional")]
-    needed = [f"{flag(each)} {each.name.upper()}" for each in fields(of) if required(each)]
-    parser.usage = " ".join([parser.prog, *places, *(x for x in needed if x.split()[1] not in places), "[options]"])
+    needed = [each for each in fields(of) if required(each) and not each.metadata.get("positional")]
+    needed.sort(key=lambda each: ("data_dir", "out").index(each.name) if each.name in ("data_dir", "out") else -1)
+    given = (f"{flag(each)} {each.metadata.get('metavar', each.name.upper())}" for each in needed)
+    parser.usage = " ".join([parser.prog, *places, *given, "[options]"])
     for title, members in grouped(of).items():
         group = parser.add_argument_group(title)
         for each in members:
@@ -145,12 +153,12 @@ def make_parser(command: str, of: type[Options], description: str | None = None)
         "--config", type=Path, default=SUPPRESS, metavar="FILE",
         help=f"take the options from the {CONFIG} of an earlier run; options on the command line win (default: none)",
     )  # fmt: skip
-    words = "show where in the code an error comes from, to report a fault"
+    words = "show where in the code an error comes from, to report a bug"
     rare.add_argument("--traceback", action="store_true", default=SUPPRESS, help=words)
     if "recipe" in hints:
         switch = {"action": "store_true", "default": SUPPRESS}
-        rare.add_argument("--list-recipes", **switch, help="list the recipes of this objective, and exit")
-        rare.add_argument("--print-config", **switch, help="print every option with its value and source, and exit")
+        rare.add_argument("--list-recipes", **switch, help="list the recipes of this objective and exit")
+        rare.add_argument("--print-config", **switch, help="print every option with its value and source and exit")
     return parser
 
 
@@ -174,7 +182,7 @@ def _add(group: Any, each: Field, hint: Any) -> None:
     holds, metadata = kind(hint), each.metadata
     if holds.type is bool:
         return _add_switch(group, each)
-    letter = {int: "N", float: "X", Path: "PATH"}.get(holds.type)
+    letter = {int: "N", float: "X", Path: "PATH", str: None if metadata.get("choices") else "NAME"}.get(holds.type)
     reads: dict[str, Any] = {"dest": each.name, "default": SUPPRESS, "metavar": metadata.get("metavar", letter)}
     if holds.type is dict:
         reads |= {"type": _pair, "nargs": "*", "action": _Pairs, "metavar": "KEY=VALUE"}
@@ -208,7 +216,9 @@ def described(each: Field) -> str:
     words, default = each.metadata["help"].replace("%", "%%"), each.default
     if required(each):
         return f"{words} (required)"
-    if default is MISSING or default is None or isinstance(default, bool):
+    if isinstance(default, bool) or default is MISSING:
+        return f"{words} (default: {'none' if default is MISSING else 'off'})"
+    if default is None:
         return words
     words = re.sub(r" \(default: .*\)$", "", words)  # what None would mean
     many = default if isinstance(default, tuple) else (default,)

@@ -3,8 +3,8 @@
     timm-tokens run validate.py --model deit_small_dtem --data-dir imagenet
     timm-tokens run validate.py --model vit_tiny_patch16_224 --pretrained --merger run --data-dir imagenet
 
-Everything after the script's name is its own, except --merger FILE: the model that --model names then merges its tokens
-with that trained merger, a file, the folder of a run, or hf-hub:user/name.
+All that follows the script's name are the script's own arguments, except --merger FILE (a file, the folder of a run, or
+hf-hub:user/name): the model that --model names then merges its tokens with that trained merger.
 """
 
 import runpy
@@ -22,7 +22,7 @@ from timm_tokens.options import option
 class Options(BaseOptions):
     """What to run."""
 
-    script: Path = option(help="a Python file; all that follows is its own", positional=True)
+    script: Path = option(help="Python file to run; all that follows are its own arguments", positional=True)
     arguments: tuple[str, ...] = option((), "the script's own arguments", rest=True)
 
 

@@ -21,28 +21,28 @@ class Settings(Options):
     """
 
     out: Path = option(help="folder for checkpoints, tables and the model")
-    epochs: int = option(100, "passes over the training images", at_least=1)
+    epochs: int = option(100, "number of passes over the training images", at_least=1)
     steps: int | None = option(
-        None, "optimizer steps to take, instead of --epochs (default: as --epochs says)", at_least=1
+        None, "number of optimizer steps, instead of --epochs (default: as --epochs says)", at_least=1
     )
-    batch_size: int = option(64, "images in each batch, per process and per accumulated part", at_least=1)
-    accumulate: int = option(1, "batches whose gradients are accumulated for one optimizer step", at_least=1)
+    batch_size: int = option(64, "number of images in each batch, per process and per accumulated part", at_least=1)
+    accumulate: int = option(1, "number of batches whose gradients are accumulated for one optimizer step", at_least=1)
     amp: str | None = option(
         None, "data type of mixed precision; float16 scales the loss and needs a GPU (default: no mixed precision)",
         choices=("float16", "bfloat16"),
     )  # fmt: skip
     ema: float | None = option(
-        None, "decay of an exponential moving average of the model, which is then what is validated and published "
+        None, "decay of an exponential moving average of the model; the average is then what is validated and saved "
         "(default: no average)", at_least=0, below=1, metavar="DECAY",
     )  # fmt: skip
-    seed: int = option(0, "seed of everything random", at_least=0, below=2**63)
-    workers: int = option(4, "processes that load images", at_least=0, at_most=1024)
+    seed: int = option(0, "seed of all random numbers", at_least=0, below=2**63)
+    workers: int = option(4, "number of worker processes that load images", at_least=0, at_most=1024)
     device: str = option("cpu", "device to compute on, such as cuda")
     compile: bool = option(
         False, "compile the student (torch.compile), which takes minutes at the start and is faster afterwards",
         group="Machine",
     )  # fmt: skip
-    resume: bool = option(False, "continue from the last checkpoint in --out, or start anew if there is none")
+    resume: bool = option(False, "continue from the last checkpoint in --out, or start from scratch if there is none")
 
     opt: str = option("adamw", "name of one of timm's optimizers", group=_OPTIMIZER)
     lr: float = option(1e-3, "learning rate, at the batch size that --lr-base-size names", above=0, group=_OPTIMIZER)
@@ -78,11 +78,11 @@ class Settings(Options):
         at_least=0, group=_OPTIMIZER,
     )  # fmt: skip
     clip_grad: float | None = option(
-        None, "largest gradient, as --clip-mode measures it (default: gradients are not clipped)",
+        None, "threshold to clip gradients at, measured as --clip-mode says (default: gradients are not clipped)",
         above=0, infinite=True, group=_OPTIMIZER,
     )  # fmt: skip
     clip_mode: str = option(
-        "norm", "clip by the norm of all gradients, by the norm of each parameter's, by value, or adaptively",
+        "norm", "clip by the norm of all gradients, by the norm of each parameter's gradient, by value, or adaptively",
         choices=("norm", "parameter", "value", "agc"), group=_OPTIMIZER,
     )  # fmt: skip
     opt_betas: tuple[float, ...] | None = option(
@@ -91,10 +91,10 @@ class Settings(Options):
     )  # fmt: skip
     momentum: float = option(0.9, "momentum of SGD and its variants", at_least=0, below=1, rare=True)
     layer_decay: float | None = option(
-        None, "factor of the learning rate from each layer to the one before it (default: all layers have the same)",
+        None, "factor of the learning rate from each layer to the one below (default: all layers have the same rate)",
         above=0, at_most=1, rare=True,
     )  # fmt: skip
-    save_every: int = option(1000, "optimizer steps between checkpoints, beside the one after every epoch", at_least=1,
+    save_every: int = option(1000, "optimizer steps between checkpoints, besides one after every epoch", at_least=1,
                              group=_FILES)  # fmt: skip
     eval_every: int = option(1, "epochs between validations", at_least=1, group=_FILES)
     log_every: int = option(10, "optimizer steps between writing the losses to steps.csv", at_least=1, group=_FILES)

@@ -64,7 +64,7 @@ class Annotator(NamedTuple):
 class AnnotatorOptions(WeightOptions):
     """Model."""
 
-    model: str = option(help="name of a classifier in timm, or of a model of this package")
+    model: str = option(help="name of a classifier in timm or in this package")
     num_classes: int | None = option(
         None, "number of classes of the checkpoint's classifier (default: the model's own)", at_least=1
     )
@@ -73,10 +73,10 @@ class AnnotatorOptions(WeightOptions):
         at_least=1, at_most=16384, aliases=("--image-size",),
     )  # fmt: skip
     folder_classes: bool = option(
-        False, "label with the classes that the folders are named after alone (n01440764), in the folders' order"
+        False, "use only the classes that the folders are named after (such as n01440764), in the folders' order"
     )
-    top_k: int = option(5, "number of best classes to keep for each cell")
-    dtype: str = option("float32", "data type of autocast, which float32 turns off", choices=DTYPES, group="Machine")
+    top_k: int = option(5, "number of classes to keep per cell, the most likely ones")
+    dtype: str = option("float32", "data type of mixed precision; float32 uses none", choices=DTYPES, group="Machine")
 
 
 def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | None = None) -> Annotator:

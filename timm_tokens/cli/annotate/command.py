@@ -1,12 +1,12 @@
-"""Label every cell of every image with a classifier's best classes, once, for token labeling.
+"""Make label maps for token labeling: a classifier's best classes for every cell of every image.
 
     timm-tokens annotate imagenet/train labels --model dm_nfnet_f6.dm_in1k --pretrained --batch-size 64 --dtype bfloat16
     timm-tokens annotate images labels --model vit_tiny_patch16_224 --checkpoint weights.safetensors
     torchrun --nproc-per-node 8 -m timm_tokens annotate imagenet/train labels --model dm_nfnet_f6.dm_in1k --pretrained
 
-The model may be any of timm's with a spatial map: conv nets, ViTs, Swin. It sees the whole image, squashed to its input
-size. OUT becomes a label store that `TokenLabelDataset` reads. A run that was stopped continues where it was. Images
-that can't be read are named and left out.
+Any classifier of timm with a spatial feature map will do: conv nets, ViTs, Swin. It sees the whole image, resized to
+its input size without cropping. OUT becomes a label store that `TokenLabelDataset` reads. A run that was stopped
+continues where it was. Images that can't be read are reported and left out.
 """
 
 import sys
@@ -34,17 +34,19 @@ class Options(AnnotatorOptions, LoadingOptions):
     """Images and labels."""
 
     dataset: str = option(
-        "", "folder with one folder of images for each class, or name of a data set that timm knows (torch/cifar10)",
+        "", "folder with one folder of images per class, or name of a data set that timm knows (torch/cifar10)",
         positional=True,
     )  # fmt: skip
-    out: Path = option(help="folder for the label store; one that a stopped run left is continued", positional=True)
+    out: Path = option(help="folder for the label store; an unfinished one is continued", positional=True)
     data_dir: Path | None = option(
-        None, "folder where a data set with a name is kept, or with the images (default: none)", metavar="FOLDER"
+        None,
+        "folder that keeps a named data set, or a folder of images (default: none)",
+        metavar="FOLDER",
     )
     split: str | None = option(
         None, "split of the data set; of a folder, the folder in it (default: train, of a folder if it has one)"
     )
-    shard_size: int = option(4096, "label maps in each file of the store", at_least=1, rare=True)
+    shard_size: int = option(4096, "number of label maps in each file of the store", at_least=1, rare=True)
 
 
 def run(options: Options) -> Summary:

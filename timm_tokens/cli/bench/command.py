@@ -1,10 +1,11 @@
-"""Measure what merging tokens saves: a model at several r against the model itself, in turns, in one run.
+"""Measure how much faster a model runs when its tokens merge, for several r in one run.
 
     timm-tokens bench deit_small_patch16_224 --r 8 12 16 --batch-size 16 1
     timm-tokens bench deit_small_patch16_224 --r 16 --batch-size 16 --train --out results
 
-Every round times each setting once, the base first; a speed-up is the median of the rounds' ratios, so that a machine
-that is slower for a while is slower for both. The ideal is the ratio of the FLOPs; the share is the speed-up over it.
+Every round times each setting once, the base first, and the speed-up is the median of the ratios within the rounds: a
+machine that is slower for a while is slower for both. "ideal" is the ratio of the FLOPs, and "share of ideal" is the
+speed-up over it.
 """
 
 import statistics
@@ -31,12 +32,12 @@ class Options(MachineOptions):
 
     r: tuple[int, ...] = option(
         (0, 8, 12, 16),
-        "numbers of tokens to merge in each block; --merger is measured as it was saved, too",
+        "numbers of tokens to merge in each block, one table row each; a --merger is also measured as it was saved",
         at_least=0,
     )
-    batch_size: tuple[int, ...] = option((16,), "numbers of images in a batch", at_least=1)
-    train: bool = option(False, "time training steps: of the base, of the embeddings alone, and end to end")
-    rounds: int = option(10, "rounds that count, after two that do not", at_least=1)
+    batch_size: tuple[int, ...] = option((16,), "batch sizes to measure", at_least=1)
+    train: bool = option(False, "time training instead of inference: the base, the embeddings alone, and end to end")
+    rounds: int = option(10, "number of timed rounds, after two that warm up", at_least=1)
     memory: bool = option(True, "do not measure the peak memory")
     out: Path | None = option(None, "folder for bench.csv and bench.png (default: the table is only printed)")
 

@@ -34,10 +34,8 @@ class MachineOptions(ModelOptions, MergerOptions, DeviceOptions):
     model: str = option(help="name of a ViT in timm, or of a model of this package", positional=True)
     metric: str = option("learned", "what tokens are compared by", choices=("learned", "keys"), group="What to measure")
     compile: bool = option(False, "compile every model with torch.compile")
-    dtype: str = option("float32", "data type of the weights, and of autocast in training steps", choices=DTYPES)
-    threads: int | None = option(
-        None, "threads of torch on the CPU (default: torch's own choice)", at_least=1, at_most=1024
-    )
+    dtype: str = option("float32", "data type of the weights; in training steps, of autocast", choices=DTYPES)
+    threads: int | None = option(None, "number of CPU threads (default: torch's own choice)", at_least=1, at_most=1024)
 
 
 def build(machine: MachineOptions, setting: Setting) -> nn.Module:

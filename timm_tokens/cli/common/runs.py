@@ -21,7 +21,7 @@ class RunOptions(Options):
     """Model."""
 
     run_dir: Path | None = option(
-        None, "folder of a run of timm-tokens train, whose model to take (default: none)", flag="--run",
+        None, "folder of a run of timm-tokens train, to take its model from (default: none)", flag="--run",
         metavar="FOLDER",
     )  # fmt: skip
 

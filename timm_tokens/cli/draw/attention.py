@@ -1,11 +1,11 @@
-"""Draw what a model's auxiliary tokens look at in an image, and how alike they are.
+"""Draw what a model's auxiliary tokens attend to in an image, and how similar they are.
 
     timm-tokens draw attention photo.jpg attention.png --run output/mte
     timm-tokens draw attention photo.jpg attention.png --model vit_small_mte --checkpoint model.safetensors --block 6
 
-The panels: the image; the attention of the class token and of each auxiliary class token, averaged over heads; the
-weights by which each pooled token pools the patches, averaged where channels have their own; and the cosines between
-all of them. The maps of a row share one scale, from zero.
+The picture shows the image and the cosine similarity of all tokens; then the attention of the class token and of each
+auxiliary class token, averaged over heads; then the weights by which each pooled token averages the patches (averaged
+over channels where these have their own). The maps of a row share one scale that starts at zero.
 """
 
 from dataclasses import dataclass, replace

@@ -3,8 +3,8 @@
     timm-tokens draw photo.jpg groups.png --model vit_small_patch16_224 --pretrained --metric keys --r 16
     timm-tokens draw photo.jpg groups.png --model vit_small_patch16_224 --checkpoint trained.safetensors
 
-The picture shows the image as the model sees it, then for each chosen block every group of patches, outlined and filled
-with its mean colour. A number marks the pieces of a token whose patches do not touch.
+The picture shows the image as the model sees it, then, after each chosen block, every group of patches that share a
+token, outlined and filled with its mean colour. Where the patches of a token do not touch, each piece has its number.
 """
 
 from collections.abc import Sequence
@@ -37,14 +37,16 @@ class Options(PictureOptions, WeightOptions, MergerOptions, DeviceOptions):
 
     model: str = option(help="name of a ViT in timm, or of a model of this package")
     checkpoint: Path | None = option(
-        None, "file with the weights of the ViT, or of the whole merged model (default: none)", metavar="FILE"
+        None, "checkpoint of the ViT, or of the whole model with its merger (default: none)", metavar="FILE"
     )
     r: int | None = option(None, "tokens to merge in each block (default: 8, or as --merger was saved)", at_least=0)
     blocks: tuple[int, ...] | None = option(
         None, "numbers of the blocks to draw, from 1 (default: four, evenly spaced)", at_least=1
     )
     metric: str | None = option(
-        None, "what tokens are compared by (default: as the model is made, else learned)", choices=("learned", "keys")
+        None,
+        "what tokens are compared by (default: as in the model, else learned)",
+        choices=("learned", "keys"),
     )
 
 

@@ -4,9 +4,9 @@
     timm-tokens draw labels images/tench/1.jpg labels.png --labels labels --crop 0.2 0.1 0.5 0.5 --flip
     timm-tokens draw labels images/tench/1.jpg labels.png --labels labels --aa rand-m9-mstd0.5-inc1 --seed 3
 
-From left to right: the image with the crop's outline, its label map, the crop, and the targets of its patches. Each
-cell has the colour of its most probable class, the stronger the more probable. Below them the names, and the target of
-the class token. Without --crop, the crop is one that training would draw.
+From left to right: the image with the crop's outline, its label map, the crop, and the targets of the crop's patches.
+Each cell has the colour of its most probable class, and the colour is stronger where the class is more probable. The
+legend names the classes and the target of the class token. Without --crop, the crop is drawn as in training.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ class Options(PictureOptions):
     """What to draw."""
 
     labels: Path = option(help="folder of a label store, or of .pt files", metavar="FOLDER")
-    name: str | None = option(None, "the image's id in the store (default: the end of its path)", flag="--id")
+    name: str | None = option(None, "id of the image in the store (default: the end of its path)", flag="--id")
     crop: tuple[float, float, float, float] | None = option(
         None, "crop as fractions of the image (default: drawn at random as in training)",
         at_least=0, at_most=1, metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"),
@@ -64,10 +64,10 @@ class Options(PictureOptions):
         aliases=("--auto-augment",),
     )  # fmt: skip
     seed: int = option(0, "seed of the randomly drawn crop", at_least=0, below=2**63)
-    size: int = option(14, "patches on a side of the model's grid", at_least=1)
-    num_classes: int = option(1000, "number of classes of .pt files, which do not say it", at_least=1)
+    size: int = option(14, "number of patches per side of the model's grid", at_least=1)
+    num_classes: int = option(1000, "number of classes, for .pt files, which do not say it", at_least=1)
     class_map: Path | None = option(
-        None, "text file with a class name in each line (default: ImageNet's names)", metavar="FILE"
+        None, "text file with one class name per line (default: ImageNet's names)", metavar="FILE"
     )
 
 

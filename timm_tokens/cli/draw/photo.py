@@ -21,9 +21,7 @@ class PictureOptions(Options):
     """Picture."""
 
     image: Path = option(help="image file to read", positional=True)
-    out: Path = option(
-        help="picture file to write, as its suffix says: .png, .jpg, .webp, .pdf or .svg", positional=True
-    )
+    out: Path = option(help="picture file to write: .png, .jpg, .webp, .pdf or .svg", positional=True)
 
 
 def open_photo(path: Path) -> Image.Image:

@@ -1,9 +1,9 @@
-"""Measure how well few labelled images do on a model's features, without and with ESFR.
+"""Measure few-shot accuracy on a model's features, with and without ESFR (arXiv 2106.11486).
 
     timm-tokens fewshot --model vit_small_patch14_dinov2 --pretrained --data-dir images
     timm-tokens fewshot --features features.safetensors --shots 1 5 10
 
-OUT gets fewshot.csv, fewshot.png and the features, which a second run takes from there.
+The folder --out gets the table (fewshot.csv), a plot (fewshot.png) and the features, which later runs reuse.
 """
 
 from dataclasses import dataclass, fields
@@ -30,19 +30,19 @@ class Options(FeatureOptions, ImageOptions, LoadingOptions):
     """What to measure."""
 
     features: Path | None = option(
-        None, "file of ready-made features, instead of --model: safetensors with features (N, D) and labels (N,) "
+        None, "file of precomputed features, instead of --model: safetensors with features (N, D) and labels (N,) "
         "(default: none)", metavar="FILE",
     )  # fmt: skip
-    ways: int = option(5, "classes in an episode", at_least=1)
-    shots: tuple[int, ...] = option((1, 5), "numbers of labelled images for each class", at_least=1)
-    queries: int = option(15, "images of each class to classify in an episode", at_least=1)
-    episodes: int = option(1000, "episodes to draw", at_least=1)
+    ways: int = option(5, "number of classes in an episode", at_least=1)
+    shots: tuple[int, ...] = option((1, 5), "numbers of labelled images per class", at_least=1)
+    queries: int = option(15, "number of images to classify per class in an episode", at_least=1)
+    episodes: int = option(1000, "number of episodes", at_least=1)
     classifiers: tuple[str, ...] = option(
-        tuple(CLASSIFIERS), "classifiers to compare with and without ESFR", choices=tuple(CLASSIFIERS)
+        tuple(CLASSIFIERS), "classifiers to measure with and without ESFR", choices=tuple(CLASSIFIERS)
     )
     seed: int = option(0, "seed of the episodes and of ESFR", at_least=0, below=2**63)
     out: Path = option(Path("fewshot"), "folder for the table, the plot and the features", metavar="FOLDER")
-    plot: bool = option(True, "leave out the plot, which needs matplotlib")
+    plot: bool = option(True, "draw no plot; plots need matplotlib")
 
 
 def run(options: Options) -> list[Comparison]:
@@ -60,7 +60,7 @@ def run(options: Options) -> list[Comparison]:
         raise CommandError("pass either --features FILE, or --model NAME with --data-dir FOLDER")
     for each in (*fields(FeatureOptions), *fields(ImageOptions)):
         if options.features and getattr(options, each.name) not in (each.default, {}):
-            raise CommandError(f"--features are ready-made: leave out {flag(each)}")
+            raise CommandError(f"--features takes precomputed features: leave out {flag(each)}")
     checks.folder(options.out)
     device = checks.device(options.device)
     if options.features:

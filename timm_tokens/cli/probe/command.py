@@ -1,12 +1,12 @@
-"""Measure what a model's frozen features are worth: nearest neighbours, a linear classifier, and prototypes.
+"""Evaluate a model's frozen features: nearest neighbours, a linear classifier, and the prototypes of MTE.
 
     timm-tokens probe --model vit_small_patch14_dinov2 --pretrained --data-dir images
     timm-tokens probe --model vit_small_mte --checkpoint run/model.safetensors --data-dir images
     timm-tokens probe --run run --data-dir images
 
-The last takes the model of a run of `timm-tokens train`. Of MTE it also measures how well its prototype assignments
-agree with the classes (NMI), by the global token alone and as the others are added one by one. The folder has
-train/<class>/ and val/<class>/. Everything is fitted on the training images; the others are only scored.
+The last line takes the model of a run of `timm-tokens train`. For a run of MTE it also measures how well the prototype
+assignments agree with the classes (NMI): by the global token alone, and as the other tokens are added one by one. The
+folder has train/<class>/ and val/<class>/. Everything is fitted on the training images; the others are only scored.
 """
 
 from dataclasses import dataclass
@@ -38,10 +38,10 @@ class Options(RunOptions, FeatureOptions, SplitOptions, LoadingOptions):
         at_least=1,
     )  # fmt: skip
     lrs: tuple[float, ...] = option(tuple(LEARNING_RATES), "learning rates of the linear classifier to try", above=0)
-    epochs: int = option(100, "passes over the features that train the linear classifier", at_least=1)
+    epochs: int = option(100, "number of passes over the features that train the linear classifier", at_least=1)
     seed: int = option(0, "seed of the linear classifier", at_least=0, below=2**63)
     out: Path = option(Path("probe"), "folder for the report, the plot and the features", metavar="FOLDER")
-    plot: bool = option(True, "leave out the plot, which needs matplotlib")
+    plot: bool = option(True, "draw no plot; plots need matplotlib")
 
 
 def run(options: Options) -> Report:

@@ -91,7 +91,7 @@ class MixOptions(AugmentationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MergeOptions, MixOptions, WeightOptions, TrainOptions):
+class Options(MergeOptions, MixOptions, TrainOptions, WeightOptions):
     """DTEM."""
 
     scale: tuple[float, float] = changed(AugmentationOptions, "scale", (0.35, 1.0))

@@ -1,10 +1,10 @@
-"""Pre-train a ViT without labels: with patches masked it predicts a frozen teacher's morphed tokens (DTM, 2401.00254).
+"""Pre-train a ViT to predict a frozen teacher's tokens from a masked image, both morphed (DTM, arXiv 2401.00254).
 
     timm-tokens train dtm --data-dir images --model vit_small_patch16_224 --teacher vit_base_patch16_clip_224.openai \\
         --teacher-head --out run
 
-The teacher is any timm ViT with weights, of any patch size: its images are resized until its patches are as many as the
-student's. What comes out is the plain student without a classifier: model.safetensors, for timm.create_model(...,
+The teacher is any timm ViT with weights, of any patch size: its images are resized so that it has as many patches as
+the student. The result is the plain student without a classifier: model.safetensors, for timm.create_model(...,
 checkpoint_path=...). The learning rate is for a global batch of 2048 and grows with its square root, as published.
 """
 
@@ -32,19 +32,19 @@ from timm_tokens.training import Result
 class TeacherOptions(base.Options):
     """Teacher and targets."""
 
-    teacher: str = option(help="name of a ViT in timm, whose tokens are to be predicted")
+    teacher: str = option(help="name of the ViT in timm whose tokens are predicted")
     teacher_checkpoint: Path | None = option(
-        None, "file with the teacher's weights (default: timm's pretrained)", metavar="FILE"
+        None, "checkpoint with the teacher's weights (default: timm's pretrained weights)", metavar="FILE"
     )
     teacher_checkpoint_key: str | None = option(
-        None, "where in --teacher-checkpoint the weights are, if several fit (default: where they are found)",
+        None, "weights to take from --teacher-checkpoint where several fit (default: the only ones that fit)",
         metavar="KEY", rare=True,
     )  # fmt: skip
     teacher_head: bool = option(False, "pass the teacher's tokens through its classifier, such as CLIP's projection")
     distance: str = option("smooth_l1", "distance between morphed tokens", choices=tuple(DISTANCES))
-    draws: int = option(2, "draws of the morphing in each step", at_least=1)
-    max_rounds: int = option(14, "largest number of rounds of matching in a draw", at_least=1)
-    min_tokens: int = option(0, "smallest number of tokens that morphing may leave", at_least=0)
+    draws: int = option(2, "number of random morphings in each step", at_least=1)
+    max_rounds: int = option(14, "largest number of matching rounds in a morphing", at_least=1)
+    min_tokens: int = option(0, "smallest number of groups that a morphing may leave", at_least=0)
     mask_ratio: float = option(75 / 196, "share of the patches that are masked", above=0, at_most=1)
     masked_only: bool = option(False, "leave visible patches out of the loss")
 

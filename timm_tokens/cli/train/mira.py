@@ -3,9 +3,9 @@
     timm-tokens train mira --data-dir images --model resnet50 --out run
     timm-tokens train mira --data-dir images --model vit_small_patch16_224 --local-crops 6 --out run
 
-What comes out is the plain backbone without a classifier: model.safetensors, for timm.create_model(...,
-checkpoint_path=...). Watch marginal_entropy in steps.csv: it is log(prototypes) where all are used alike, and falls
-to 0 in a collapse.
+The result is the plain backbone without a classifier: model.safetensors, for timm.create_model(...,
+checkpoint_path=...). Watch marginal_entropy in steps.csv: it is log(prototypes) while all prototypes are used equally,
+and falls to 0 when the training collapses.
 """
 
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ class ClusterOptions(base.Options):
     prototypes: int = option(3000, "number of prototypes", at_least=1)
     head_hidden: int = option(2048, "dimension of the projector's hidden layers", at_least=1, aliases=("--hidden",))
     head_dim: int = option(256, "dimension of the projector's output", at_least=1, aliases=("--width",))
-    frozen_epochs: float = option(1.0, "epochs in which the prototypes are frozen", at_least=0)
+    frozen_epochs: float = option(1.0, "number of epochs at the start in which the prototypes are frozen", at_least=0)
     targets: str = option(
-        "mira", "pseudo-labels to learn from; sinkhorn are those of SwAV, to compare", choices=("mira", "sinkhorn")
+        "mira", "pseudo-labels to learn from; sinkhorn, SwAV's, is there to compare", choices=("mira", "sinkhorn")
     )
     beta: tuple[float, float] = option(
         (0.75, 2 / 3), "strength of the mutual information at the start and at the end", at_least=0, below=1

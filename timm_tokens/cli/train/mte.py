@@ -1,11 +1,11 @@
-"""Pre-train without labels, with auxiliary tokens that teach the global one and are dropped afterwards (MTE).
+"""Pre-train by DINO, iBOT or MoBY with auxiliary tokens that teach the global one and are then dropped (MTE).
 
     timm-tokens train mte --data-dir images --model vit_small_patch16_224 --loss dino --out run
     timm-tokens train mte --data-dir images --model deit_small_patch16_224 --recipe moby --num-pooled 0 --out baseline
 
---data-dir has train/ with one folder per class; classes play no part. The result is a plain timm model. The defaults
-are DINO's; the second line is MoBY as its paper has it. Pooled tokens without auxiliary class tokens are the default,
-because that measured best; ViTs can have auxiliary class tokens too.
+--data-dir has train/ with one folder per class, but the classes are not used. The result is a plain timm model. The
+defaults are DINO's; the second line is MoBY as in its paper, without auxiliary tokens. The default is six pooled tokens
+and no auxiliary class tokens, because that measured best; ViTs can have auxiliary class tokens, too.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,12 @@ SAME = (  # arguments of MTETask that are options of the same name
 class LossOptions(base.Options):
     """Loss."""
 
-    loss: str = option("dino", "baseline to pre-train by", choices=("dino", "ibot", "moby"), aliases=("--objective",))
+    loss: str = option(
+        "dino",
+        "self-supervised loss to train with",
+        choices=("dino", "ibot", "moby"),
+        aliases=("--objective",),
+    )
     prototypes: int | None = option(
         None, "number of prototypes (default: 65536 for DINO, 8192 for iBOT; MoBY has none)", at_least=1
     )
@@ -49,26 +54,26 @@ class LossOptions(base.Options):
         None, "dimension of the heads' hidden layers (default: 2048, or 4096 for MoBY)", at_least=1
     )
     batch_norm: bool = option(False, "use batch normalisation in the heads of DINO and iBOT; MoBY's always have it")
-    learn_scale: bool = option(False, "let the prototypes learn their lengths, too")
+    learn_scale: bool = option(False, "let the prototypes learn their lengths as well as their directions")
     tau_teacher: tuple[float, float] = option(
         (0.04, 0.07), "temperature of the teacher at the start and after --tau-epochs", above=0
     )
-    tau_epochs: float = option(30.0, "epochs in which the teacher's temperature changes", at_least=0)
+    tau_epochs: float = option(30.0, "number of epochs over which the teacher's temperature rises", at_least=0)
     teacher_momentum: float | None = option(
-        None, "momentum of the teacher at the start, which is 1 at the end (default: 0.996, or 0.99 for MoBY)",
+        None, "momentum of the teacher at the start; it rises to 1 (default: 0.996, or 0.99 for MoBY)",
         at_least=0, at_most=1,
     )  # fmt: skip
-    frozen_epochs: float = option(1.0, "epochs in which the prototypes are frozen", at_least=0)
+    frozen_epochs: float = option(1.0, "number of epochs at the start in which the prototypes are frozen", at_least=0)
     mask_ratio: tuple[float, float] = option(
         (0.1, 0.5), "iBOT: range of the share of patches that are masked", at_least=0, at_most=1, ascending=True
     )
     mask_prob: float = option(0.5, "iBOT: probability that an image is masked", at_least=0, at_most=1)
     exact_masks: bool = option(
-        True, "iBOT: draw masks as its published code does, which rejects blocks and may mask less than drawn",
+        True, "iBOT: draw masks as its published code does, which rejects blocks and may mask fewer patches than drawn",
         flag="--rejected-masks", rare=True,
     )  # fmt: skip
     patch_center: str = option(
-        "masked", "iBOT: patches of the teacher that centre the patch loss; published: all of the global crops",
+        "masked", "iBOT: which of the teacher's patches centre the patch loss; the published code takes all",
         choices=("masked", "all"), rare=True,
     )  # fmt: skip
     queue_size: int = option(4096, "MoBY: length of the key queue", at_least=1)
@@ -86,14 +91,14 @@ class TokenOptions(base.Options):
     )
     num_pooled: int | None = option(None, "number of adaptively pooled tokens (default: 6)", at_least=0)
     aux_target: str = option(
-        "ensemble", "what auxiliary tokens learn from: the mean of all the teacher's tokens, or their own",
+        "ensemble", "what an auxiliary token learns from: the mean of the teacher's tokens, or the same token",
         choices=("ensemble", "own"),
     )  # fmt: skip
     global_weight: float = option(0.5, "weight of the global token in the loss", at_least=0, at_most=1)
     heads: str = option("kind", "one projection head for each kind of token, or one shared by all",
                         choices=("kind", "shared"))  # fmt: skip
     pool_weight: str | None = option(
-        None, "weights that pool the patches: one map for a token, or one for each channel (default: spatial)",
+        None, "weights that pool the patches: one map per token, or one per token and channel (default: spatial)",
         choices=POOL_WEIGHTS, rare=True,
     )  # fmt: skip
     pool_norm: str | None = option(
@@ -111,7 +116,7 @@ class TokenOptions(base.Options):
     include_global: bool = option(
         True, "leave the global token out of the ensemble", flag="--without-global", rare=True
     )
-    aux_on_local: bool = option(False, "give local crops auxiliary tokens, too", rare=True)
+    aux_on_local: bool = option(False, "give local crops auxiliary tokens as well", rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,13 +55,13 @@ class TrainOptions(ModelOptions, ImageOptions, DeviceOptions, Settings):
 
     recipe: str | None = option(
         None,
-        "name of a recipe, whose values are then the defaults; --list-recipes shows them (default: none)",
+        "published recipe whose values become the defaults; --list-recipes shows them (default: none)",
         group="Training",
     )
     model: str = option(help="name of a model in timm or in this package")
     pretrained: bool = option(False, "start from timm's pretrained weights")
     checkpoint: Path | None = option(
-        None, "file with weights to start from; a classifier of another number of classes is left out (default: none)",
+        None, "checkpoint to start from; a classifier for another number of classes is left out (default: none)",
         metavar="FILE",
     )  # fmt: skip
     data_dir: Path = option(help="folder with train/<class>/ and val/<class>/", metavar="FOLDER")
@@ -71,9 +71,7 @@ class TrainOptions(ModelOptions, ImageOptions, DeviceOptions, Settings):
     drop_path: float | None = option(
         None, "rate of stochastic depth (default: the model's own)", at_least=0, below=1, rare=True
     )
-    grad_checkpointing: bool = option(
-        False, "save memory by computing activations again in the backward pass", rare=True
-    )
+    grad_checkpointing: bool = option(False, "save memory by recomputing activations in the backward pass", rare=True)
     push_to_hub: str | None = option(
         None, "repository of the Hugging Face hub to upload the result to, with a model card (default: none)",
         metavar="USER/NAME", group="Checkpoints and logs",

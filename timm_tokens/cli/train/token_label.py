@@ -1,4 +1,4 @@
-"""Train a classifier; with token labels (see `timm-tokens annotate`) every patch learns a label of its own.
+"""Train a classifier; with label maps (from `timm-tokens annotate`) every patch has a label of its own.
 
     timm-tokens train token-label --data-dir images --labels labels --model lvvit_s --out run
     timm-tokens train token-label --data-dir images --model vit_small_patch16_224 --out run
@@ -35,17 +35,17 @@ class LabelOptions(base.Options):
     """Labels."""
 
     labels: Path | None = option(
-        None, "label store, or folder of published .pt labels (default: none, only the images' classes)",
+        None, "label store, or folder of published .pt labels (default: none, train on the images' classes alone)",
         metavar="FOLDER",
     )  # fmt: skip
     num_classes: int | None = option(
-        None, "number of classes of the labels (default: what they or the folders say)", at_least=1
+        None, "number of classes of the labels (default: as the labels or the folders say)", at_least=1
     )
     dense_weight: float = option(0.5, "weight of the patches' loss", at_least=0)
     cls_weight: float = option(1.0, "weight of the class token's loss", at_least=0)
     ground_truth: bool = option(False, "mix the class token's label with the true class")
     smoothing: float = option(0.1, "label smoothing", at_least=0, below=1)
-    mix: bool = option(True, "train without MixToken")
+    mix: bool = option(True, "train without MixToken, which mixes the patches of two images")
     even_boxes: bool = option(
         False, "draw MixToken's boxes with an even number of patches per side, as the published code does", rare=True
     )
