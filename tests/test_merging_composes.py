@@ -47,6 +47,45 @@ def test_int8(trained):
     assert model.flops() <= 0.8 * model.flops(0)
 
 
+@torch.no_grad()
+def test_int8_of_torchao(trained):
+    quantization = pytest.importorskip("torchao.quantization")
+    float_model = apply_dtem_merging(tiny.base(depth=3), weights=trained).eval()
+    base = tiny.base(depth=3)
+    quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # weights can't be compared
+        model = apply_dtem_merging(base, weights=trained).eval()
+    for name, value in float_model.merger.state_dict().items():
+        assert torch.equal(model.merger.state_dict()[name], value)
+    expected = float_model(tiny.images())
+    assert 0 < (model(tiny.images()) - expected).norm() < 0.3 * expected.norm()
+    calibrate(model, tiny.images(4), 0.8, progress=False)
+    assert model.flops() <= 0.8 * model.flops(0)
+
+
+def test_lora(trained, tmp_path):
+    peft = pytest.importorskip("peft")
+    plain = apply_dtem_merging(tiny.base(depth=3), weights=trained)
+    lora = peft.get_peft_model(tiny.base(depth=3), peft.LoraConfig(r=4, target_modules=["qkv"]))
+    model = apply_dtem_merging(lora.get_base_model(), weights=trained)
+    torch.testing.assert_close(model.eval()(tiny.images()), plain.eval()(tiny.images()))  # LoRA starts as nothing
+    with torch.no_grad():
+        for name, weight in lora.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(model(tiny.images()), plain(tiny.images()), atol=1e-2)
+    task = DTEMTask(model).train()
+    task(tiny.images())["loss"].backward()
+    learning = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert learning and all(name.startswith("merger.") for name in learning)
+    schedule = calibrate(model, tiny.images(4), 0.7, progress=False)
+    path = save_merger(model, tmp_path / "m.safetensors")
+    folded = apply_dtem_merging(lora.merge_and_unload(), weights=path).eval()
+    assert folded.merger.r == schedule
+    torch.testing.assert_close(folded(tiny.images()), model.eval()(tiny.images()), atol=1e-4, rtol=1e-4)
+
+
 def test_int8_passes_no_gradients():
     with pytest.raises(ValueError, match="is quantised and passes no gradients: train the merger on the model before"):
         DTEMTask(apply_dtem_merging(quantised(tiny.base()), 3))

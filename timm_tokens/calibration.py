@@ -54,14 +54,15 @@ def calibrate(
 
     Raises:
         TypeError: If images are no tensors.
-        ValueError: If the model has no merger, there are no images or they differ in size, outputs are not finite, or
-            the FLOPs can't be brought down as far.
+        ValueError: If the model has no merger, there are no images or they differ in size, outputs are not finite, the
+            FLOPs can't be brought down as far, or FSDP2 has sharded the model.
     """
     model = unwrap_model(model)
     merger = merger_of(model)
     was: Any = merger.r
     if not 0 < flops_ratio <= 1:
         raise ValueError(f"flops_ratio must lie in (0, 1], got {flops_ratio}")
+    _check_whole(model)
     batches = as_batches(images, BATCH, next(model.parameters()).device)
     try:
         with evaluating(model), tqdm(desc="calibrating", unit="schedule", disable=not progress) as bar:
@@ -69,6 +70,15 @@ def calibrate(
     finally:
         merger.r = was
     return was
+
+
+def _check_whole(model: torch.nn.Module) -> None:
+    """Refuse a model that FSDP2 has sharded."""
+    if any(hasattr(module, "unshard") for module in model.modules()):
+        raise ValueError(
+            "the model is sharded by FSDP2, but calibration runs its pieces one by one: calibrate an unsharded model "
+            "with the same weights, and set model.merger.r to the schedule"
+        )
 
 
 class _Search:

@@ -135,7 +135,7 @@ def count(function: Callable[[Tensor], object], *shape: int) -> int:
 
 
 def on_meta(model: M) -> M:
-    """A copy of the model in evaluation mode, in float32 and without data or hooks.
+    """A copy of the model in evaluation mode, in float32 and without data, hooks or shards.
 
     Quantised linear maps become plain ones, which cost as much.
     """
@@ -150,7 +150,18 @@ def on_meta(model: M) -> M:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+    for module in reversed([*model.modules()]):  # parts first
+        if hasattr(module, "unshard"):
+            _copy_sharded(module, memo)
     return deepcopy(model, memo).eval()
+
+
+def _copy_sharded(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Copy what FSDP2's `fully_shard` gave a class that refuses to be copied, as what it was before."""
+    plain: nn.Module = object.__new__(type(module).__bases__[-1])
+    memo[id(module)] = plain
+    own = {name: value for name, value in vars(module).items() if not name.startswith("__")}  # without FSDP2's state
+    vars(plain).update(deepcopy(own, memo))
 
 
 def is_quantized(module: nn.Module) -> bool:

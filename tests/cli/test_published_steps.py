@@ -161,11 +161,15 @@ RUNS = {
 SMALL = {  # what makes the models small; all else is the recipe's
     "mte": {"model": "vit_small_patch16_224", "prototypes": 12, "head_hidden": 8, "num_pooled": 0},
     "mira": {"model": "test_resnet", "prototypes": 12, "head_hidden": 8, "head_dim": 4},
-    "dtm": {"model": "vit_small_patch16_224", "teacher": "test_vit", "teacher_head": False},
+    "dtm": {"model": "beit_base_patch16_224", "teacher": "test_vit", "teacher_head": False},
     "token-label": {"model": "lvvit_s"},
     "dtem": {"model": "vit_small_patch16_224"},
 }
-SHAPES = {"mira": {}, "token-label": {name: value for name, value in VIT.items() if name != "patch_size"}}
+SHAPES = {
+    "mira": {},
+    "dtm": {**VIT, "use_shared_rel_pos_bias": True, "use_fc_norm": False},
+    "token-label": {name: value for name, value in VIT.items() if name != "patch_size"},
+}
 
 
 class Built(NamedTuple):
@@ -546,3 +550,14 @@ def test_recipes_name_models_of_the_published_kind_and_statistics():
         assert load(objective, name).options["model"] == model
         cfg = timm.get_pretrained_cfg(model)
         assert (cfg.mean, cfg.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def test_the_student_of_dtm_is_that_of_its_authors():
+    options = load("dtm", "dtm").options
+    assert options["teacher"] == "vit_base_patch16_clip_224.openai" and options["teacher_head"]
+    with torch.device("meta"):
+        vit = timm.create_model(options["model"], num_classes=0, **options["model_kwargs"])
+    assert (len(vit.blocks), vit.embed_dim, vit.patch_embed.patch_size, vit.pos_embed) == (12, 768, (16, 16), None)
+    tables = [name for name, _ in vit.named_parameters() if name.endswith("relative_position_bias_table")]
+    assert len(tables) == 1 + 12 and isinstance(vit.norm, torch.nn.LayerNorm)
+    assert timm.create_model(options["model"], depth=1, **options["model_kwargs"]).blocks[0].gamma_1.eq(0.1).all()

@@ -22,7 +22,8 @@ SMALL = {
     "mte": {"model": "vit_small_patch16_224", "model_kwargs": VIT, "prototypes": 12, "head_hidden": 16,
             "local_size": 16, "queue_size": 64},
     "mira": {"model": "test_resnet", "prototypes": 12, "head_hidden": 16, "head_dim": 8, "local_size": 16},
-    "dtm": {"model": "vit_small_patch16_224", "model_kwargs": VIT, "teacher": "test_vit", "teacher_head": False},
+    "dtm": {"model": "beit_base_patch16_224", "model_kwargs": VIT | {"use_shared_rel_pos_bias": True},
+            "teacher": "test_vit", "teacher_head": False},
     "token-label": {"model": "lvvit_s", "model_kwargs": {"embed_dim": 24, "depth": 2, "num_heads": 2}},
     "dtem": {"model": "vit_small_patch16_224", "model_kwargs": VIT, "r": (3,), "table_r": (3,), "warmup_epochs": 0},
 }  # fmt: skip

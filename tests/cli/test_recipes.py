@@ -37,7 +37,7 @@ PUBLISHED = {
 
 def options_of(objective, name, **given):
     of = import_module(f"timm_tokens.cli.train.{objective.replace('-', '_')}").Options
-    required = {"teacher": "test_vit"} if objective == "dtm" else {}
+    required = {"teacher": "test_vit"} if (objective, name) == ("dtm", "short") else {}
     return build(of, recipes.load(objective, name).options | GIVEN | required | given)
 
 

@@ -17,6 +17,7 @@ from timm_tokens.tasks import DTMTask
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 QUICK = {"img_size": 32, "epochs": 2, "batch_size": 4, "workers": 0, "device": "cpu"}
+BEIT = {"embed_dim": 48, "depth": 2, "num_heads": 2}
 CLUSTERS = {"prototypes": 10, "head_hidden": 16, "head_dim": 8, "local_crops": 1}
 
 
@@ -49,6 +50,7 @@ def pretrain(objective, images, out, **options):
     [
         ("dtm", "test_vit", {"drop_path": None}),
         ("dtm", "test_vit2", {"teacher_head": True, "distance": "cosine", "masked_only": True, "amp": "bfloat16"}),
+        ("dtm", "beit_base_patch16_224", {"model_kwargs": BEIT, "grouping": "superpixels", "normalize_target": True}),
         ("mira", "test_vit", {**CLUSTERS, "amp": "bfloat16"}),
         ("mira", "test_resnet", {**CLUSTERS, "targets": "sinkhorn", "drop_path": None}),
     ],
@@ -56,7 +58,7 @@ def pretrain(objective, images, out, **options):
 def test_a_plain_model_comes_out(images, tmp_path, objective, model, options):
     result = pretrain(objective, images, tmp_path / "out", model=model, **options)
     assert len(rows(tmp_path / "out" / "steps.csv")) == 4
-    sized = {} if "resnet" in model else {"img_size": 32}
+    sized = {} if "resnet" in model else {"img_size": 32} | options.get("model_kwargs", {})
     path = str(tmp_path / "out" / "model.safetensors")
     loaded = timm.create_model(model, num_classes=0, checkpoint_path=path, **sized).eval()
     x = torch.randn(2, 3, 32, 32)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from timm_tokens.losses import DTMLoss
 from timm_tokens.losses.dtm import DISTANCES, dtm_loss
-from timm_tokens.ops import morph, morph_groups
+from timm_tokens.ops import kmeans_groups, morph, morph_groups
 
 SLOW_DISTANCES = {
     "smooth_l1": lambda u, v: F.smooth_l1_loss(u, v, beta=2.0, reduction="none").mean(2),
@@ -155,3 +155,35 @@ def test_bad_tensors_are_refused():
         criterion(x, x, schedules=[])
     with pytest.raises(ValueError, match=r"rounds\[0\] = 5"):
         criterion(x, x, schedules=[[5]])
+
+
+def slow_normalised(tokens):
+    return (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, keepdim=True) + 1e-6) ** 0.5
+
+
+def test_normalised_targets_are_normalised_after_morphing():
+    student, teacher, rounds = torch.randn(2, 12, 6), 3 * torch.randn(2, 12, 6), [4, 3]
+    groups = morph_groups(teacher, rounds)
+    expected = F.smooth_l1_loss(morph(student, groups), slow_normalised(morph(teacher, groups)), beta=2.0)
+    torch.testing.assert_close(DTMLoss(normalize_target=True)(student, teacher, schedules=[rounds]), expected)
+
+
+@pytest.mark.parametrize("grouping", ["kmeans", "superpixels"])
+def test_groups_of_kmeans_are_as_many_as_the_rounds_would_leave(grouping):
+    student, teacher, points, mask = *torch.randn(3, 2, 12, 6).unbind(), torch.rand(2, 12) < 0.5
+    given = F.normalize(teacher, dim=-1) if grouping == "kmeans" else points
+    groups = kmeans_groups(given, 12 - 7)
+    tokens = F.smooth_l1_loss(morph(student, groups), morph(teacher, groups), beta=2.0, reduction="none").mean(2)
+    loss = DTMLoss(grouping=grouping)
+    options = {"points": points} if grouping == "superpixels" else {}
+    found = loss(student, teacher, mask, schedules=[[4, 3]], **options)
+    torch.testing.assert_close(found, tokens[mask].mean())
+    with_all = loss(student, teacher, schedules=[[]], **options)
+    torch.testing.assert_close(with_all, F.smooth_l1_loss(student, teacher, beta=2.0))
+
+
+def test_groupings_are_refused():
+    with pytest.raises(ValueError, match="grouping must be one of matching, kmeans, superpixels, got 'slic'"):
+        DTMLoss(grouping="slic")
+    with pytest.raises(ValueError, match="needs points: those that superpixel_features"):
+        DTMLoss(grouping="superpixels")(torch.randn(1, 8, 4), torch.randn(1, 8, 4))

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_tokens.distributed import all_reduce_mean
+from timm_tokens.ops.clustering import kmeans_groups
 from timm_tokens.ops.morphing import (
     check_rounds,
     draw_morph_rounds,
@@ -25,18 +27,14 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "l1": lambda u, v, beta: (u - v).abs().mean(-1),
     "l2": lambda u, v, beta: (u - v).square().mean(-1),
 }
+GROUPINGS = ("matching", "kmeans", "superpixels")
 
 
 def dtm_loss(
-    student: Tensor,
-    teacher: Tensor,
-    schedules: Sequence[Sequence[int]],
-    *,
-    distance: str = "smooth_l1",
-    beta: float = 2.0,
-    num_prefix_tokens: int = 0,
-    mask: Tensor | None = None,
-) -> Tensor:
+    student: Tensor, teacher: Tensor, schedules: Sequence[Sequence[int]], *,
+    distance: str = "smooth_l1", beta: float = 2.0, num_prefix_tokens: int = 0, mask: Tensor | None = None,
+    normalize: bool = False, points: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The distance between student and teacher tokens, both morphed by the teacher's groups, averaged over schedules.
 
     The tokens of a group are all the same after morphing, so the mean over tokens is one over groups, weighed by their
@@ -50,6 +48,9 @@ def dtm_loss(
         beta: Where smooth L1 turns from quadratic to linear.
         num_prefix_tokens: P, leading tokens that stay alone.
         mask: (B, N) bool, the tokens to count; None: all. All tokens take part in the morphing.
+        normalize: Whether morphed targets get mean 0 and variance 1 over their channels.
+        points: (B, N, F), whose k-means are the groups, as many as the rounds would leave; None: bipartite matching of
+            the teacher's tokens.
 
     Raises:
         ValueError: If shapes do not fit, schedules is empty, or as `morph_groups`.
@@ -57,20 +58,32 @@ def dtm_loss(
 
     Source: DTM (arXiv 2401.00254), the objective with weights w_i.
     """
-    _check_tokens(student, teacher, mask)
-    if not schedules:
-        raise ValueError("schedules must have at least one schedule; [()] compares token by token")
-    gram, teacher = token_gram(teacher), teacher.detach()
+    _check_tokens(student, teacher, mask, schedules)
+    group, teacher = _grouping(teacher, points, num_prefix_tokens), teacher.detach()
     counted = torch.ones(student.shape[:2], device=student.device) if mask is None else mask.float()
     total = all_reduce_mean(counted.sum()).clamp_min(1e-6)  # nothing masked anywhere: 0, not 0 / 0
     losses = []
     for rounds in schedules:
-        groups = groups_of_gram(gram, rounds, num_prefix_tokens=num_prefix_tokens)
         num_groups = student.shape[1] - sum(rounds)
+        groups = group(rounds)
         u, v = group_means(student, groups, num_groups), group_means(teacher, groups, num_groups)
+        v = _normalized(v) if normalize else v
         weight = group_sums(counted.unsqueeze(2), groups, num_groups).squeeze(2)  # (B, G)
         losses.append((weight * DISTANCES[distance](u, v, beta)).sum() / total)
     return torch.stack(losses).mean()
+
+
+def _grouping(teacher: Tensor, points: Tensor | None, prefix: int) -> Callable[[Sequence[int]], Tensor]:
+    """What makes groups (B, N) of rounds: by matching, or by k-means of points, as many as the rounds would leave."""
+    if points is None:
+        return partial(groups_of_gram, token_gram(teacher), num_prefix_tokens=prefix)
+    count = points.shape[1] - prefix
+    return lambda rounds: kmeans_groups(points, count - sum(rounds), num_prefix_tokens=prefix)
+
+
+def _normalized(tokens: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(tokens, dim=-1, keepdim=True)
+    return (tokens - mean) * (variance + 1e-6).rsqrt()
 
 
 class DTMLoss(nn.Module):
@@ -90,6 +103,9 @@ class DTMLoss(nn.Module):
         min_tokens: The fewest tokens to end with.
         num_prefix_tokens: P, leading tokens that stay alone. They count in the loss like the others.
         rounds: One fixed schedule, as `morph_groups` takes it, instead of the draws; () compares token by token.
+        normalize_target: Whether morphed targets get mean 0 and variance 1 over their channels.
+        grouping: "matching": tokens that the teacher finds alike, by bipartite matching; "kmeans": the same by k-means;
+            "superpixels": k-means of what is given as `points`, colours and places (`superpixel_features`).
 
     Raises:
         ValueError: If an argument is out of its range, when building; as `dtm_loss`, when called. What depends on the
@@ -106,8 +122,12 @@ class DTMLoss(nn.Module):
         min_tokens: int = 0,
         num_prefix_tokens: int = 0,
         rounds: Sequence[int] | None = None,
+        normalize_target: bool = False,
+        grouping: str = "matching",
     ) -> None:
         super().__init__()
+        if grouping not in GROUPINGS:
+            raise ValueError(f"grouping must be one of {', '.join(GROUPINGS)}, got {grouping!r}")
         if distance not in DISTANCES:
             raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
         if not 0 < beta < math.inf:
@@ -117,6 +137,7 @@ class DTMLoss(nn.Module):
         self.distance, self.beta, self.draws = distance, beta, draws
         self.max_rounds, self.min_tokens, self.num_prefix_tokens = max_rounds, min_tokens, num_prefix_tokens
         self.rounds = None if rounds is None else tuple(rounds)
+        self.normalize_target, self.grouping = normalize_target, grouping
 
     def check(self, num_tokens: int) -> None:
         """Refuse numbers of tokens that can't be morphed so.
@@ -140,6 +161,7 @@ class DTMLoss(nn.Module):
         mask: Tensor | None = None,
         *,
         schedules: Sequence[Sequence[int]] | None = None,
+        points: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The loss, a scalar.
@@ -149,12 +171,17 @@ class DTMLoss(nn.Module):
             teacher: (B, N, C) tokens of the unmasked image.
             mask: (B, N) bool, the tokens to count, for a loss on masked ones alone; None: all.
             schedules: Instead of the loss's own.
+            points: (B, N, F), what super-pixels are grouped by.
             generator: Random generator of the draws, on the CPU.
         """
         if schedules is None and self.rounds is not None:
             schedules = [self.rounds]
         elif schedules is None:
             schedules = [self._draw(student.shape[1], generator) for _ in range(self.draws)]
+        if self.grouping == "superpixels" and points is None:
+            raise ValueError("grouping='superpixels' needs points: those that superpixel_features(images, grid) makes")
+        if self.grouping == "kmeans":
+            points = F.normalize(teacher.detach().float(), dim=-1)
         return dtm_loss(
             student,
             teacher,
@@ -163,6 +190,8 @@ class DTMLoss(nn.Module):
             beta=self.beta,
             num_prefix_tokens=self.num_prefix_tokens,
             mask=mask,
+            normalize=self.normalize_target,
+            points=None if self.grouping == "matching" else points,
         )
 
     def _draw(self, num_tokens: int, generator: torch.Generator | None) -> tuple[int, ...]:
@@ -177,10 +206,13 @@ class DTMLoss(nn.Module):
     def extra_repr(self) -> str:
         if self.rounds is not None:
             return f"{self.distance!r}, rounds={self.rounds}"
-        return f"{self.distance!r}, draws={self.draws}, max_rounds={self.max_rounds}, min_tokens={self.min_tokens}"
+        draws = f"draws={self.draws}, max_rounds={self.max_rounds}, min_tokens={self.min_tokens}"
+        return f"{self.distance!r}, {draws}, grouping={self.grouping!r}"
 
 
-def _check_tokens(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
+def _check_tokens(student: Tensor, teacher: Tensor, mask: Tensor | None, schedules: Sequence[Sequence[int]]) -> None:
+    if not schedules:
+        raise ValueError("schedules must have at least one schedule; [()] compares token by token")
     if student.ndim != 3 or student.shape != teacher.shape:
         raise ValueError(
             f"student and teacher must both be (B, N, C), got {tuple(student.shape)} and {tuple(teacher.shape)}; "

@@ -2,6 +2,7 @@
 
 from timm_tokens.ops.assignment import Information, assignment_information, mira_assign
 from timm_tokens.ops.attention import aux_attention_mask, size_bias
+from timm_tokens.ops.clustering import kmeans_groups, superpixel_features
 from timm_tokens.ops.cross_entropy import soft_cross_entropy
 from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
 from timm_tokens.ops.labels import SparseLabels, crop_maps, crop_token_labels, warp_token_labels
@@ -25,6 +26,7 @@ __all__ = [
     "crop_token_labels",
     "draw_mix_box",
     "draw_morph_rounds",
+    "kmeans_groups",
     "local_intrinsic_dimensionality",
     "merge",
     "mira_assign",
@@ -40,6 +42,7 @@ __all__ = [
     "size_bias",
     "soft_cross_entropy",
     "sparse_cross_entropy",
+    "superpixel_features",
     "top_scores",
     "unmerge",
     "warp_token_labels",

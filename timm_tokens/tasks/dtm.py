@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from timm_tokens import blocks
 from timm_tokens.data.masking import block_masks
 from timm_tokens.losses import DTMLoss
+from timm_tokens.ops import superpixel_features
+from timm_tokens.tasks.masked_beit import MaskedBeit, is_beit
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.token_teacher import TokenTeacher, channels, normalisation_of
 from timm_tokens.vit import TokenViT
@@ -25,7 +27,7 @@ class MaskedStudent(nn.Module):
         width: D.
     """
 
-    def __init__(self, vit: TokenViT, width: int) -> None:
+    def __init__(self, vit: TokenViT | MaskedBeit, width: int) -> None:
         super().__init__()
         self.vit = vit
         self.project = nn.Linear(vit.embed_dim, width)
@@ -44,7 +46,7 @@ class DTMTask(TokenTask):
     The morphing of a step is the same on all processes, so that they have equal work.
 
     Args:
-        student: A timm ViT that can be driven, or a TokenViT; `product` is the plain ViT, trained.
+        student: A timm ViT that can be driven, a TokenViT, or a BEiT; `product` is the plain ViT, trained.
         teacher: Any timm ViT; a frozen copy is taken, brought to the student's grid and normalisation (TokenTeacher).
         criterion: Compares tokens (B, N, D), as `DTMLoss` does, which is the default. DTMLoss(rounds=()) compares them
             one by one. If it has a `check` of N, as DTMLoss, it is asked when building.
@@ -76,7 +78,7 @@ class DTMTask(TokenTask):
     ) -> None:
         if not 0 < mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in (0, 1], got {mask_ratio}; the paper masks 75 of 196 patches, 0.38")
-        vit = student if getattr(student, "mask_token", None) is not None else add_mask_token(student)
+        vit = _masked(student)
         if vit.in_chans not in (1, channels(teacher)):  # grey goes to each of the teacher's channels
             raise ValueError(f"the student takes {vit.in_chans} channels and the teacher {channels(teacher)}")
         grid = blocks.grid_size(vit.base, _image_size(vit, image_size))
@@ -102,8 +104,10 @@ class DTMTask(TokenTask):
         self._check_grid(images)
         self.place_in_order(len(images))
         tokens = self.trainable_module(images, mask)
-        counted = mask if self.masked_only else None
-        loss = self.criterion(tokens, self.teacher(images), counted, generator=self.step_generator())
+        counted, options = mask if self.masked_only else None, {}
+        if getattr(self.criterion, "grouping", None) == "superpixels":
+            options = {"points": superpixel_features(images, self.grid)}
+        loss = self.criterion(tokens, self.teacher(images), counted, generator=self.step_generator(), **options)
         return {"loss": loss}
 
     def _check_grid(self, images: Tensor) -> None:
@@ -121,7 +125,14 @@ class DTMTask(TokenTask):
         return mask.to(images.device, non_blocking=True)
 
 
-def _image_size(vit: TokenViT, wanted: int | tuple[int, int] | None) -> tuple[int, int]:
+def _masked(student: Any) -> Any:
+    """The student with a mask token."""
+    if getattr(student, "mask_token", None) is not None:
+        return student
+    return MaskedBeit(student) if is_beit(student) else add_mask_token(student)
+
+
+def _image_size(vit: Any, wanted: int | tuple[int, int] | None) -> tuple[int, int]:
     """The size of the images to come, which the student must take."""
     size = vit.image_size if wanted is None else to_2tuple(wanted)
     if size != vit.image_size and getattr(blocks.stem(vit.base), "strict_img_size", False):

@@ -21,7 +21,7 @@ from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import input_config, input_transform
 from timm_tokens.losses import DTMLoss
-from timm_tokens.losses.dtm import DISTANCES
+from timm_tokens.losses.dtm import DISTANCES, GROUPINGS
 from timm_tokens.ops.finite import check_weights
 from timm_tokens.options import changed, option
 from timm_tokens.tasks import DTMTask
@@ -42,6 +42,11 @@ class TeacherOptions(base.Options):
     )  # fmt: skip
     teacher_head: bool = option(False, "pass the teacher's tokens through its classifier, such as CLIP's projection")
     distance: str = option("smooth_l1", "distance between morphed tokens", choices=tuple(DISTANCES))
+    normalize_target: bool = option(False, "give morphed targets mean 0 and variance 1 over their channels", rare=True)
+    grouping: str = option(
+        "matching", "what is morphed together: what the teacher finds alike, by bipartite matching or k-means, or "
+        "super-pixels of the image", choices=GROUPINGS, rare=True,
+    )  # fmt: skip
     draws: int = option(2, "number of random morphings in each step", at_least=1)
     max_rounds: int = option(14, "largest number of matching rounds in a morphing", at_least=1)
     min_tokens: int = option(0, "smallest number of groups that a morphing may leave", at_least=0)
@@ -73,7 +78,10 @@ def run(options: Options) -> Result:
 def build(options: Options) -> Objective:
     """The task and the images; labels are not used."""
     student = make_student(options, num_classes=0)
-    loss = DTMLoss(options.distance, draws=options.draws, max_rounds=options.max_rounds, min_tokens=options.min_tokens)
+    loss = DTMLoss(
+        options.distance, draws=options.draws, max_rounds=options.max_rounds, min_tokens=options.min_tokens,
+        normalize_target=options.normalize_target, grouping=options.grouping,
+    )  # fmt: skip
     task = DTMTask(
         student, _teacher(options), loss, image_size=options.img_size,
         mask_ratio=options.mask_ratio, masked_only=options.masked_only, teacher_head=options.teacher_head,
