@@ -167,7 +167,7 @@ SMALL = {  # what makes the models small; all else is the recipe's
 }
 SHAPES = {
     "mira": {},
-    "dtm": {**VIT, "use_shared_rel_pos_bias": True, "use_fc_norm": False},
+    "dtm": {**VIT, "use_shared_rel_pos_bias": True, "global_pool": "token"},
     "token-label": {name: value for name, value in VIT.items() if name != "patch_size"},
 }
 

@@ -13,7 +13,7 @@ from timm_tokens.tasks.masked_beit import MaskedBeit
 
 def beit(**kwargs):
     torch.manual_seed(0)
-    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0, use_fc_norm=False)
+    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0, global_pool="token")
     model = timm.create_model("beit_base_patch16_224", **shape | kwargs).eval()
     for parameter in model.parameters():  # biases of positions are 0 at first
         torch.nn.init.normal_(parameter, std=0.2)
