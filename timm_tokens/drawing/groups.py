@@ -15,7 +15,7 @@ from timm_tokens.drawing.style import figure, show
 def draw_groups(images: Tensor, groups: Mapping[str, Tensor], first: str = "image") -> Figure:
     """A row for each image: as it is, then its groups of patches, filled with their mean colour and outlined.
 
-    A token is split when its patches do not touch; the same number is then written on each of its pieces.
+    Where the patches of a token do not touch, it is split: the same number is written on each of its pieces.
 
     Args:
         images: (B, 1 or 3, h, w), values in [0, 1].
@@ -33,7 +33,7 @@ def draw_groups(images: Tensor, groups: Mapping[str, Tensor], first: str = "imag
             axes.add_collection(LineCollection(outlines(group), colors="white", linewidths=0.9))
             split = mark_pieces(axes, group)
             axes.set_xlabel(f"{len(group.unique())} tokens" + (f", {split} split" if split else ""), fontsize=9)
-    picture.supxlabel("patches with the same number belong to one split token", fontsize=8, color="grey")
+    picture.supxlabel("pieces with the same number belong to one token", fontsize=8, color="grey")
     return picture
 
 

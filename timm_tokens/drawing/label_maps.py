@@ -55,7 +55,7 @@ def draw_label_maps(panels: Sequence[LabelPanel], names: Sequence[str], note: st
     entries = [Patch(color=COLOURS[i], label=names[k]) for i, k in enumerate(legend)]
     if len(legend) == len(COLOURS) - 1:
         entries.append(Patch(color=COLOURS[-1], label="other classes"))
-    title = f"{note}\npale: improbable; full colour: certain".strip()
+    title = f"{note}\nThe stronger the colour, the more probable the class.".strip()
     picture.legend(handles=entries, loc="outside lower center", ncols=4, frameon=False, title=title, fontsize=9)
     return picture
 
