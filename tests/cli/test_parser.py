@@ -9,7 +9,8 @@ import pytest
 
 from timm_tokens.cli import COMMANDS, CommandError, call, main
 from timm_tokens.cli.commands import module_of
-from timm_tokens.cli.parser import described, flag, make_parser, parse, write_config
+from timm_tokens.cli.config import write_config
+from timm_tokens.cli.parser import described, flag, make_parser, parse
 from timm_tokens.options import Options, changed, option
 
 

@@ -5,9 +5,11 @@ import timm
 import tiny
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from torch import nn
 
 import timm_tokens
+from timm_tokens import seeding
 from timm_tokens.data import LabeledTarget
 from timm_tokens.losses import TokenLabelLoss
 from timm_tokens.ops import crop_maps, draw_mix_box, warp_token_labels
@@ -99,3 +101,43 @@ def test_refuses_labels_over_other_classes():
         TokenLabelTask(vit, num_classes=1000)
     with pytest.raises(ValueError, match=r"over 10 classes, the model's token-label head has 5"):
         TokenLabelTask(timm_tokens.token_label_head(vit, 5), num_classes=10)
+
+
+def test_mixup_mixes_neighbours_and_the_loss_smooths():
+    torch.manual_seed(0)
+    model = tiny.base()
+    mixup = Mixup(mixup_alpha=1.0, num_classes=10, label_smoothing=0.0)
+    own, x, target = (
+        TokenLabelTask(model, TokenLabelLoss(smoothing=0.1), mixup=mixup).train(),
+        tiny.images(4),
+        torch.arange(4),
+    )
+    own.seed = 3
+    own.start_step(1, 2, 2)
+    found = own(x, target)["loss"]
+    with seeding.seeded(3, 1):
+        lam = mixup._params_per_batch()[0]
+    partner = torch.tensor([1, 0, 3, 2])
+    logits = model(lam * x + (1 - lam) * x[partner]).log_softmax(1)
+    truth = lam * F.one_hot(target, 10) + (1 - lam) * F.one_hot(target[partner], 10)
+    torch.testing.assert_close(found, -((0.9 * truth + 0.01) * logits).sum(1).mean())
+    own.eval()
+    plain = F.cross_entropy(model(x), target, label_smoothing=0.1)
+    torch.testing.assert_close(own(x, target)["loss"], plain)  # in training alone
+
+
+def test_mixup_is_refused_where_it_makes_no_sense():
+    def mixup(**options):
+        return Mixup(cutmix_alpha=1.0, num_classes=10, **{"label_smoothing": 0.0} | options)
+
+    with pytest.raises(ValueError, match="smooth labels by the loss, not by mixup, which has 0"):
+        TokenLabelTask(tiny.base(), mixup=mixup(label_smoothing=0.1))
+    with pytest.raises(ValueError, match="mixup must have mode='batch', got 'elem'"):
+        TokenLabelTask(tiny.base(), mixup=mixup(mode="elem"))
+    own = TokenLabelTask(timm_tokens.token_label_head(tiny.base()), mixup=mixup())
+    assert not own.mix
+    with pytest.raises(ValueError, match="needs an even batch, got 3 images"):
+        own(tiny.images(3), torch.arange(3))
+    labelled = LabeledTarget(torch.arange(2), *[torch.zeros(2, 1, 4, 4)] * 2, torch.eye(3).expand(2, 3, 3))
+    with pytest.raises(ValueError, match="mixup and CutMix mix classes, not token labels"):
+        own(tiny.images(2), labelled)

@@ -21,9 +21,9 @@ from timm_tokens import seeding
 from timm_tokens.calibration import calibrate
 from timm_tokens.cli.common import checks, models
 from timm_tokens.cli.common.datasets import open_split
+from timm_tokens.cli.config import write_config
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import ImageOptions, LoadingOptions, MergerOptions, WeightOptions
-from timm_tokens.cli.parser import write_config
 from timm_tokens.data import input_config, input_transform
 from timm_tokens.data.images import as_images
 from timm_tokens.merger_file import NAME, save_merger

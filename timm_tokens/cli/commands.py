@@ -7,9 +7,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from timm_tokens.cli import recipes
 from timm_tokens.cli.errors import CommandError, explained, flush
-from timm_tokens.cli.parser import Parser, build, flags, parse
+from timm_tokens.cli.parser import Parser, build, defaults, flags, parse
 
 # Command `name` is the module `timm_tokens.cli.<name>`, with dots for spaces and underscores for dashes, and has
 #     Options         a dataclass of options, whose module's docstring is the description
@@ -62,8 +61,7 @@ def call(command: str, **options: Any) -> Any:
         CommandError: What the command would print.
     """
     module = module_of(command)
-    recipe = recipes.named(command, options.get("recipe"))
-    settled = build(module.Options, (recipes.values(recipe, options) if recipe else {}) | options)
+    settled = build(module.Options, defaults(command, options) | options)
     with explained(flags(module.Options)):
         return module.run(settled)
 

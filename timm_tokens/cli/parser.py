@@ -1,7 +1,6 @@
 """The parser of a command, made of its dataclass of options."""
 
 import ast
-import json
 import re
 from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -12,13 +11,12 @@ from textwrap import wrap
 from typing import Any, NoReturn, get_type_hints
 
 from timm_tokens.cli import recipes
+from timm_tokens.cli.config import CONFIG, defaults, read_config
 from timm_tokens.cli.errors import CommandError, explained
-from timm_tokens.files import write_json
 from timm_tokens.options import Options, kind
 
 RARE = "Rarely used"
 _PLACE = "place of "  # before the name of an option that is given without one
-CONFIG = "options.json"  # of a run, in its folder
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter):
@@ -61,7 +59,7 @@ def parse(command: str, of: type[Options], argv: Sequence[str], description: str
     if given.pop("list_recipes", False):
         _print_and_exit(recipes.listed(command))
     recipe = recipes.named(command, name)
-    kept = read_config(path, command) if path else recipes.values(recipe, given) if recipe else {}
+    kept = read_config(path, command) if path else defaults(command, given)
     if given.pop("print_config", False):
         _print_and_exit(recipes.config(of, kept | given, recipe))
     return build(of, kept | given)
@@ -106,34 +104,6 @@ def required(each: Field) -> bool:
 def flag(each: Field) -> str:
     """How the command line writes an option."""
     return each.metadata.get("flag", "--" + each.name.replace("_", "-"))
-
-
-def read_config(path: Path, command: str | None = None) -> dict[str, Any]:
-    """The options that an earlier run of the command wrote down, or one of any command, whose name is then among them.
-
-    Raises:
-        CommandError: There is no such file, or it is of another command.
-    """
-    with explained():
-        text = path.read_text()
-    try:
-        kept = json.loads(text)
-    except ValueError:
-        kept = None
-    named = isinstance(kept, dict) and kept.get("command")
-    if not named or command not in (None, named):
-        raise CommandError(f"{path} does not hold the options of timm-tokens {command or ''}".rstrip())
-    return {name: value for name, value in kept.items() if name != "command" or command is None}
-
-
-def config_of(command: str, options: Options) -> dict[str, Any]:
-    """What `read_config` reads of these options, the command's name beside them."""
-    return {"command": command} | json.loads(json.dumps(vars(options), default=str))
-
-
-def write_config(folder: Path, command: str, options: Options) -> None:
-    """Write the options down in a run's folder, for `--config`."""
-    write_json(folder / CONFIG, config_of(command, options))
 
 
 def make_parser(command: str, of: type[Options], description: str | None = None) -> Parser:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from timm_tokens import seeding
 from timm_tokens.flops import is_quantized
 from timm_tokens.losses import DistillLoss
 from timm_tokens.ops.finite import check_weights
 from timm_tokens.outputs import classifies, outputs
+from timm_tokens.tasks.mixing import check_mixup, mix_neighbours
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy
 from timm_tokens.vit import TokenViT
@@ -65,8 +65,7 @@ class DTEMTask(TokenTask):
         _check(model, target, train)
         self._range = _range(r)
         super().__init__(model, seed=seed)
-        if mixup is not None and mixup.mode != "batch":
-            raise ValueError(f"mixup must have mode='batch', got {mixup.mode!r}")
+        check_mixup(mixup)
         self.target, self.logits, self.mixup = target, classifies(model), mixup
         self.criterion = DistillLoss() if criterion is None else criterion
         self._r = model.merger.r
@@ -108,7 +107,7 @@ class DTEMTask(TokenTask):
         """
         mixup = self.mixup if self.training else None
         if mixup is not None:
-            input, target = self._mix(mixup, input, target)
+            input, target = mix_neighbours(self, mixup, input, target)
         else:
             self.place_in_order(len(input))
         given: Any = outputs(self.trainable_module, input, self.logits)
@@ -117,15 +116,6 @@ class DTEMTask(TokenTask):
         else:
             loss = self.criterion(given, self._teach(input))
         return {"loss": loss} | ({"output": given.detach()} if self.logits and mixup is None else {})
-
-    def _mix(self, mixup: Mixup, images: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Images and targets mixed with their neighbours', which is what a flip makes of this order."""
-        if len(images) % 2:
-            raise ValueError(f"mixup mixes neighbours, so each process needs an even batch, got {len(images)} images")
-        order = self.place_mirrored(images)
-        target = torch.zeros_like(order) if target is None else target[order]
-        with seeding.seeded(self.seed, self.step):  # timm draws from NumPy; without the rank: the same on all processes
-            return mixup(images[order], target)
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from torch import Tensor, nn
 
 from timm_tokens import blocks
 from timm_tokens.data import LabeledTarget
 from timm_tokens.losses import TokenLabelLoss
 from timm_tokens.ops import draw_mix_box, warp_token_labels
+from timm_tokens.tasks.mixing import check_mixup, mix_neighbours
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.vit import TokenViT
 
@@ -32,6 +34,8 @@ class TokenLabelTask(TokenTask):
             the first and the second, the third and the fourth, ..., and a step has one box. So on several processes, or
             in accumulated parts, that hold an even number of images each, it is what it is for the whole batch at once.
         even_boxes: Whether MixToken's boxes have even extents, as in the paper's code, see `draw_mix_box`.
+        mixup: Mixes images and classes with their neighbours' in training, by mixup or CutMix; MixToken is then off.
+            Not for token labels. Its label smoothing must be 0, as the loss has one.
         num_classes: Number of classes of the labels, checked against the model's; None: not checked.
         seed: Seed of the run.
 
@@ -46,13 +50,17 @@ class TokenLabelTask(TokenTask):
         *,
         mix: bool = True,
         even_boxes: bool = False,
+        mixup: Mixup | None = None,
         num_classes: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(model, seed=seed)
         self.dense = isinstance(model, TokenViT) and model.head is not None
         self.loss = TokenLabelLoss() if loss is None else loss
-        self.mix, self.even_boxes = mix, even_boxes
+        check_mixup(mixup)
+        if mixup is not None and mixup.label_smoothing:
+            raise ValueError(f"smooth labels by the loss, not by mixup, which has {mixup.label_smoothing}")
+        self.mix, self.even_boxes, self.mixup = mix and mixup is None, even_boxes, mixup
         self.find_unused_parameters = isinstance(model, TokenViT) and _has_unused(model)
         if num_classes is not None:
             check_classes(model, num_classes)
@@ -64,7 +72,12 @@ class TokenLabelTask(TokenTask):
             ValueError: Token labels are given to a model without a token-label head.
         """
         labelled = isinstance(target, LabeledTarget)
-        self.place_in_order(len(input))
+        if self.mixup is not None and self.training:
+            if labelled:
+                raise ValueError("mixup and CutMix mix classes, not token labels: leave them out, for MixToken")
+            input, target = mix_neighbours(self, self.mixup, input, target)
+        else:
+            self.place_in_order(len(input))
         if not self.dense:
             if labelled:
                 raise ValueError("token labels need a model with a token-label head: token_label_head(model)")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from timm_tokens.cli.bench.report import Row, table, write
 from timm_tokens.cli.bench.timing import MachineOptions, Setting, build, describe, make_step, peak_memory, timed
 from timm_tokens.cli.common import checks
-from timm_tokens.cli.parser import write_config
+from timm_tokens.cli.config import write_config
 from timm_tokens.merger_file import read_merger
 from timm_tokens.options import option
 from timm_tokens.vit import TokenViT

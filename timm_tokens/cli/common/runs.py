@@ -9,8 +9,9 @@ from timm_tokens.cli.commands import module_of
 from timm_tokens.cli.common import checkpoints
 from timm_tokens.cli.common.features import Source
 from timm_tokens.cli.common.models import make_backbone
+from timm_tokens.cli.config import CONFIG, read_config
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.parser import CONFIG, build, read_config
+from timm_tokens.cli.parser import build
 from timm_tokens.options import Options, option
 from timm_tokens.tasks import MTETask
 from timm_tokens.training.checkpoints import load

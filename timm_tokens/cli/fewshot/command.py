@@ -17,10 +17,11 @@ from tqdm import tqdm
 from timm_tokens.cli.common import checks
 from timm_tokens.cli.common.datasets import open_dataset
 from timm_tokens.cli.common.features import FeatureOptions, cached_features, load_features, named
+from timm_tokens.cli.config import write_config
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.fewshot.report import draw, table, write
 from timm_tokens.cli.options import ImageOptions, LoadingOptions
-from timm_tokens.cli.parser import flag, write_config
+from timm_tokens.cli.parser import flag
 from timm_tokens.fewshot import CLASSIFIERS, ESFR, Comparison, compare
 from timm_tokens.options import option
 

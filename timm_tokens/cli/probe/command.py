@@ -19,9 +19,9 @@ from timm_tokens.cli.common import checks
 from timm_tokens.cli.common.datasets import class_names, identity, open_split
 from timm_tokens.cli.common.features import FeatureOptions, Features, cached_features, named
 from timm_tokens.cli.common.runs import RunOptions, load_run
+from timm_tokens.cli.config import write_config
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions, SplitOptions
-from timm_tokens.cli.parser import write_config
 from timm_tokens.cli.probe.prototypes import nmi_by_tokens
 from timm_tokens.cli.probe.report import Report, draw, table, write
 from timm_tokens.data.folders import listed

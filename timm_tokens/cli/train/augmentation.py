@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from timm.data import Mixup
 from torch import Tensor
 
 from timm_tokens.data import TokenLabelTransform
@@ -24,6 +25,21 @@ class AugmentationOptions(CropAndFlip):
     aa: str = option("rand-m9-mstd0.5-inc1", "RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1; '' for none",
                      aliases=("--auto-augment",))  # fmt: skip
     re_prob: float = option(0.25, "probability of random erasing", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixOptions(Options):
+    """Augmentation."""
+
+    mixup: float = option(0.0, "alpha of mixup; 0 for none", at_least=0)
+    cutmix: float = option(0.0, "alpha of CutMix; 0 for none", at_least=0)
+
+
+def mixer(options: MixOptions, num_classes: int, smoothing: float = 0.0) -> Mixup | None:
+    """What mixes the images of a batch and their classes; None where nothing is to be mixed."""
+    if not (options.mixup or options.cutmix):
+        return None
+    return Mixup(options.mixup, options.cutmix, label_smoothing=smoothing, num_classes=num_classes or 1)
 
 
 def transform(options: AugmentationOptions, config: dict[str, Any], **more: Any) -> TokenLabelTransform:

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import Mixup
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,7 +25,7 @@ from timm_tokens.cli.common import models
 from timm_tokens.cli.common.datasets import class_names, model_classes, open_split
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import WeightOptions
-from timm_tokens.cli.train.augmentation import AugmentationOptions, ViewImage, transform
+from timm_tokens.cli.train.augmentation import AugmentationOptions, MixOptions, ViewImage, mixer, transform
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import input_config, input_transform
 from timm_tokens.data.images import as_images
@@ -82,18 +81,11 @@ class MergeOptions(base.Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixOptions(AugmentationOptions):
-    """Augmentation."""
-
-    mixup: float = option(0.0, "alpha of mixup; 0 for none", at_least=0)
-    cutmix: float = option(0.0, "alpha of CutMix; 0 for none", at_least=0)
-    smoothing: float = option(0.0, "label smoothing, where mixup or CutMix is used", at_least=0, below=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(MergeOptions, MixOptions, TrainOptions, WeightOptions):
+class Options(MergeOptions, AugmentationOptions, MixOptions, TrainOptions, WeightOptions):
     """DTEM."""
 
+    smoothing: float = option(0.0, "label smoothing, where mixup or CutMix is used", at_least=0, below=1,
+                              group="Augmentation")  # fmt: skip
     scale: tuple[float, float] = changed(AugmentationOptions, "scale", (0.35, 1.0))
     aa: str = changed(AugmentationOptions, "aa", "")
     re_prob: float = changed(AugmentationOptions, "re_prob", 0.0)
@@ -136,7 +128,11 @@ def build(options: Options) -> Objective:
     train.transform = ViewImage(transform(options, config, interpolation=config["interpolation"]))
     r = options.r or (usual_r(model, 1.0),)
     task = DTEMTask(
-        model, target=options.target, train=options.train, r=r[0] if len(r) == 1 else r, mixup=_mixup(options, model)
+        model,
+        target=options.target,
+        train=options.train,
+        r=r[0] if len(r) == 1 else r,
+        mixup=mixer(options, model.num_classes, options.smoothing),
     )
     evaluate, val = None, None
     if options.val_split:
@@ -186,12 +182,6 @@ def _class_numbers(images: Dataset, model: nn.Module) -> dict[str, int] | None:
     names = class_names(images)
     numbers = model_classes(names, model) if classifies(model) else None
     return None if numbers is None else dict(zip(names, numbers.tolist(), strict=True))
-
-
-def _mixup(options: Options, model: nn.Module) -> Mixup | None:
-    if not (options.mixup or options.cutmix):
-        return None
-    return Mixup(options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=model.num_classes or 1)
 
 
 def _finish(options: Options, val: Dataset | None, labelled: bool, result: Result) -> None:

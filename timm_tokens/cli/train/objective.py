@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 from timm_tokens.cli.common import checks, models
 from timm_tokens.cli.common.datasets import RECORD
 from timm_tokens.cli.common.processes import joined
+from timm_tokens.cli.config import CONFIG, config_of, read_config, write_config
 from timm_tokens.cli.options import DeviceOptions, ImageOptions, ModelOptions
-from timm_tokens.cli.parser import CONFIG, config_of, read_config, write_config
 from timm_tokens.cli.train.images import count_unreadable
 from timm_tokens.hub import check_repository, push_model_to_hub
 from timm_tokens.options import option
@@ -59,6 +59,10 @@ class TrainOptions(ModelOptions, ImageOptions, DeviceOptions, Settings):
         group="Training",
     )
     model: str = option(help="name of a model in timm or in this package")
+    run_dir: Path | None = option(
+        None, "folder of a run of timm-tokens train, whose model and weights to start from, at any --img-size "
+        "(default: none)", flag="--run", metavar="FOLDER",
+    )  # fmt: skip
     pretrained: bool = option(False, "start from timm's pretrained weights")
     checkpoint: Path | None = option(
         None, "checkpoint to start from; a classifier for another number of classes is left out (default: none)",

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from timm_tokens import options as base
 from timm_tokens.cli.common.datasets import class_names, class_numbers, open_split, tell
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.train.augmentation import AugmentationOptions, ViewImage, transform
+from timm_tokens.cli.train.augmentation import AugmentationOptions, MixOptions, ViewImage, mixer, transform
 from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import Images, TokenLabelDataset, TokenLabelStore, image_names, input_config, input_transform
@@ -52,7 +52,7 @@ class LabelOptions(base.Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LabelOptions, AugmentationOptions, TrainOptions):
+class Options(LabelOptions, AugmentationOptions, MixOptions, TrainOptions):
     """Token labeling."""
 
     ratio: tuple[float, float] = option(
@@ -61,6 +61,11 @@ class Options(LabelOptions, AugmentationOptions, TrainOptions):
     val_split: str = option(
         "val", "folder in --data-dir, or split of --dataset, to validate on; '' for none", group="Images"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels is not None and (self.mixup or self.cutmix):
+            raise ValueError("mixup and cutmix are for training without labels; with them MixToken takes their place")
 
 
 def run(options: Options) -> Result:
@@ -89,7 +94,8 @@ def build(options: Options) -> Objective:
     config = input_config(model, options.img_size)
     loss = TokenLabelLoss(options.dense_weight, options.cls_weight, options.ground_truth, options.smoothing)
     classes = None if store is None else count
-    task = TokenLabelTask(model, loss, mix=options.mix, even_boxes=options.even_boxes, num_classes=classes)
+    mix = {"mix": options.mix, "even_boxes": options.even_boxes, "mixup": mixer(options, count)}
+    task = TokenLabelTask(model, loss, num_classes=classes, **mix)
     evaluate = None
     train = readable(train, options, options.train_split)
     if options.val_split:

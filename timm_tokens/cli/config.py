@@ -1,0 +1,64 @@
+"""Where options come from that a command line leaves out: an earlier run's file, a recipe, a run to go on from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from timm_tokens.cli import recipes
+from timm_tokens.cli.errors import CommandError, explained
+from timm_tokens.files import write_json
+from timm_tokens.options import Options
+
+CONFIG = "options.json"  # of a run, in its folder
+
+
+def read_config(path: Path, command: str | None = None) -> dict[str, Any]:
+    """The options that an earlier run of the command wrote down, or one of any command, whose name is then among them.
+
+    Raises:
+        CommandError: There is no such file, or it is of another command.
+    """
+    with explained():
+        text = path.read_text()
+    try:
+        kept = json.loads(text)
+    except ValueError:
+        kept = None
+    named = isinstance(kept, dict) and kept.get("command")
+    if not named or command not in (None, named):
+        raise CommandError(f"{path} does not hold the options of timm-tokens {command or ''}".rstrip())
+    return {name: value for name, value in kept.items() if name != "command" or command is None}
+
+
+def config_of(command: str, options: Options) -> dict[str, Any]:
+    """What `read_config` reads of these options, the command's name beside them."""
+    return {"command": command} | json.loads(json.dumps(vars(options), default=str))
+
+
+def write_config(folder: Path, command: str, options: Options) -> None:
+    """Write the options down in a run's folder, for `--config`."""
+    write_json(folder / CONFIG, config_of(command, options))
+
+
+def defaults(command: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe, and an earlier run whose model is trained further, say of the options that are not given.
+
+    Raises:
+        CommandError: There is no such recipe or run, or the run has not ended.
+    """
+    recipe, run = recipes.named(command, given.get("recipe")), {}
+    if command.startswith("train ") and given.get("run_dir"):
+        run = _model_of(Path(given["run_dir"]))
+        if clash := [name for name in ("model", "checkpoint", "pretrained") if given.get(name)]:
+            raise CommandError(f"give --run or --{clash[0]}, not both: a run names its model and its weights")
+    size = {name: run.pop(name) for name in ("img_size",) if name in run}
+    return size | (recipes.values(recipe, given | run) if recipe else {}) | run
+
+
+def _model_of(folder: Path) -> dict[str, Any]:
+    """The options of a model that a run has trained."""
+    kept, weights = read_config(folder / CONFIG), folder / "model.safetensors"
+    if not weights.is_file():
+        raise CommandError(f"the run in {folder} has not ended: there is no {weights}")
+    names = ("model", "model_kwargs", "in_chans", "img_size")
+    return {name: kept[name] for name in names if name in kept} | {"checkpoint": weights}
