@@ -6,7 +6,9 @@
 A ViT gets two decoders: a linear classifier of each patch, and Segmenter's mask transformer (arXiv 2105.05633), whose
 queries, one per class, attend to the patches. They are trained once, on the features of the plain ViT. Then everything
 is frozen, and mIoU is measured on val/ for each r: merged by the attention's keys, and by embeddings that were trained
-through the frozen decoder with the task's own loss. The mask transformer also reads the merged tokens themselves, with
+through the frozen decoder with the task's own loss. For the r that they were trained with, three other schedules with
+the same FLOPs are measured, too: later blocks merge more, every second block merges, and what `calibrate` finds with
+training images. The mask transformer also reads the merged tokens themselves, with
 the logarithm of their sizes as a bias, which makes it cheaper too.
 
 DIR has images/train, masks/train, images/val and masks/val: a mask is a PNG of the image's name whose pixels are class
@@ -80,7 +82,7 @@ class Segmenter(nn.Module):
 class Row(NamedTuple):
     """What one r gives: mIoU in percent by decoder and by what tokens are compared by, and the time per image."""
 
-    r: int
+    r: str
     tokens: int
     gflops: float
     metric: str
@@ -103,6 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--r", type=int, nargs="+", help="tokens to merge in each block (default: by the patches)")
     parser.add_argument("--steps", type=int, help="steps of training the decoders (default: 600; digits: 500)")
     parser.add_argument("--merge-steps", type=int, default=150, help="steps of training the embeddings (default: 150)")
+    parser.add_argument("--calibrate", type=int, default=64, help="images to calibrate by, 0 for none (default: 64)")
     parser.add_argument("--batch-size", type=int, default=8, help="images per step (default: 8)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 0.001)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
@@ -120,13 +123,33 @@ def run(args: argparse.Namespace) -> list[Row]:
     learned = timm_tokens.apply_dtem_merging(model.vit, r=rs[len(rs) // 2])
     train_merging(learned, model, train, args)
     rows = []
-    for r in [0, *rs]:
-        for metric, vit in (("keys", keys), ("learned", learned.eval())):
+    images = normalised(train.images[:: len(train.images) // args.calibrate + 1]) if args.calibrate else None
+    for metric, vit in (("keys", keys), ("learned", learned.eval())):
+        schedules = {str(r): r for r in [0, *rs]} | alternatives(vit, rs[len(rs) // 2], images)
+        for name, r in schedules.items():
             vit.merger.r = r
-            rows.append(report(model, vit, val, r, metric))
+            rows.append(report(model, vit, val, name, metric))
             print(table(rows[-1:], head=len(rows) == 1), flush=True)
     save(rows, args.out)
     return rows
+
+
+def alternatives(vit: TokenViT, r: int, images: Tensor | None) -> dict[str, tuple[int, ...]]:
+    """Schedules of the FLOPs of r in each block, by name; without images to calibrate by, two of them."""
+    depth, costs, patches = len(vit.base.blocks), vit.costs(), vit.base.patch_embed.num_patches
+    goal = costs.flops([r] * depth, True)
+
+    def smallest(schedule: Callable[[int], tuple[int, ...]]) -> tuple[int, ...]:
+        return next(found for n in range(patches) if costs.flops(found := schedule(n), True) <= goal)
+
+    found = {
+        "late": smallest(lambda n: timm_tokens.ops.schedule((n, 1.0), depth)),
+        "every second": smallest(lambda n: timm_tokens.ops.schedule([0, n] * (depth // 2), depth)),
+    }
+    if images is not None:
+        share = goal / costs.flops([0] * depth, True)
+        found["calibrated"] = timm_tokens.calibrate(vit, images, share)
+    return {f"{name}, as {r}": schedule for name, schedule in found.items()}
 
 
 def digits_job(args: argparse.Namespace) -> tuple[Scenes, Scenes, Segmenter]:
@@ -235,7 +258,7 @@ def full_size(vit: nn.Module, logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.inference_mode()
-def report(model: Segmenter, vit: TokenViT, val: Scenes, r: int, metric: str) -> Row:
+def report(model: Segmenter, vit: TokenViT, val: Scenes, r: str, metric: str) -> Row:
     k, seconds = model.num_classes, []
     confusion = {name: torch.zeros(k, k, dtype=torch.long) for name in ("linear", "mask", "mask_on_merged")}
     for images, masks in zip(val.images.split(1), val.masks.split(1), strict=True):
@@ -288,12 +311,13 @@ def save(rows: list[Row], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with (out / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])
+    constant = [row for row in rows if row.r.isdigit()]
     lines = {
-        f"{name}, {metric}": [(row.gflops, getattr(row, field)) for row in rows if row.metric == metric]
+        f"{name}, {metric}": [(row.gflops, getattr(row, field)) for row in constant if row.metric == metric]
         for metric in ("keys", "learned")
         for name, field in (("linear", "linear"), ("mask decoder", "mask"))
     }
-    figure = draw_accuracy(lines, [f"r = {row.r}" for row in rows if row.metric == "keys"], "mIoU (%)")
+    figure = draw_accuracy(lines, [f"r = {row.r}" for row in constant if row.metric == "keys"], "mIoU (%)")
     save(figure, out / "miou.png")
     print(f"\nmIoU in percent; ms per image for the ViT and both decoders on merged tokens. Results are in {out}.")
 

@@ -78,13 +78,16 @@ def test_segmentation_measures_every_r(example, tmp_path, monkeypatch):
     scatter = segmentation.scatter_digits
     monkeypatch.setattr(segmentation, "scatter_digits", lambda d, y, count, *rest: scatter(d, y, count // 100, *rest))
     options = ["--steps", "2", "--merge-steps", "1", "--batch-size", "2", "--r", "20", "--out", str(tmp_path)]
+    options += ["--calibrate", "2"]
     assert segmentation.main(options) == 0
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["r"], row["metric"], row["tokens"]) for row in rows] == [
-        ("0", "keys", "256"), ("0", "learned", "256"), ("20", "keys", "136"), ("20", "learned", "136"),
-    ]  # fmt: skip
-    assert rows[0]["linear"] == rows[1]["linear"]  # r = 0 is the same model
+    names = ["0", "20", "late, as 20", "every second, as 20", "calibrated, as 20"]
+    assert [(row["r"], row["metric"]) for row in rows] == [(name, m) for m in ("keys", "learned") for name in names]
+    assert [row["tokens"] for row in rows[:2]] == ["256", "136"]
+    assert int(rows[2]["tokens"]) < 136 and rows[3]["tokens"] == str(256 - 3 * ((256 - int(rows[3]["tokens"])) // 3))
+    assert all(0.85 < float(row["gflops"]) / float(rows[1]["gflops"]) < 1.01 for row in rows[2:5])
+    assert rows[0]["linear"] == rows[5]["linear"]  # r = 0 is the same model
     assert rows[0]["mask"] == rows[0]["mask_on_merged"]
     assert (tmp_path / "miou.png").stat().st_size > 1000
 
