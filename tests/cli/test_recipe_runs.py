@@ -7,7 +7,7 @@ from gloo import on_two
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from timm_tokens.cli import call
+from timm_tokens.cli import CommandError, call
 from timm_tokens.data import TokenLabelWriter
 from timm_tokens.recipes import load, names
 from timm_tokens.tasks import TokenTask
@@ -96,6 +96,11 @@ def test_resumed_equals_uninterrupted(objective, name, folder, tmp_path, monkeyp
     (losses, weights), (again, resumed) = (outcome(tmp_path / kind / name) for kind in ("whole", "killed"))
     assert again == losses and len(losses.splitlines()) == 21
     assert all(torch.equal(resumed[key], value) for key, value in weights.items())
+
+
+def test_batch_norm_of_one_row_is_refused(folder, tmp_path):
+    with pytest.raises(CommandError, match="batch norm has to train on more than one value per channel"):
+        run("mte", "moby", folder, tmp_path, steps=3, batch_size=1, warmup_epochs=0)
 
 
 def work(rank, folder):
