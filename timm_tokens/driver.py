@@ -128,7 +128,8 @@ def _start(x: Tensor, merger: TokenMerger | None, aux: AuxTokens | None, limits:
         numbers = torch.arange(b * n, device=x.device)
     if aux is None or aux.tokens is None:
         return Stream(x, 0, effective=n, numbers=numbers)
-    _refuse(limits, "auxiliary", "; call with aux=False")
+    if limits:
+        _refuse(limits, "auxiliary", "; call with aux=False")
     return Stream(aux.append(x), aux.num_cls, effective=n, numbers=numbers)
 
 
@@ -144,19 +145,18 @@ def run_block(
     prefix_alone: bool = False,
 ) -> tuple[Stream, Matching | RelaxedMatching | None]:
     """Run block i of `encode`: the tokens after it, and what it merged, None if nothing."""
-    x, num_aux, effective, size, rows, _ = stream
-    # no bias while all sizes are 1: keeps the flash kernel
-    bias = None if merger is None or size is None else merger.bias(size, x.dtype)
-    attention = _attention(x, bias, rope, rows, num_aux, aux, prefix)
+    x, num_aux, effective, size, rows, numbers = stream
+    attention = _attention(stream, rope, prefix, merger, aux)
     r = 0 if merger is None else merger.count(i, effective, prefix)
     if merger is None or not r or (prefix_alone and not last_block.is_watched(merger, i)):
         first = partial(blocks.first_tokens, block, prefix) if prefix_alone else None
         x = _call(block, first, x, {**attention, **limits})
-        return Stream(x, num_aux, effective, size, rows, stream.numbers), None
-    _refuse(limits, "merged", f", and block {i} merges {r}; set model.merger.r = 0, or call model.base")
+        return Stream(x, num_aux, effective, size, rows, numbers), None
+    if limits:
+        _refuse(limits, "merged", f", and block {i} merges {r}; set model.merger.r = 0, or call model.base")
     x, (_, size, effective, matching) = _merging(i, block, stream, attention, r, prefix, merger, prefix_alone)
     rows = None if rope is None else _kept_rows(rows, matching, prefix)
-    return Stream(x, num_aux, effective, size, rows, stream.numbers), matching
+    return Stream(x, num_aux, effective, size, rows, numbers), matching
 
 
 def _merging(
@@ -170,27 +170,33 @@ def _merging(
     prefix_alone: bool,
 ) -> tuple[Tensor, Merged]:
     """What the block makes of the stream's tokens with a merge between its halves, and the merge."""
-    halves, (_, num_aux, effective, size, _, numbers) = blocks.halves(block), stream
-    merges: list[Merged] = []
+    (read, attend, feed), (_, num_aux, effective, size, _, numbers) = blocks.halves(block), stream
 
-    def forward(x: Tensor, **attention: Tensor) -> Tensor:  # torch 2.6 compiles no union types here
-        y = halves.read(block, x)
+    def run(x: Tensor, attention: dict[str, Tensor]) -> tuple[Tensor, Merged]:
+        y = read(block, x)
         # chosen before the attention, while y is in the caches
         choice = merger.choose(i, block, stream.split(y)[0] if num_aux else y, r, effective, prefix, numbers)
-        x = halves.attend(block, x, y, **attention)
+        x = attend(block, x, y, **attention)
         if num_aux:
             x, extra = stream.split(x)
         merged = merger(choice, x, size, r, effective, prefix)
-        merges.append(merged)
         x = merged.x[:, :prefix] if prefix_alone else merged.x
-        return halves.feed(block, torch.cat([x, extra], dim=1) if num_aux else x)
+        return feed(block, torch.cat([x, extra], dim=1) if num_aux else x), merged
 
-    return _call(block, forward, stream.x, attention), merges[-1]
+    if not hooks.is_hooked(block):
+        return run(stream.x, attention)
+    merges: list[Merged] = []
+
+    def forward(x: Tensor, **attention: Tensor) -> Tensor:
+        x, merged = run(x, attention)
+        merges.append(merged)
+        return x
+
+    return hooks.call(block, forward, (stream.x,), attention), merges[0]
 
 
 def _refuse(limits: Mapping[str, Any], kind: str, advice: str) -> None:
-    if limits:
-        raise ValueError(f"{' and '.join(limits)} can't say what {kind} tokens may attend to{advice}")
+    raise ValueError(f"{' and '.join(limits)} can't say what {kind} tokens may attend to{advice}")
 
 
 def _call(block: Block, forward: Callable[..., Tensor] | None, x: Tensor, attention: dict[str, Any]) -> Any:
@@ -201,15 +207,12 @@ def _call(block: Block, forward: Callable[..., Tensor] | None, x: Tensor, attent
 
 
 def _attention(
-    x: Tensor,
-    bias: Tensor | None,
-    rope: Tensor | None,
-    rows: Tensor | None,
-    num_aux: int,
-    aux: AuxTokens | None,
-    prefix: int,
+    stream: Stream, rope: Tensor | None, prefix: int, merger: TokenMerger | None, aux: AuxTokens | None
 ) -> dict[str, Tensor]:
     """The arguments by which a block's attention learns of rotary positions, sizes and auxiliary tokens."""
+    x, num_aux, _, size, rows, _ = stream
+    # no bias while all sizes are 1: keeps the flash kernel
+    bias = None if merger is None or size is None else merger.bias(size, x.dtype)
     arguments = {}
     if rope is not None:
         rope = rotary.rope_rows(rope, rows)

@@ -4,7 +4,7 @@ Everything is a gather, a scatter-sum and a division over shapes known beforehan
 never waits for the device. Shapes: B images, N tokens, P prefix tokens, C channels, E embedding width, R merged tokens.
 """
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,11 +64,12 @@ def cosine_similarity(metric: Tensor, first: slice, second: slice) -> Tensor:
     metric = metric.float()
     # what F.normalize computes, in half the time for the few small tensors here
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-12)
+    a, b = metric[:, first], metric[:, second].mT
     device = metric.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # asking about meta tensors is an error
         with torch.autocast(device, enabled=False):
-            return torch.bmm(metric[:, first], metric[:, second].transpose(1, 2))
-    return torch.bmm(metric[:, first], metric[:, second].transpose(1, 2))
+            return torch.bmm(a, b)
+    return torch.bmm(a, b)
 
 
 def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1, numbers: Tensor | None = None) -> Matching:
@@ -105,15 +106,17 @@ def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1, numbers:
         return Matching(torch.cat([prefix, evens, odds], dim=1), rows[:, :0], first_odd)
     best, partner = cosine_similarity(metric, slice(even, None, 2), slice(odd, None, 2)).max(dim=-1)
     ranked = _rank(best)
-    evens = evens.gather(1, ranked)
-    stay = evens[:, r:].sort(dim=-1).values
-    return Matching(torch.cat([prefix, stay, odds, evens[:, :r]], dim=1), partner.gather(1, ranked[:, :r]), first_odd)
+    gone, stay = evens.gather(1, ranked).split_with_sizes((r, evens.shape[1] - r), 1)
+    into = partner.gather(1, ranked[:, :r])
+    return Matching(torch.cat([prefix, stay.sort(dim=-1).values, odds, gone], dim=1), into, first_odd)
 
 
 def _rank(scores: Tensor) -> Tensor:
     """Indices (B, N) of the scores, the highest first; equal ones stay in their order."""
-    exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    if exporting or torch.onnx.is_in_onnx_export():  # ONNX can't be asked for a stable sort; ONNX Runtime has no other
+    exporting = torch.compiler.is_compiling() and (
+        not torch.compiler.is_dynamo_compiling() or torch.onnx.is_in_onnx_export()
+    )
+    if exporting:  # ONNX can't be asked for a stable sort; ONNX Runtime has no other
         return scores.argsort(dim=-1, descending=True)
     return scores.argsort(dim=-1, descending=True, stable=True)
 
@@ -129,8 +132,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     One index_select over the flattened batch copies whole rows; a gather would look each element up (13 times slower
     for 384 channels on a CPU).
     """
-    taken = x.flatten(0, 1).index_select(0, rows.flatten())
-    return cast(Tensor, taken.unflatten(0, rows.shape))  # type: ignore[no-untyped-call]  # torch has no types for it
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, *x.shape[2:])
 
 
 def flat_rows(index: Tensor, n: int) -> Tensor:
@@ -154,14 +156,15 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     Source: ToMe (arXiv 2210.09461), section 3.
     """
     rows, into, first_odd = matching
-    odds, gone = slice(first_odd, rows.shape[1] - into.shape[1]), slice(rows.shape[1] - into.shape[1], None)
-    size = torch.ones(x.shape[:2], device=x.device) if size is None else size
+    left = rows.shape[1] - into.shape[1]
     # Sums are divided in the end: few operations, which is what a single image waits for. Sizes are float32, and so
     # are the sums of tokens in half precision, which could not hold them.
-    total, new_size = take_rows(x * size.unsqueeze(2), rows), size.take(rows)
-    _add_rows(total[:, odds], into, total[:, gone])
-    new_size[:, odds].scatter_add_(1, into, new_size[:, gone])
-    return (total[:, : odds.stop] / new_size[:, : odds.stop].unsqueeze(2)).to(x.dtype), new_size[:, : odds.stop]
+    total = take_rows(x.float() if size is None else x * size.unsqueeze(2), rows)
+    new_size = torch.ones(rows.shape, device=x.device) if size is None else size.take(rows)
+    _add_rows(total[:, first_odd:left], into, total[:, left:])
+    new_size[:, first_odd:left].scatter_add_(1, into, new_size[:, left:])
+    new_size = new_size[:, :left]
+    return (total[:, :left] / new_size.unsqueeze(2)).to(x.dtype), new_size
 
 
 def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> None:
