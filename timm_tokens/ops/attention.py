@@ -1,7 +1,11 @@
 """Attention masks and biases: everything the methods do to attention is added to its scores."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from timm_tokens.ops.ranges import check_counts
 
@@ -18,6 +22,36 @@ def size_bias(size: Tensor, eps: float = 1e-6) -> Tensor:
     """
     size = size.float() + eps if eps else size.float()
     return size.log().unsqueeze(1).unsqueeze(1)
+
+
+class LearnableBias(Tensor):
+    """A bias on keys (B, 1, 1, N) that gets a gradient without the scores being kept.
+
+    No fused attention of torch's on a CPU gives the gradient of a mask: the scores (B, heads, N, N) are then computed,
+    and kept, one operation after the other. As one more channel of queries (a constant) and keys (the bias), it is no
+    mask, and the same. `torch.nn.attention.bias` gives its masks to fused attention in this way.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is scaled_dot_product_attention:
+                return _attend(*args, **kwargs or {})
+            return func(*args, **kwargs or {})
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+    """Attention of q, k, v (B, heads, N, D), where a bias on the keys (B, 1, 1, N) is a channel of q and k."""
+    scale = options.pop("scale", None) or q.shape[-1] ** -0.5
+    bias = attn_mask.mT.to(k.dtype)
+
+    def wider(x: Tensor, channel: Tensor) -> Tensor:
+        return torch.cat([x, channel.expand(*x.shape[:-1], 1)], dim=-1)  # faster than pad, and so is its gradient
+
+    q, k, v = wider(q, q.new_tensor(1 / scale)), wider(k, bias), wider(v, v.new_zeros(()))
+    return scaled_dot_product_attention(q, k, v, scale=scale, **options)[..., :-1]
 
 
 def aux_attention_mask(

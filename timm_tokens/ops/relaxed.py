@@ -88,7 +88,8 @@ def relaxed_apply(
 ) -> tuple[Tensor, Tensor, RelaxedMatching]:
     """Hand the assigned parts over and sort the tokens that took part by size, the largest first."""
     p, n = num_prefix_tokens, x.shape[1]
-    (xa, xb), (size_a, size_b) = _alternate(x, p, effective), _alternate(size, p, effective)
+    prefix, (xa, xb), rest = _split(x, p, effective)
+    size_prefix, (size_a, size_b), size_rest = _split(size, p, effective)
     given = assignment * size_a.unsqueeze(2)  # (B, |A|, |B|)
     grown = size_b + given.sum(dim=1)
     shares = (given / grown.unsqueeze(1)).transpose(1, 2).to(x.dtype)
@@ -96,15 +97,13 @@ def relaxed_apply(
     stay = 1 - assignment.sum(dim=2)
     stay = stay + (stay.clamp(0, 1) - stay).detach()  # the value is clamped, the gradient is not
     sizes = torch.cat([size_a * stay, grown], dim=1)
-    order = sizes.argsort(dim=1, descending=True)  # (B, effective - P)
-    merged = take(torch.cat([xa, xb], dim=1), order)
-    x = torch.cat([x[:, :p], merged, x[:, effective:]], dim=1)
-    size = torch.cat([size[:, :p], sizes.gather(1, order), size[:, effective:]], dim=1)
-    positions = torch.arange(n, device=x.device)
-    positions = torch.cat(_alternate(positions[None], p, effective), dim=1)[0]
-    outside = torch.arange(n, device=x.device).expand(order.shape[0], -1)
-    order = torch.cat([outside[:, :p], positions[order], outside[:, effective:]], dim=1)
-    return x, size, RelaxedMatching(assignment, order, p, effective)
+    numbers = torch.arange(n, device=x.device).expand(len(x), -1)
+    order = torch.cat([numbers[:, :p], sizes.argsort(dim=1, descending=True) + p, numbers[:, effective:]], dim=1)
+    x = take(torch.cat([prefix, xa, xb, rest], dim=1), order)
+    size = torch.cat([size_prefix, sizes, size_rest], dim=1).gather(1, order)
+    _, (even, odd), _ = _split(numbers, p, effective)
+    positions = torch.cat([numbers[:, :p], even, odd, numbers[:, effective:]], dim=1)
+    return x, size, RelaxedMatching(assignment, positions.gather(1, order), p, effective)
 
 
 def relaxed_merge(
@@ -166,6 +165,14 @@ def relaxed_unmerge(matching: RelaxedMatching, x: Tensor) -> Tensor:
 
 def _alternate(x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     return x[:, start:stop:2], x[:, start + 1 : stop : 2]
+
+
+def _split(x: Tensor, p: int, effective: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """The prefix of x (B, N, ...), the tokens of A and B, the rest; as slices, each would have a gradient like x."""
+    pairs = (effective - p) // 2
+    parts = x.split_with_sizes((p, 2 * pairs, (effective - p) % 2, x.shape[1] - effective), 1)
+    a, b = parts[1].view(len(x), pairs, 2, *x.shape[2:]).unbind(2)
+    return parts[0], (torch.cat([a, parts[2]], dim=1) if parts[2].shape[1] else a, b), parts[3]
 
 
 def _interleave(a: Tensor, b: Tensor) -> Tensor:
