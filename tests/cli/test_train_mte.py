@@ -60,6 +60,13 @@ def test_objectives(images, options, columns):
     assert model.eval()(torch.randn(1, 3, 32, 32)).isfinite().all()
 
 
+def test_crops_on_the_device(images, capsys):
+    code, out = run(images, "--model test_vit --local-crops 1 --augment-on-device")
+    assert code == 0 and "loader" in capsys.readouterr().out
+    with (out / "steps.csv").open() as file:
+        assert all(0 < float(row["loss"]) < 100 for row in csv.DictReader(file))
+
+
 def test_a_registered_model_brings_its_tokens(images):
     code, out = run(images, "--model vit_tiny_mte --objective ibot --local-crops 1 --heads shared --global-weight 0.7")
     assert code == 0

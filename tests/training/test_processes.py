@@ -10,11 +10,12 @@ from gloo import on_two
 from PIL import Image
 from runs import Follow, Killed, Points, run
 from safetensors.torch import load_file
+from timm.layers import DropPath
 from torch import nn
 
 from timm_tokens.cli import call
 from timm_tokens.stopping import Stopped
-from timm_tokens.training import Accuracy
+from timm_tokens.training import Accuracy, compiling
 from timm_tokens.training.history import read
 
 OPTIONS = dict(epochs=2, clip_grad=0.5, weight_decay_end=0.4, ema=0.7)
@@ -33,11 +34,22 @@ def accuracy(model):
     return {"top1": Accuracy(items, batch_size=2, topk=(1,))(model)["top1"]}
 
 
+def dropping():
+    """A task with stochastic depth, for which one process draws as many do together."""
+    task = Follow(dropout=0, noise=0)
+    task.student[2] = DropPath(0.5)
+    forward = task.forward
+    task.forward = lambda x, y: task.place_in_order(len(x)) or forward(x, y)
+    return task
+
+
 def work(rank, folder):
     parts = OPTIONS | dict(batch_size=1, accumulate=2)
     result, task = run(folder / "two", Follow(dropout=0, noise=0), evaluate=accuracy, **parts)
     torch.save((result.model.state_dict(), task.get_task_state()), folder / f"{rank}.pt")
     call(**COMMAND, data_dir=folder / "images", out=folder / "command", batch_size=2)
+    compiling.BACKEND = "eager"
+    run(folder / "compiled", dropping(), compile=True, batch_size=2, **OPTIONS)
     run(folder / "whole", Follow(), **OPTIONS)
     try:
         run(folder / "killed", Follow(), kill=3, **OPTIONS)
@@ -92,6 +104,12 @@ def test_command(folder, tmp_path):
     weights = load_file(folder / "command" / "model.safetensors")
     for name, value in load_file(tmp_path / "model.safetensors").items():
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_compiled_they_train_as_one_that_is_not(folder, tmp_path):
+    run(tmp_path, dropping(), batch_size=4, **OPTIONS)
+    for found, expected in zip(read(folder / "compiled/steps.csv"), read(tmp_path / "steps.csv"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_killed_and_resumed(folder):

@@ -1,6 +1,7 @@
 """Data: images, label stores, augmentation of images together with their labels, multi-crop and block masks."""
 
 from timm_tokens.data.decoding import decode_image
+from timm_tokens.data.device_crops import DeviceCrops
 from timm_tokens.data.images import Images
 from timm_tokens.data.label_dataset import LabeledTarget, TokenLabelDataset
 from timm_tokens.data.label_format import LabelMap, image_id
@@ -15,6 +16,7 @@ from timm_tokens.data.reading import ImageError, image_names, read_image, unread
 
 __all__ = [
     "Crop",
+    "DeviceCrops",
     "ImageError",
     "Images",
     "LabelMap",

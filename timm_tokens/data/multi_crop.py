@@ -104,6 +104,7 @@ class MultiCrop:
     ) -> None:
         _check(crops)
         self.crops, self.mean, self.std = tuple(crops), tuple(mean), tuple(std)
+        self.interpolation = interpolation
         self.mode = "L" if len(self.mean) == 1 else "RGB"
         self.transforms = [_transform(crop, mean, std, InterpolationMode(interpolation)) for crop in crops]
 
@@ -130,9 +131,14 @@ class MultiCrop:
         return f"MultiCrop({list(self.crops)}, mean={self.mean}, std={self.std})"
 
 
+def blur_reach(crop: Crop) -> int:
+    """How many pixels the blur reaches; reflection can't reach further than the side."""
+    return min(math.ceil(3 * crop.blur_sigma[1]), crop.size - 1)
+
+
 def _transform(crop: Crop, mean: Sequence[float], std: Sequence[float], interpolation: InterpolationMode) -> v2.Compose:
     """One kind of crop as a pipeline of uint8 tensors, with the steps of probability 0 left out."""
-    reach = min(math.ceil(3 * crop.blur_sigma[1]), crop.size - 1)  # reflection can't reach further than the side
+    reach = blur_reach(crop)
     steps = [
         (1.0, v2.RandomResizedCrop(crop.size, crop.scale, crop.ratio, interpolation, antialias=True)),
         (crop.flip, v2.RandomHorizontalFlip(crop.flip)),

@@ -27,7 +27,7 @@ from timm_tokens.training.pace import Pace
 from timm_tokens.training.progress import Progress
 from timm_tokens.training.scalars import Scalars, first_bad
 from timm_tokens.training.settings import Settings
-from timm_tokens.training.step import Stepper
+from timm_tokens.training.step import Augment, Stepper
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
@@ -47,6 +47,7 @@ def train(
     *,
     collate: Callable | None = None,
     evaluate: Evaluate | None = None,
+    augment: Augment | None = None,
 ) -> Result:
     """Train a task, on as many processes as torch.distributed has, and write what comes out to `settings.out`:
 
@@ -64,6 +65,8 @@ def train(
         collate: Makes a batch (input, target) of a list of items; None: torch's default.
         evaluate: Metrics of the product, called on all processes. By the first of them, higher being better, the best
             model is chosen.
+        augment: Called with the input of each batch, on the CPU, and the device; returns the input that the task gets,
+            such as `DeviceCrops` makes it. It draws nothing: randomness belongs into the items, whose seeds are kept.
 
     Raises:
         FloatingPointError: The loss, or a weight, is infinite or NaN; names the last good checkpoint.
@@ -73,11 +76,13 @@ def train(
         PeerLost: Another process of the job has ended.
     """
     with listening() as requests, together(patience=settings.patience):
-        return _Run(task, dataset, settings.scaled(world_size()), collate, evaluate).run(requests)
+        return _Run(task, dataset, settings.scaled(world_size()), collate, evaluate, augment).run(requests)
 
 
 class _Run:
-    def __init__(self, task: TokenTask, dataset: Any, settings: Settings, collate: Any, evaluate: Any):
+    def __init__(
+        self, task: TokenTask, dataset: Any, settings: Settings, collate: Any, evaluate: Any, augment: Augment | None
+    ):
         self.settings, self.device = settings, torch.device(settings.device)
         logs.check(settings.log)
         if settings.compile:
@@ -92,7 +97,7 @@ class _Run:
         self.progress = Progress(settings, self.plan, len(dataset), self.task, self.optimization, self.ema)
         self.progress.restore()
         self.start = self.progress.done
-        self.stepper = Stepper(settings, self.plan, self.task, self.optimization, self.ema)
+        self.stepper = Stepper(settings, self.plan, self.task, self.optimization, self.ema, augment)
         if world_size() > 1:
             self.task.prepare_distributed(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         ended = self.start // self.plan.steps_per_epoch + (self.start == self.plan.total_steps)  # the last may be short

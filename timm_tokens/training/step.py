@@ -1,5 +1,6 @@
 """One step: from the batches of its accumulated parts to new weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from timm_tokens.training.batches import Plan, to_device
 from timm_tokens.training.optimization import Optimization
 from timm_tokens.training.settings import Settings
 
+Augment = Callable[[Any, torch.device], Any]
+
 
 class Stepper:
     """Takes the steps of a run.
@@ -21,11 +24,14 @@ class Stepper:
         settings, plan: Of the run.
         task, optimization: Trained, and what trains it.
         ema: The model's average, if there is one.
+        augment: See `train`.
     """
 
     def __init__(
-        self, settings: Settings, plan: Plan, task: TokenTask, optimization: Optimization, ema: ModelEmaV3 | None
-    ):
+        self, settings: Settings, plan: Plan, task: TokenTask, optimization: Optimization, ema: ModelEmaV3 | None,
+        augment: Augment | None = None,
+    ):  # fmt: skip
+        self.augment = augment
         self.settings, self.plan, self.device = settings, plan, torch.device(settings.device)
         self.task, self.optimization, self.ema = task, optimization, ema
 
@@ -52,7 +58,10 @@ class Stepper:
 
     def _backward(self, batch: Any, parts: int) -> dict[str, Tensor]:
         """Add the gradients of one part; returns the scalars that the task gives."""
-        input, target = to_device(batch, self.device)
+        input, target = batch
+        if self.augment is not None:
+            input = self.augment(input, self.device)
+        input, target = to_device((input, target), self.device)
         with self.autocast():
             outputs = self.task(input, target)
         self.optimization.backward(outputs["loss"] / parts)

@@ -7,6 +7,7 @@ from torch import nn
 
 from timm_tokens.cli.common.models import check_size, plain
 from timm_tokens.cli.train.objective import TrainOptions
+from timm_tokens.data import DeviceCrops, Images, MultiCrop
 from timm_tokens.options import option
 
 
@@ -28,6 +29,9 @@ class CropOptions(TrainOptions):
         None, "interpolation of the crops (default: the one that the model expects)", choices=("bicubic", "bilinear"),
         rare=True,
     )  # fmt: skip
+    augment_on_device: bool = option(
+        False, "cut and colour the crops on --device, in batches, instead of in the processes that load images"
+    )
 
 
 def crop_sides(options: CropOptions, backbone: nn.Module) -> tuple[int, int]:
@@ -43,3 +47,10 @@ def crop_sides(options: CropOptions, backbone: nn.Module) -> tuple[int, int]:
     check_size(backbone, size)
     check_size(backbone, local, "--local-size")
     return size, local
+
+
+def use_crops(images: Images, crops: MultiCrop, options: CropOptions) -> DeviceCrops | None:
+    """Let the images be loaded as these crops, or as what the device makes them of; returns what does so there."""
+    made = DeviceCrops(crops) if options.augment_on_device else None
+    images.transform = crops if made is None else made.draw
+    return made

@@ -14,7 +14,7 @@ from functools import partial
 from timm_tokens import options as base
 from timm_tokens.cli.common.datasets import open_split
 from timm_tokens.cli.common.models import make_backbone
-from timm_tokens.cli.train.crops import CropOptions, crop_sides
+from timm_tokens.cli.train.crops import CropOptions, crop_sides, use_crops
 from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, launch, make_student
 from timm_tokens.data import MultiCrop, dino_crops, swav_crops
@@ -90,5 +90,5 @@ def build(options: Options) -> Objective:
     kinds = swav_crops if options.colors == "swav" else dino_crops  # which are BYOL's colours, as MIRA has them
     crops = kinds(*sides, options.local_crops, options.global_scale, options.local_scale)
     train = readable(train, options, options.train_split)
-    train.transform = MultiCrop.for_model(backbone, crops, options.interpolation)
-    return Objective(task, train)
+    augment = use_crops(train, MultiCrop.for_model(backbone, crops, options.interpolation), options)
+    return Objective(task, train, augment=augment)

@@ -18,7 +18,7 @@ from timm_tokens import options as base
 from timm_tokens.cli.common.datasets import open_split
 from timm_tokens.cli.common.models import make_backbone
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.train.crops import CropOptions, crop_sides
+from timm_tokens.cli.train.crops import CropOptions, crop_sides, use_crops
 from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import Crop, MultiCrop, dino_crops
@@ -143,8 +143,8 @@ def build(options: Options) -> Objective:
     base = task.student.encoder.backbone.base
     images, crops = open_split(options, options.train_split), _crops(options, base)
     images = readable(images, options, options.train_split)
-    images.transform = MultiCrop.for_model(base, crops, options.interpolation)
-    return Objective(task, images)
+    augment = use_crops(images, MultiCrop.for_model(base, crops, options.interpolation), options)
+    return Objective(task, images, augment=augment)
 
 
 def make_task(options: Options) -> MTETask:

@@ -31,6 +31,7 @@ from timm_tokens.training import Result, Settings, checkpoints, history, train
 from timm_tokens.training.continuing import check_same
 from timm_tokens.training.loop import Evaluate
 from timm_tokens.training.settings import FREE
+from timm_tokens.training.step import Augment
 
 
 class Objective(NamedTuple):
@@ -38,6 +39,7 @@ class Objective(NamedTuple):
 
     Attributes:
         finish: Called with the result, on the first process, when the others have ended.
+        augment: What is left of the augmentation for the device; see `train`.
         publish: Uploads the result to a repository of the hub; None: the model is uploaded.
     """
 
@@ -47,6 +49,7 @@ class Objective(NamedTuple):
     evaluate: Evaluate | None = None
     finish: Callable[[Result], None] | None = None
     publish: Callable[[Result, str], None] | None = None
+    augment: Augment | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +129,8 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
         built = build(options)
         if process.rank == 0:
             _note(command, options)
-        result = train(built.task, built.dataset, settings, collate=built.collate, evaluate=built.evaluate)
+        given = {"collate": built.collate, "evaluate": built.evaluate, "augment": built.augment}
+        result = train(built.task, built.dataset, settings, **given)
         process.wait()
     if process.rank == 0:
         if options.plot:
