@@ -87,6 +87,8 @@ ALLOWED = {  # what may import what, inside the package
     },
     "training": {
         "training",
+        "ops",
+        "probing",
         "tasks",
         "data",
         "distributed",

@@ -1,8 +1,11 @@
 """The few-shot command: features by a model and their cache, results, and what it refuses."""
 
 import csv
+import shutil
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,6 +18,7 @@ from timm_tokens.cli.common import checks
 from timm_tokens.cli.common import features as _features
 from timm_tokens.cli.common.datasets import open_dataset
 from timm_tokens.cli.options import LoadingOptions
+from timm_tokens.fewshot import CLASSIFIERS, ESFR, bd_cspn, compare
 
 # timm's ImageDataset leaves the closing of its files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -62,6 +66,77 @@ def test_ready_made_features_give_table_csv_and_plot(feature_file, tmp_path, cap
     assert all(f"| {r.shots} | {r.classifier} | {r.plain} | {r.adapted} | {r.gain} |" in printed for r in results)
 
 
+def test_a_table_as_papers_have_it(feature_file, tmp_path, capsys):
+    results = call(
+        "fewshot", **QUICK | {"shots": [5, 1], "classifiers": ["bd_cspn"]}, features=feature_file, out=tmp_path
+    )
+    five, one = results
+    printed = capsys.readouterr().out
+    assert f"| method | 1-shot | 5-shot |\n| --- | --- | --- |\n| bd_cspn | {one.plain} | {five.plain} |" in printed
+    assert f"| bd_cspn + ESFR | {one.adapted} | {five.adapted} |" in printed
+    with (tmp_path / "methods.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["bd_cspn", "bd_cspn + ESFR"]
+    assert float(rows[1]["1-shot"]) == pytest.approx(100 * one.adapted.mean)
+    assert float(rows[1]["5-shot_ci95"]) == pytest.approx(100 * five.adapted.half_width)
+
+
+def test_options_of_esfr_and_bd_cspn_reach_them(feature_file, tmp_path):
+    options = QUICK | {"features": feature_file, "out": tmp_path, "episodes": 4, "queries": 6, "ways": 4}
+    results = call(
+        "fewshot", nets=2, dropout=0.3, support_weight=0.5, bd_temperature=0.7, bd_normalized=True, **options
+    )
+    found, labels, _ = _features.load_features(feature_file)
+    expected = compare(
+        found, labels, ways=4, shots=1, queries=6, episodes=4, generator=torch.Generator().manual_seed(0),
+        classifiers=CLASSIFIERS | {"bd_cspn": partial(bd_cspn, temperature=0.7, normalized=True)},
+        esfr=ESFR(num_nets=2, dropout=0.3, support_weight=0.5),
+    )  # fmt: skip
+    assert results == expected
+
+
+def test_features_of_numpy_and_torch_files(feature_file, tmp_path):
+    features, labels, _ = _features.load_features(feature_file)
+    np.savez(tmp_path / "x.npz", features=features.double().numpy(), labels=labels.int().numpy())
+    torch.save({"features": features, "labels": labels}, tmp_path / "x.pt")
+    expected = call("fewshot", **QUICK, features=feature_file, out=tmp_path / "out")
+    for name in ("x.npz", "x.pt"):
+        assert call("fewshot", **QUICK, features=tmp_path / name, out=tmp_path / "out") == expected
+    np.savez(tmp_path / "objects.npz", features=np.array([{}]), labels=np.zeros(1))
+    (tmp_path / "text.npz").write_text("text")
+    for name, kind in (("objects.npz", "NumPy"), ("text.npz", "NumPy")):
+        with pytest.raises(CommandError, match=f"{name} is not a {kind} file: "):
+            call("fewshot", **QUICK, features=tmp_path / name)
+
+
+def test_a_split_by_a_csv_file(images, tmp_path, capsys):
+    names = sorted(images.glob("*/*.png"))
+    flat = tmp_path / "flat" / "images"
+    flat.mkdir(parents=True)
+    for number, path in enumerate(names):
+        shutil.copy(path, flat / f"n{number}.png")
+    lines = [f"n{number}.png,{'xyz'[number % 3]}" for number in range(11)]  # other classes than those of the folders
+    (tmp_path / "test.csv").write_text("\n".join(["filename,label", *lines]) + "\n")
+    options = QUICK | {"model": "test_vit", "random": True, "data_dir": flat.parent, "out": tmp_path / "out"}
+    call("fewshot", split_file=tmp_path / "test.csv", **options | {"queries": 2})
+    (kept,) = (tmp_path / "out").glob("*.safetensors")
+    assert _features.load_features(kept).labels.tolist() == [n % 3 for n in range(11)]
+    (tmp_path / "test.csv").write_text("\n".join(line.replace("z", "x") for line in lines))
+    call("fewshot", split_file=tmp_path / "test.csv", **options)
+    labels = [_features.load_features(kept).labels.tolist() for kept in (tmp_path / "out").glob("*.safetensors")]
+    assert sorted(labels) == [[n % 3 % 2 for n in range(11)], [n % 3 for n in range(11)]]
+    for text, message in (
+        ("n0.png,x\nlost.png,y", "1 of 2 images of .*test.csv are not in .*flat: lost.png"),
+        ("n0.png,x\nn0.png,y", "lists n0.png more than once"), ("n0.png", "line 1 of .* must be filename,label, got"),
+        ("filename,label", "lists no images"),
+    ):  # fmt: skip
+        (tmp_path / "test.csv").write_text(text)
+        with pytest.raises(CommandError, match=message):
+            call("fewshot", split_file=tmp_path / "test.csv", **options)
+    with pytest.raises(CommandError, match="--split-file lists images in --data-dir: leave out --features"):
+        call("fewshot", **QUICK, features=kept, split_file=tmp_path / "test.csv")
+
+
 def test_seed_decides_and_shots_are_independent(feature_file, tmp_path):
     arguments = QUICK | {"features": feature_file, "out": tmp_path / "out", "queries": 6, "ways": 3}
     first, both = call("fewshot", **arguments), call("fewshot", **arguments | {"shots": [2, 1]})
@@ -82,7 +157,8 @@ def test_features_of_a_model_are_computed_once(images, tmp_path, monkeypatch):
     call("fewshot", **arguments)
     assert len(calls) == 2
     files = sorted((tmp_path / "out").glob("*"))
-    assert [f.suffix for f in files] == [
+    assert [f.suffix for f in sorted(files, key=lambda file: file.suffix)] == [
+        ".csv",
         ".csv",
         ".json",
         ".safetensors",

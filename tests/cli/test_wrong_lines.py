@@ -28,6 +28,7 @@ from timm_tokens.options import kind
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 _TRAIN = "--data-dir images --model test_vit --img-size 32 --out run --steps 1 --batch-size 2 --workers 0 --device cpu"
+_KNN = "--knn-every 1 --knn 2"
 _VIT = "--model test_vit --checkpoint w.safetensors"
 RIGHT = {
     "annotate": f"--dataset images/train --out maps {_VIT} --top-k 2 --workers 0 --device cpu",
@@ -43,9 +44,9 @@ RIGHT = {
     "--device cpu",
     "run": "",  # all that follows a script is its own
     "train dtem": f"{_TRAIN} --checkpoint w.safetensors --r 1 2 --table-r 2",
-    "train dtm": f"{_TRAIN} --teacher test_vit --teacher-checkpoint w.safetensors",
-    "train mira": f"{_TRAIN} --prototypes 4 --head-hidden 4 --head-dim 4 --local-crops 1 --local-size 16",
-    "train mte": f"{_TRAIN} --prototypes 4 --head-hidden 4 --local-crops 1 --local-size 16",
+    "train dtm": f"{_TRAIN} {_KNN} --teacher test_vit --teacher-checkpoint w.safetensors",
+    "train mira": f"{_TRAIN} {_KNN} --prototypes 4 --head-hidden 4 --head-dim 4 --local-crops 1 --local-size 16",
+    "train mte": f"{_TRAIN} {_KNN} --prototypes 4 --head-hidden 4 --local-crops 1 --local-size 16",
     "train token-label": f"{_TRAIN} --labels labels --aa= --val-split=",
 }
 _FILES = ("nowhere.pth", "images", "list.pth", "corrupt.safetensors", "empty.pth", "script.py", "other.pth", "\0")
@@ -66,6 +67,7 @@ WRONG = {  # by the option's name
                      "features_only=True", "patch_size=0"),
     "push_to_hub": ("", "name", "a/b/c", "user/na me", "user/name"),  # the last: there is no access to the hub
     "name": ("nowhere", ""), "opt": ("nothing", ""), "teacher": ("no_such_model", "", "test_resnet"),
+    "split_file": ("nowhere", "images", "script.py", "w.safetensors", "corrupt.png", "\0"),
     "split": ("nowhere", "\0"), "train_split": ("nowhere", "\0"), "val_split": ("nowhere", "\0"),
 }  # fmt: skip
 

@@ -53,7 +53,7 @@ def compare(
     shots: int = 1,
     queries: int = 15,
     episodes: int = 1000,
-    classifiers: Iterable[str] = tuple(CLASSIFIERS),
+    classifiers: Iterable[str] | Mapping[str, Classifier] = tuple(CLASSIFIERS),
     esfr: ESFR | None = None,
     generator: torch.Generator | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -67,7 +67,7 @@ def compare(
         shots: Labelled samples of each class.
         queries: Samples of each class to classify.
         episodes: Number of episodes.
-        classifiers: names out of CLASSIFIERS.
+        classifiers: Names out of CLASSIFIERS, or classifiers of your own by name.
         esfr: None: with the published settings.
         generator: Random generator of the episodes and of ESFR.
         progress: wraps the iterable of episode blocks, as tqdm does.
@@ -81,19 +81,19 @@ def compare(
     check_finite(features=features)
     esfr = ESFR() if esfr is None else esfr
     drawn = sample_episodes(labels, ways, shots, queries, episodes, generator=generator)
-    names = list(classifiers)
+    chosen = classifiers if isinstance(classifiers, Mapping) else {name: CLASSIFIERS[name] for name in classifiers}
     parts, size = [], esfr.episodes_at_once(features)
     for block in progress(list(zip(*(t.split(size) for t in drawn), strict=True))):
-        parts.append(_accuracies(features, Episodes(*block), names, esfr, generator))
+        parts.append(_accuracies(features, Episodes(*block), chosen, esfr, generator))
     plain, adapted = torch.cat(parts, dim=-1)  # (2, classifiers, T)
     return [
         Comparison(shots, name, interval(plain[i]), interval(adapted[i]), interval(adapted[i] - plain[i]))
-        for i, name in enumerate(names)
+        for i, name in enumerate(chosen)
     ]
 
 
 def _accuracies(
-    features: Tensor, block: Episodes, names: list[str], esfr: ESFR, generator: torch.Generator | None
+    features: Tensor, block: Episodes, chosen: Mapping[str, Classifier], esfr: ESFR, generator: torch.Generator | None
 ) -> Tensor:
     """Accuracy of every episode of a block: (2, classifiers, T), without and with ESFR."""
     index = torch.cat([block.support, block.query], dim=1)
@@ -102,7 +102,7 @@ def _accuracies(
     adapted = esfr.adapt(points, support=labels, generator=generator).features
     accuracies = []
     for x in (prepare(points, num_support), adapted):
-        scores = [CLASSIFIERS[name](x[:, :num_support], labels, x[:, num_support:]) for name in names]
+        scores = [classify(x[:, :num_support], labels, x[:, num_support:]) for classify in chosen.values()]
         right = torch.stack(scores).argmax(-1).cpu() == block.query_labels  # (classifiers, T, Q)
         accuracies.append(right.double().mean(-1))
     return torch.stack(accuracies)

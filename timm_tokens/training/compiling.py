@@ -1,5 +1,6 @@
 """torch.compile for the student's forward and backward passes."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,15 +14,18 @@ BACKEND = "inductor"
 @contextmanager
 def compiled(task: TokenTask, wanted: bool) -> Iterator[None]:
     """Let the task's student run compiled while the block runs, if wanted; afterwards it is the plain module again."""
-    if wanted:
-        task.student.compile(backend=BACKEND)
-        for drop_path in task.drop_paths:
-            drop_path.outside = True
-    try:
+    if not wanted:
         yield
+        return
+    task.student.compile(backend=BACKEND)
+    for drop_path in task.drop_paths:
+        drop_path.outside = True
+    try:
+        with warnings.catch_warnings():  # of the compiler, which looks at all attributes of what comes between graphs
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            yield
     finally:
-        if wanted:
-            task.student._compiled_call_impl = None
+        task.student._compiled_call_impl = None
 
 
 def check(device: torch.device) -> None:

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -41,20 +42,47 @@ class Features(NamedTuple):
 
 
 def load_features(path: Path) -> Features:
-    """Reads `features` (N, D) and `labels` (N,) from a safetensors file."""
+    """Reads `features` (N, D) and `labels` (N,) from a file of safetensors, NumPy (.npz) or torch (.pt, .pth).
+
+    Raises:
+        CommandError: There is no such file, or it holds something else.
+    """
     if not path.is_file():
         raise CommandError(f"no feature file {path}: check the path, or make one with --model and --data-dir")
+    read, kind = _READERS.get(path.suffix, (_read_safetensors, "safetensors"))
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise CommandError(f"{path} is not a safetensors file: {error}") from error
+        tensors, metadata = read(path)
+    except Exception as error:  # of damaged files, and of pickles that hold more than tensors, each in its own words
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CommandError(f"{path} is not a {kind} file: {reason}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     features, labels = tensors.get("features"), tensors.get("labels")
     if features is None or labels is None or features.ndim != 2 or labels.shape != features.shape[:1]:
         raise CommandError(f"{path} must hold features (N, D) and labels (N,); it holds {shapes}")
     return Features(features.float(), labels.long(), metadata)
+
+
+Read = tuple[dict[str, Tensor], dict[str, str]]
+
+
+def _read_safetensors(path: Path) -> Read:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+
+
+def _read_numpy(path: Path) -> Read:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}, {}
+
+
+def _read_torch(path: Path) -> Read:
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__} instead of a dict")
+    return {str(name): torch.as_tensor(value) for name, value in found.items()}, {}
+
+
+_READERS = {".npz": (_read_numpy, "NumPy"), ".pt": (_read_torch, "torch"), ".pth": (_read_torch, "torch")}
 
 
 def save_features(path: Path, features: Features) -> None:

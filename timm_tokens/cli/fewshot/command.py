@@ -2,28 +2,35 @@
 
     timm-tokens fewshot --model vit_small_patch14_dinov2 --pretrained --data-dir images
     timm-tokens fewshot --features features.safetensors --shots 1 5 10
+    timm-tokens fewshot --model resnet18 --pretrained --data-dir mini --split-file test.csv
 
-The folder --out gets the table (fewshot.csv), a plot (fewshot.png) and the features, which later runs reuse.
+The folder --out gets the tables (fewshot.csv, and methods.csv, laid out as in papers), a plot (fewshot.png) and the
+features, which later runs reuse.
 """
 
+import hashlib
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_tokens.cli.common import checks
 from timm_tokens.cli.common.datasets import open_dataset
-from timm_tokens.cli.common.features import FeatureOptions, cached_features, load_features, named
+from timm_tokens.cli.common.features import FeatureOptions, Source, cached_features, load_features, named
 from timm_tokens.cli.config import write_config
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.fewshot.report import draw, table, write
+from timm_tokens.cli.fewshot.report import draw, methods, table, write, write_methods
 from timm_tokens.cli.options import ImageOptions, LoadingOptions
 from timm_tokens.cli.parser import flag
-from timm_tokens.fewshot import CLASSIFIERS, ESFR, Comparison, compare
+from timm_tokens.data.split_file import open_split_file
+from timm_tokens.fewshot import CLASSIFIERS, ESFR, Comparison, bd_cspn, compare
 from timm_tokens.options import option
+
+_ESFR = "ESFR"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +38,38 @@ class Options(FeatureOptions, ImageOptions, LoadingOptions):
     """What to measure."""
 
     features: Path | None = option(
-        None, "file of precomputed features, instead of --model: safetensors with features (N, D) and labels (N,) "
-        "(default: none)", metavar="FILE",
+        None, "file of precomputed features, instead of --model: safetensors, .npz or .pt with features (N, D) and "
+        "labels (N,) (default: none)", metavar="FILE",
+    )  # fmt: skip
+    split_file: Path | None = option(
+        None, "CSV file of filename,label lines: the images in --data-dir to use, and their classes, such as "
+        "mini-ImageNet's test.csv (default: all images, by their folders)", metavar="FILE",
     )  # fmt: skip
     ways: int = option(5, "number of classes in an episode", at_least=1)
     shots: tuple[int, ...] = option((1, 5), "numbers of labelled images per class", at_least=1)
     queries: int = option(15, "number of images to classify per class in an episode", at_least=1)
-    episodes: int = option(1000, "number of episodes", at_least=1)
+    episodes: int = option(600, "number of episodes", at_least=1)
     classifiers: tuple[str, ...] = option(
         tuple(CLASSIFIERS), "classifiers to measure with and without ESFR", choices=tuple(CLASSIFIERS)
     )
+    bd_temperature: float = option(0.2, "BD-CSPN: temperature of the pseudo-labels", above=0, rare=True)
+    bd_normalized: bool = option(
+        False, "BD-CSPN: rectify prototypes on features of unit length, as the code of ESFR's authors does", rare=True
+    )
+    nets: int = option(5, "number of networks whose outputs ESFR averages", at_least=1, at_most=1024, group=_ESFR)
+    dropout: float = option(0.5, "share of the features that ESFR hides from the networks in each update", at_least=0,
+                            below=1, group=_ESFR)  # fmt: skip
+    support_weight: float = option(
+        0.0, "weight of a classifier of the labelled images in ESFR's loss; 0 leaves the labels unused", at_least=0,
+        group=_ESFR,
+    )  # fmt: skip
     seed: int = option(0, "seed of the episodes and of ESFR", at_least=0, below=2**63)
     out: Path = option(Path("fewshot"), "folder for the table, the plot and the features", metavar="FOLDER")
     plot: bool = option(True, "draw no plot; plots need matplotlib")
 
 
 def run(options: Options) -> list[Comparison]:
-    """Measure, print a table, and write `fewshot.csv` and `fewshot.png` into `out`.
+    """Measure, print a table, and write `fewshot.csv`, `methods.csv` and `fewshot.png` into `out`.
 
     Returns:
         A `Comparison` for every number of shots and every classifier.
@@ -62,29 +84,44 @@ def run(options: Options) -> list[Comparison]:
     for each in (*fields(FeatureOptions), *fields(ImageOptions)):
         if options.features and getattr(options, each.name) not in (each.default, {}):
             raise CommandError(f"--features takes precomputed features: leave out {flag(each)}")
+    if options.split_file and (options.features or options.dataset):
+        raise CommandError("--split-file lists images in --data-dir: leave out --features and --dataset")
     checks.folder(options.out)
     device = checks.device(options.device)
     if options.features:
         x, labels, _ = load_features(options.features)
         print(f"Features: {options.features}")
     else:
-        source = named(options)
-        dataset = open_dataset(options.dataset or options.data_dir, options.data_dir, split="")
+        source, dataset = _open(options)
         x, labels, _ = cached_features(options.out, dataset, source, options, device)
         print(f"Weights of {options.model}: {source.weights}")
     results = [row for shots in options.shots for row in _compare(x.to(device), labels, shots, options)]
-    print(table(results))
+    print(f"{table(results)}\n\n{methods(results)}")
     write_config(options.out, "fewshot", options)
     write(options.out / "fewshot.csv", results)
+    write_methods(options.out / "methods.csv", results)
     if options.plot:
         draw(options.out / "fewshot.png", results)
     return results
 
 
+def _open(options: Options) -> tuple[Source, Dataset]:
+    """The model and the images, of which a list of them is part."""
+    source = named(options)
+    if options.split_file is None:
+        return source, open_dataset(options.dataset or options.data_dir, options.data_dir, split="")
+    dataset = open_split_file(options.split_file, options.data_dir)
+    digest = hashlib.sha256(options.split_file.read_bytes()).hexdigest()  # another list may give them other classes
+    return source._replace(about=source.about | {"split_file": digest}), dataset
+
+
 def _compare(x: Tensor, labels: Tensor, shots: int, options: Options) -> list[Comparison]:
     """Every number of shots starts from the seed, so that leaving one out does not change the others."""
     what = {"ways": options.ways, "queries": options.queries, "episodes": options.episodes}
+    esfr = ESFR(options.nets, options.dropout, support_weight=options.support_weight)
+    own = {"temperature": options.bd_temperature, "normalized": options.bd_normalized}
+    chosen = {name: partial(bd_cspn, **own) if name == "bd_cspn" else CLASSIFIERS[name] for name in options.classifiers}
     return compare(
-        x, labels, shots=shots, esfr=ESFR(), generator=torch.Generator().manual_seed(options.seed),
-        progress=partial(tqdm, desc=f"{shots}-shot", unit="block"), classifiers=options.classifiers, **what,
+        x, labels, shots=shots, esfr=esfr, generator=torch.Generator().manual_seed(options.seed),
+        progress=partial(tqdm, desc=f"{shots}-shot", unit="block"), classifiers=chosen, **what,
     )  # fmt: skip

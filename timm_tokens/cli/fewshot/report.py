@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_tokens.fewshot import Comparison
+from timm_tokens.fewshot import Comparison, Interval
 from timm_tokens.tables import markdown, write_csv
 
 
@@ -17,6 +17,28 @@ def write(path: Path, results: Sequence[Comparison]) -> None:
     """Write a CSV file of accuracies as fractions, with the half-widths of their 95 % intervals."""
     head = ["shots", "classifier", *(f"{kind}{end}" for kind in ("plain", "adapted", "gain") for end in ("", "_ci95"))]
     write_csv(path, head, [(r.shots, r.classifier, *r.plain, *r.adapted, *r.gain) for r in results])
+
+
+def methods(results: Sequence[Comparison]) -> str:
+    """The same as papers have it, as Markdown: a row for each method, a column for each number of shots."""
+    shots, rows = _by_method(results)
+    cells = [(name, *(str(row[n]) for n in shots)) for name, row in rows.items()]
+    return markdown(("method", *(f"{n}-shot" for n in shots)), cells)
+
+
+def write_methods(path: Path, results: Sequence[Comparison]) -> None:
+    """Write that table to a CSV file: in percent, with the half-widths of the 95 % intervals."""
+    shots, rows = _by_method(results)
+    head = ["method", *(f"{n}-shot{end}" for n in shots for end in ("", "_ci95"))]
+    write_csv(path, head, [(name, *(100 * x for n in shots for x in row[n])) for name, row in rows.items()])
+
+
+def _by_method(results: Sequence[Comparison]) -> tuple[list[int], dict[str, dict[int, Interval]]]:
+    rows: dict[str, dict[int, Interval]] = {}
+    for r in results:
+        rows.setdefault(r.classifier, {})[r.shots] = r.plain
+        rows.setdefault(f"{r.classifier} + ESFR", {})[r.shots] = r.adapted
+    return sorted({r.shots for r in results}), rows
 
 
 def draw(path: Path, results: Sequence[Comparison]) -> None:

@@ -3,6 +3,7 @@
     timm-tokens probe --model vit_small_patch14_dinov2 --pretrained --data-dir images
     timm-tokens probe --model vit_small_mte --checkpoint run/model.safetensors --data-dir images
     timm-tokens probe --run run --data-dir images
+    timm-tokens probe --run run --data-dir images --protocol ibot --batch-size 256
 
 The last line takes the model of a run of `timm-tokens train`. For a run of MTE it also measures how well the prototype
 assignments agree with the classes (NMI): by the global token alone, and as the other tokens are added one by one. The
@@ -22,11 +23,13 @@ from timm_tokens.cli.common.runs import RunOptions, load_run
 from timm_tokens.cli.config import write_config
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions, SplitOptions
+from timm_tokens.cli.probe.protocol import Evaluation, evaluate
 from timm_tokens.cli.probe.prototypes import nmi_by_tokens
-from timm_tokens.cli.probe.report import Report, draw, table, write
+from timm_tokens.cli.probe.report import Report, draw, protocol_table, table, write, write_protocol
 from timm_tokens.data.folders import listed
 from timm_tokens.options import option
 from timm_tokens.probing import LEARNING_RATES, knn_accuracy, linear_probe
+from timm_tokens.probing.protocols import PROTOCOLS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +40,25 @@ class Options(RunOptions, FeatureOptions, SplitOptions, LoadingOptions):
         (10, 20, 100, 200), "numbers of nearest neighbours; those above the number of training images are left out",
         at_least=1,
     )  # fmt: skip
-    lrs: tuple[float, ...] = option(tuple(LEARNING_RATES), "learning rates of the linear classifier to try", above=0)
-    epochs: int = option(100, "number of passes over the features that train the linear classifier", at_least=1)
+    protocol: str = option(
+        "fast", "fast: features of centre crops, computed once, whose results published ones can't be compared with; "
+        "else the linear evaluation of this paper, on crops that are augmented in each epoch",
+        choices=("fast", *PROTOCOLS),
+    )  # fmt: skip
+    lrs: tuple[float, ...] | None = option(
+        None, "learning rates of the linear classifier to try, all at once (default: 0.001 to 3, or the protocol's, "
+        "which scale with --batch-size)", above=0,
+    )  # fmt: skip
+    epochs: int | None = option(
+        None, "number of passes over the training images or their features (default: 100)", at_least=1
+    )
     seed: int = option(0, "seed of the linear classifier", at_least=0, below=2**63)
     out: Path = option(Path("probe"), "folder for the report, the plot and the features", metavar="FOLDER")
     plot: bool = option(True, "draw no plot; plots need matplotlib")
 
 
-def run(options: Options) -> Report:
-    """Measure, print a table, and write `report.md`, `probe.csv` and `probe.png` into `out`.
+def run(options: Options) -> Report | Evaluation:
+    """Measure, print a table, and write `report.md`, `probe.csv` and, but for protocols, `probe.png` into `out`.
 
     Raises:
         CommandError: Something is missing or does not fit.
@@ -55,6 +68,12 @@ def run(options: Options) -> Report:
     device, splits = checks.device(options.device), _open(options)
     trained = load_run(options.run_dir) if options.run_dir else None
     source = trained.source if trained else named(options)
+    if options.protocol != "fast":
+        found = evaluate(source, splits, options, device)
+        print(f"Weights: {source.weights}\n\n{protocol_table(found)}")
+        write_config(options.out, "probe", options)
+        write_protocol(options.out, source, found)
+        return found
     train, val = (cached_features(options.out, split, source, options, device) for split in splits)
     report = _measure(train, val, options, device)
     if trained and trained.task:
@@ -99,6 +118,7 @@ def _measure(train: Features, val: Features, options: Options, device: str) -> R
     known, scored = (train.features.to(device), train.labels), (val.features.to(device), val.labels)
     knn = knn_accuracy(*known, *scored, [k for k in options.neighbours if k <= len(train.labels)])
     generator = torch.Generator().manual_seed(options.seed)
-    linear = linear_probe(*known, *scored, lrs=options.lrs, epochs=options.epochs, generator=generator)
+    linear = linear_probe(*known, *scored, lrs=options.lrs or LEARNING_RATES, epochs=options.epochs or 100,
+                          generator=generator)  # fmt: skip
     notes = [f"{name}: {line}" for name, split in (("train", train), ("val", val)) for line in split.notes]
     return Report((len(train.labels), len(val.labels)), knn, linear, notes=notes)

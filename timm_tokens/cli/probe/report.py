@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from timm_tokens.cli.common.features import Source
+from timm_tokens.cli.probe.protocol import Evaluation
 from timm_tokens.files import replacing
 from timm_tokens.probing import LinearResult
+from timm_tokens.probing.protocols import PROTOCOLS
 from timm_tokens.tables import markdown, write_csv
 
 
@@ -55,6 +57,8 @@ def write(out: Path, source: Source, report: Report, plot: bool) -> None:
         f"Weights: {source.weights}; tokens merged in each block: {source.about['merge_r']}.",
         *report.notes,
         table(report),
+        "These are features of centre crops, computed once: the linear accuracy is not comparable with published "
+        "figures, which take crops that are augmented in each epoch (`--protocol dino`, `ibot`, `moby` or `mira`).",
         "![k-NN, the linear classifier and prototypes](probe.png)" if plot else "",
     ]
     with replacing(out / "report.md") as partial:
@@ -70,3 +74,30 @@ def draw(path: Path, report: Report) -> None:
     nmi = {name: 100 * value for name, value in zip(report.tokens, report.nmi or (), strict=False)}
     knn = {k: 100 * accuracy for k, accuracy in report.knn.items()}
     save(draw_probe(knn, held_out, (linear.lr, 100 * linear.accuracy), nmi), path)
+
+
+def protocol_table(found: Evaluation) -> str:
+    """The best learning rate and epoch, which the validation images chose, as Markdown, and what it is."""
+    lr, epoch, value = found.best()
+    last = len(found.accuracy[lr])
+    rows = [(f"best: learning rate {lr:g}, after epoch {epoch}", f"{value:.2%}")]
+    rows += [(f"the same rate after the last epoch, {last}", f"{found.accuracy[lr][-1]:.2%}")]
+    words = f"Linear evaluation of {found.name} ({PROTOCOLS[found.name].source}), on {found.features}. As published, "
+    words += "the validation images choose the rate and the epoch."
+    return f"{words}\n\n{markdown(('linear classifier', 'top-1'), rows)}"
+
+
+def write_protocol(out: Path, source: Source, found: Evaluation) -> None:
+    """Write probe.csv, a row for each learning rate and epoch, and report.md."""
+    rows = [(lr, epoch, value) for lr, values in found.accuracy.items() for epoch, value in enumerate(values, start=1)]
+    write_csv(out / "probe.csv", ("lr", "epoch", "top1"), rows)
+    train, val = found.images
+    lines = [
+        f"# {source.about['model']}",
+        f"Top-1 accuracy on {val} images (standard error up to {50 / val**0.5:.1f} points), {train} training images.",
+        f"Weights: {source.weights}; tokens merged in each block: {source.about['merge_r']}.",
+        *found.notes,
+        protocol_table(found),
+    ]
+    with replacing(out / "report.md") as partial:
+        partial.write_text("\n\n".join(lines) + "\n", encoding="utf-8")

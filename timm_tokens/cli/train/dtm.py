@@ -19,6 +19,7 @@ from timm_tokens.cli.common.datasets import open_split
 from timm_tokens.cli.train.augmentation import CropAndFlip
 from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
+from timm_tokens.cli.train.online import OnlineOptions, neighbours
 from timm_tokens.data import input_config, input_transform
 from timm_tokens.losses import DTMLoss
 from timm_tokens.losses.dtm import DISTANCES, GROUPINGS
@@ -55,7 +56,7 @@ class TeacherOptions(base.Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TeacherOptions, CropAndFlip, TrainOptions):
+class Options(TeacherOptions, CropAndFlip, OnlineOptions, TrainOptions):
     """DTM."""
 
     scale: tuple[float, float] = changed(CropAndFlip, "scale", (0.2, 1.0))
@@ -87,10 +88,11 @@ def build(options: Options) -> Objective:
         mask_ratio=options.mask_ratio, masked_only=options.masked_only, teacher_head=options.teacher_head,
     )  # fmt: skip
     train = readable(open_split(options, options.train_split), options, options.train_split)
-    config = input_config(student, options.img_size or task.student.vit.image_size)
+    size = options.img_size or task.student.vit.image_size
+    config = input_config(student, size)
     changes = {"scale": options.scale, "hflip": options.hflip, "color_jitter": options.color_jitter or None}
     train.transform = input_transform(config, is_training=True, **changes)
-    return Objective(task, train)
+    return Objective(task, train, evaluate=neighbours(train, options, student, size))
 
 
 def _teacher(options: Options) -> nn.Module:

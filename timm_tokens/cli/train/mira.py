@@ -17,6 +17,7 @@ from timm_tokens.cli.common.models import make_backbone
 from timm_tokens.cli.train.crops import CropOptions, crop_sides, use_crops
 from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, launch, make_student
+from timm_tokens.cli.train.online import OnlineOptions, neighbours
 from timm_tokens.data import MultiCrop, dino_crops, swav_crops
 from timm_tokens.losses import MIRALoss
 from timm_tokens.ops import sinkhorn_assign
@@ -53,7 +54,7 @@ class ClusterOptions(base.Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ClusterOptions, CropOptions):
+class Options(ClusterOptions, OnlineOptions, CropOptions):
     """MIRA."""
 
     colors: str = option(
@@ -91,4 +92,5 @@ def build(options: Options) -> Objective:
     crops = kinds(*sides, options.local_crops, options.global_scale, options.local_scale)
     train = readable(train, options, options.train_split)
     augment = use_crops(train, MultiCrop.for_model(backbone, crops, options.interpolation), options)
-    return Objective(task, train, augment=augment)
+    evaluate = neighbours(train, options, backbone, options.img_size)
+    return Objective(task, train, evaluate=evaluate, augment=augment)

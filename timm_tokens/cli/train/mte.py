@@ -21,6 +21,7 @@ from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.train.crops import CropOptions, crop_sides, use_crops
 from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
+from timm_tokens.cli.train.online import OnlineOptions, neighbours
 from timm_tokens.data import Crop, MultiCrop, dino_crops
 from timm_tokens.options import changed, option
 from timm_tokens.parts.aux_tokens import POOL_NORMS, POOL_WEIGHTS, AuxTokens
@@ -120,7 +121,7 @@ class TokenOptions(base.Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LossOptions, TokenOptions, CropOptions):
+class Options(LossOptions, TokenOptions, OnlineOptions, CropOptions):
     """MTE."""
 
     lr: float = changed(TrainOptions, "lr", 5e-4)
@@ -144,7 +145,8 @@ def build(options: Options) -> Objective:
     images, crops = open_split(options, options.train_split), _crops(options, base)
     images = readable(images, options, options.train_split)
     augment = use_crops(images, MultiCrop.for_model(base, crops, options.interpolation), options)
-    return Objective(task, images, augment=augment)
+    evaluate = neighbours(images, options, base, options.img_size)
+    return Objective(task, images, evaluate=evaluate, augment=augment)
 
 
 def make_task(options: Options) -> MTETask:

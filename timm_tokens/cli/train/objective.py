@@ -120,6 +120,8 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
     with joined(options.device) as process:
         options = replace(options, device=process.device)
         settings = Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})
+        if getattr(options, "knn_every", None) is not None:
+            settings = replace(settings, eval_every=options.knn_every)
         if process.rank == 0 and settings.lr_base_size is not None:
             scaled, images = settings.scaled(process.world), settings.batch_size * settings.accumulate * process.world
             print(
