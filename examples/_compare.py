@@ -1,23 +1,29 @@
 """What the examples that compare ways of pre-training share: images in memory, features, and a table with spread."""
 
-import csv
+import argparse
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import _data
+import _example
 import torch
 import torch.nn.functional as F
-from _data import open_images
+from _example import normalised
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from timm_tokens import drawing
 from timm_tokens.data import read_image
+from timm_tokens.tables import markdown, write_csv
+from timm_tokens.tasks import TokenTask
+from timm_tokens.training import Settings, train
 
 
 class Part(NamedTuple):
@@ -43,6 +49,32 @@ class Score(NamedTuple):
     value: float
 
 
+def make_parser(doc: str | None, name: str, img_size: int, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with the options of every comparison."""
+    parser = _example.make_parser(doc, name, **defaults)
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder with train/<class>/ and val/<class>/ (default: scikit-learn's digits)"
+    )
+    parser.add_argument("--hold-out", action="store_true", help="report on a fifth of train/ instead of val/")
+    parser.add_argument("--img-size", type=int, default=img_size, help="side of the images in pixels")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to train each method from")
+    return parser
+
+
+def open_images(args: argparse.Namespace, size: int | None = None) -> Images:
+    """The images that the options ask for; `size`: the side of those of a folder, if it is not --img-size."""
+    images = folders(args.data_dir, size or args.img_size) if args.data_dir else digits(args.img_size)
+    return hold_out(images.train) if args.hold_out else images
+
+
+def pretrain(task: TokenTask, images: Tensor, args: argparse.Namespace, seed: int, **settings: Any) -> None:
+    """Train a task on (image, number of the image), without keeping checkpoints."""
+    settings |= {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": seed}
+    with TemporaryDirectory() as out:
+        settings = Settings(out=Path(out), workers=0, log_every=50, **settings)
+        train(task, TensorDataset(images, torch.arange(len(images))), settings)
+
+
 def digits(size: int) -> Images:
     """scikit-learn's 1797 handwritten digits, grey; a quarter of each class is to report on."""
     parts = _data.digits(size, test_size=0.25)
@@ -66,7 +98,7 @@ def hold_out(part: Part) -> Images:
 
 
 def _read_folder(path: Path, size: int) -> Part:
-    images = open_images(path)
+    images = _data.open_images(path)
 
     def read(row: int) -> Tensor:
         image, _ = read_image(images, row, draft=size)
@@ -78,11 +110,6 @@ def _read_folder(path: Path, size: int) -> Part:
     with ThreadPoolExecutor() as pool:
         pixels = list(tqdm(pool.map(read, range(len(images))), f"reading {path}", len(images)))
     return Part(torch.stack(pixels), torch.tensor(images.targets))
-
-
-def normalised(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1]."""
-    return images.float().div_(127.5).sub_(1)
 
 
 @torch.inference_mode()
@@ -102,24 +129,17 @@ def outputs(
 def table(scores: Sequence[Score]) -> str:
     """Mean and standard deviation over the seeds, as Markdown: a row a method, a column a measure."""
     methods, measures = (list(dict.fromkeys(getattr(s, name) for s in scores)) for name in ("method", "measure"))
-    lines = [f"| | {' | '.join(measures)} |", "|---" * (len(measures) + 1) + "|"]
-    for method in methods:
-        cells = [_cell([s.value for s in scores if (s.method, s.measure) == (method, m)]) for m in measures]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+    def cell(method: str, measure: str) -> str:
+        return _cell([s.value for s in scores if (s.method, s.measure) == (method, measure)])
+
+    return markdown(["", *measures], [[method, *(cell(method, m) for m in measures)] for method in methods])
 
 
 def _cell(values: Sequence[float]) -> str:
     if not values:
         return ""
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def save(scores: Sequence[Score], out: Path) -> None:
-    """Write scores.csv: a line a run and measure."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "scores.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([Score._fields, *scores])
 
 
 def finish(scores: Sequence[Score], out: Path) -> None:
@@ -134,8 +154,8 @@ def finish(scores: Sequence[Score], out: Path) -> None:
 def note(scores: list[Score], method: str, seed: int, measures: dict[str, float], out: Path) -> None:
     """Add what a run gave to the scores, and write them down."""
     scores += [Score(method, seed, name, value) for name, value in measures.items()]
-    print(f"seed {seed}, {method}: {measures}", flush=True)
-    save(scores, out)
+    print(f"seed {seed}, {method}: " + ", ".join(f"{name} {value:.1f}" for name, value in measures.items()), flush=True)
+    write_csv(out / "scores.csv", Score._fields, scores)
 
 
 def supervised(

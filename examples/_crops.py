@@ -10,6 +10,15 @@ from torch import Tensor
 from timm_tokens.data import Crop
 
 
+class InMemory:
+    """A task that cuts its crops itself, from a batch of whole images; to inherit from before the task's class."""
+
+    crops: list[Crop]
+
+    def forward(self, input: Tensor, target: object = None) -> dict[str, Tensor]:
+        return super().forward(batch_crops(input, self.crops, self.generator()))
+
+
 def batch_crops(images: Tensor, crops: Sequence[Crop], generator: torch.Generator) -> list[Tensor]:
     """The crops of square uint8 images (B, C, H, H), in [-1, 1]: as `MultiCrop` draws them, but for the hue.
 

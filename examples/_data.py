@@ -1,9 +1,8 @@
 """Where the examples' images come from: scikit-learn's digits, or any folder of images."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from timm_tokens.cli import CommandError
-from timm_tokens.cli.errors import explained
 from timm_tokens.data import Images, input_config, input_transform, open_folder, unreadable
-
-
-def run_example(name: str, run: Callable[[Any], Any], args: Any) -> int:
-    """Run an example; what the user can mend is one line, and the exit code 2."""
-    try:
-        with explained():
-            run(args)
-    except CommandError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
 
 
 class Data(NamedTuple):

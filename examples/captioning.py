@@ -10,7 +10,6 @@ through the frozen decoder, and the time that the decoder takes. It takes about 
 """
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Iterable
@@ -19,14 +18,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _data import digits, run_example
+from _data import digits
+from _example import averaging_vit, fit, make_parser, normalised, run_example
 from _scenes import digit_rows
-from timm.models import VisionTransformer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import timm_tokens
 from timm_tokens import TokenViT
+from timm_tokens.tables import markdown, write_csv
 
 LENGTH, START = 5, 10  # digits in a row; the token that a caption starts with
 
@@ -95,14 +94,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "captioning", steps=700)
     parser.add_argument("--r", type=int, nargs="+", default=[8, 16, 20, 24], help="tokens to merge in each block")
-    parser.add_argument("--steps", type=int, default=700, help="steps of training ViT and decoder (default: 700)")
-    parser.add_argument("--merge-steps", type=int, default=100, help="steps of training the embeddings (default: 100)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images per step (default: 32)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 0.001)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("output/captioning"), help="folder for the results")
+    parser.add_argument("--merge-steps", type=int, default=100, help="number of steps that train the embeddings")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     return parser.parse_args(argv)
 
 
@@ -110,18 +105,16 @@ def run(args: argparse.Namespace) -> list[Row]:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     train, val = ((*part, generator) for part in digits(8))
-    vit = VisionTransformer(
-        img_size=(32, 16 * LENGTH), patch_size=4, in_chans=1, embed_dim=96, depth=6, num_heads=3, num_classes=0,
-        class_token=False, global_pool="avg", fc_norm=False,
-    )  # fmt: skip
+    vit = averaging_vit((32, 16 * LENGTH), 4, in_chans=1, dim=96, depth=6, num_heads=3)
     decoder = Decoder()
     keys = timm_tokens.apply_dtem_merging(vit, r=0, metric="keys")
-    fit(keys, decoder, [*vit.parameters(), *decoder.parameters()], train, args.steps, args, "the ViT and the decoder")
+    everything = [*vit.parameters(), *decoder.parameters()]
+    train_on(train, keys, decoder, everything, args.steps, args, "the ViT and the decoder")
     vit.requires_grad_(False)
     decoder.requires_grad_(False)
     learned = timm_tokens.apply_dtem_merging(vit, r=sorted(args.r)[len(args.r) // 2]).freeze_base()
     what = f"the merging, r = {learned.merger.r}"
-    fit(learned, decoder, learned.merger.parameters(), train, args.merge_steps, args, what)
+    train_on(train, learned, decoder, learned.merger.parameters(), args.merge_steps, args, what)
     images, truth = digit_rows(*val[:2], 500, LENGTH, generator)
     rows = []
     for r in [0, *args.r]:
@@ -132,33 +125,21 @@ def run(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def fit(
-    model: TokenViT, decoder: Decoder, parameters: Iterable[nn.Parameter], source: tuple, steps: int,
+def train_on(
+    source: tuple, model: TokenViT, decoder: Decoder, parameters: Iterable[nn.Parameter], steps: int,
     args: argparse.Namespace, what: str,
 ) -> None:  # fmt: skip
     """Train by the cross-entropy of the next digit, on rows drawn anew in each step."""
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps + 1, pct_start=0.1)
     digits, labels, generator = source
     model.train()
-    bar = tqdm(range(steps), f"training {what}")
-    for _ in bar:
-        images, text = digit_rows(digits, labels, args.batch_size, LENGTH, generator)
+
+    def loss(images: Tensor, text: Tensor) -> Tensor:
         shifted = F.pad(text[:, :-1], (1, 0), value=START)
         logits = decoder(shifted, model(normalised(images), tokens=True).patches)
-        loss = F.cross_entropy(logits.flatten(0, 1), text.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        return F.cross_entropy(logits.flatten(0, 1), text.flatten())
 
-
-def normalised(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1]."""
-    return images.float().div(127.5).sub(1)
+    rows = (digit_rows(digits, labels, args.batch_size, LENGTH, generator) for _ in range(steps))
+    fit(parameters, loss, rows, steps, what, args.lr)
 
 
 @torch.inference_mode()
@@ -178,13 +159,9 @@ def report(model: TokenViT, decoder: Decoder, images: Tensor, digits: Tensor, r:
 
 def save(rows: list[Row], out: Path) -> None:
     """Print the table, and write it to table.csv."""
-    print("\n| r | tokens | compared by | exact, % | encoder, ms | decoder, ms |\n|--:|--:|--:|--:|--:|--:|")
-    for row in rows:
-        times = f"{row.encoder_ms:.2f} | {row.decoder_ms:.2f}"
-        print(f"| {row.r} | {row.tokens} | {row.metric} | {row.exact:.1f} | {times} |")
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([Row._fields, *rows])
+    head = ("r", "tokens", "compared by", "exact, %", "encoder, ms", "decoder, ms")
+    print(f"\n{markdown(head, rows, ('', '', '', '.1f', '.2f', '.2f'))}")
+    write_csv(out / "table.csv", Row._fields, rows)
 
 
 if __name__ == "__main__":

@@ -16,21 +16,17 @@ import argparse
 import copy
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from _compare import Images, Part, Score, digits, finish, folders, hold_out, normalised, note, outputs, supervised
-from _data import run_example
-from timm.models import VisionTransformer
+from _compare import Images, Part, Score, finish, make_parser, note, open_images, outputs, pretrain, supervised
+from _example import averaging_vit, normalised, run_example
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from timm_tokens.cli.common.models import make_model
 from timm_tokens.cli.options import ModelOptions
 from timm_tokens.losses import DTMLoss
 from timm_tokens.probing import linear_probe
 from timm_tokens.tasks import DTMTask
-from timm_tokens.training import Settings, train
 
 
 def one_group(tokens: int) -> tuple[int, ...]:
@@ -55,31 +51,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="train/<class>/ and val/<class>/ with images; default: digits")
-    parser.add_argument("--teacher", default="vit_tiny_patch16_224", help="any timm ViT (with --data-dir)")
-    parser.add_argument("--teacher-checkpoint", type=Path, help="its weights; default: timm's pretrained")
-    parser.add_argument("--out", type=Path, default=Path("output/dtm"), help="folder for the results")
-    parser.add_argument("--hold-out", action="store_true", help="report on a fifth of train/ instead of val/")
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="those to compare")
-    parser.add_argument("--img-size", type=int, default=24)
-    parser.add_argument("--patch-size", type=int, default=4)
-    parser.add_argument("--dim", type=int, default=48, help="width of the student")
-    parser.add_argument("--depth", type=int, default=4, help="of the student")
-    parser.add_argument("--steps", type=int, default=250, help="of pre-training")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--amp", choices=["bfloat16"], help="faster pre-training, where the processor has it")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--finetune-images", type=int, default=200, help="labelled images to fine-tune on")
-    parser.add_argument("--finetune-epochs", type=int, default=20)
+    parser = make_parser(__doc__, "dtm", img_size=24, steps=250, lr=3e-3)
+    parser.add_argument("--teacher", default="vit_tiny_patch16_224", help="any timm ViT, with --data-dir")
+    parser.add_argument("--teacher-checkpoint", type=Path, help="weights of the teacher (default: timm's pretrained)")
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="targets to compare")
+    parser.add_argument("--patch-size", type=int, default=4, help="side of the student's patches in pixels")
+    parser.add_argument("--dim", type=int, default=48, help="dimension of the student's tokens")
+    parser.add_argument("--depth", type=int, default=4, help="number of the student's blocks")
+    parser.add_argument("--amp", choices=["bfloat16"], help="faster pre-training, where the processor has bfloat16")
+    parser.add_argument("--finetune-images", type=int, default=200, help="number of labelled images to fine-tune on")
+    parser.add_argument("--finetune-epochs", type=int, default=20, help="number of passes over them")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> list[Score]:
-    images = folders(args.data_dir, args.img_size) if args.data_dir else digits(args.img_size)
-    if args.hold_out:
-        images = hold_out(images.train)
+    images = open_images(args)
     teacher = folder_teacher(args) if args.data_dir else digits_teacher(args, images)
     targets = teach(teacher, images, args)
     scores: list[Score] = []
@@ -89,22 +75,18 @@ def run(args: argparse.Namespace) -> list[Score]:
             if method != UNTRAINED:
                 task = RememberingTask(student, teacher, TARGETS[method](targets.tokens.shape[1]))
                 task.teacher = targets
-                pretrain(task, images.train.images, args, seed)
+                pretrain(task, images.train.images, args, seed, opt_betas=(0.9, 0.98), clip_grad=3.0, amp=args.amp)
             measures = measure(student, images, args, seed)
             note(scores, method, seed, measures, args.out)
     finish(scores, args.out)
     return scores
 
 
-def make_student(args: argparse.Namespace, images: Images, seed: int) -> VisionTransformer:
+def make_student(args: argparse.Namespace, images: Images, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     channels = images.train.images.shape[1]
     heads = next(heads for heads in range(max(1, args.dim // 24), 0, -1) if args.dim % heads == 0)
-    student = VisionTransformer(
-        img_size=args.img_size, patch_size=args.patch_size, in_chans=channels,
-        embed_dim=args.dim, depth=args.depth, num_heads=heads, num_classes=0,
-        class_token=False, global_pool="avg", fc_norm=False,
-    )  # fmt: skip
+    student = averaging_vit(args.img_size, args.patch_size, channels, args.dim, args.depth, heads)
     student.pretrained_cfg = {"mean": (0.5,) * channels, "std": (0.5,) * channels}  # as `normalised` makes images
     return student
 
@@ -147,15 +129,6 @@ def teach(teacher: nn.Module, images: Images, args: argparse.Namespace) -> Remem
     """The tokens of all images to learn from, on the student's grid, in half precision."""
     task = DTMTask(make_student(args, images, seed=0), teacher)
     return Remembered(outputs(task.teacher, images.train.images, 64, torch.float16, amp=args.amp is not None))
-
-
-def pretrain(task: DTMTask, images: Tensor, args: argparse.Namespace, seed: int) -> None:
-    with TemporaryDirectory() as out:
-        settings = Settings(
-            out=Path(out), steps=args.steps, batch_size=args.batch_size, lr=args.lr, opt_betas=(0.9, 0.98),
-            clip_grad=3.0, amp=args.amp, workers=0, seed=seed, log_every=50,
-        )  # fmt: skip
-        train(task, TensorDataset(images, torch.arange(len(images))), settings)
 
 
 def measure(student: nn.Module, images: Images, args: argparse.Namespace, seed: int) -> dict[str, float]:

@@ -15,15 +15,12 @@ To pre-train a model for use: timm-tokens train mira.
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from _compare import Images, Part, Score, digits, finish, folders, hold_out, note, outputs
-from _crops import batch_crops
-from _data import run_example
+from _compare import Images, Part, Score, finish, make_parser, note, open_images, outputs, pretrain
+from _crops import InMemory
+from _example import run_example
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from timm_tokens.cli.common.models import make_model
 from timm_tokens.cli.options import ModelOptions
@@ -32,7 +29,6 @@ from timm_tokens.losses import MIRALoss
 from timm_tokens.ops import sinkhorn_assign
 from timm_tokens.probing import assignment_nmi, knn_accuracy
 from timm_tokens.tasks import MIRATask
-from timm_tokens.training import Settings, train
 
 # Temperatures as published for MIRA and SwAV; the softmax's is as sharp as MIRA's labels at the start: tau (1 - beta).
 LABELS = {
@@ -48,49 +44,34 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="train/<class>/ and val/<class>/ with images; default: digits")
-    parser.add_argument("--hold-out", action="store_true", help="report on a fifth of train/ instead of val/")
-    parser.add_argument("--labels", nargs="+", choices=list(LABELS), default=list(LABELS), help="those to compare")
+    parser = make_parser(__doc__, "mira", img_size=32, steps=150, batch_size=64, lr=2e-3)
+    parser.add_argument("--labels", nargs="+", choices=list(LABELS), default=list(LABELS), help="labels to compare")
     parser.add_argument("--model", default="test_resnet", help="any timm model that takes images of --img-size")
-    parser.add_argument("--out", type=Path, default=Path("output/mira"), help="folder for the results")
-    parser.add_argument("--img-size", type=int, default=32, help="side of the global crops")
-    parser.add_argument("--local-crops", type=int, default=0, help="of half the side, beside two global ones")
-    parser.add_argument("--prototypes", type=int, default=50)
-    parser.add_argument("--hidden", type=int, default=256, help="width of the projector's hidden layers")
-    parser.add_argument("--width", type=int, default=64, help="of what the projector gives")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--momentum", type=float, default=0.99, help="of the teacher, at first")
-    parser.add_argument("--amp", choices=["bfloat16"], help="faster training, where the processor has it")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--local-crops", type=int, default=0, help="number of crops of half the side, beside two of it")
+    parser.add_argument("--prototypes", type=int, default=50, help="number of prototypes")
+    parser.add_argument("--hidden", type=int, default=256, help="dimension of the projector's hidden layers")
+    parser.add_argument("--width", type=int, default=64, help="dimension of the projector's output")
+    parser.add_argument("--momentum", type=float, default=0.99, help="momentum of the teacher at the start")
+    parser.add_argument("--amp", choices=["bfloat16"], help="faster training, where the processor has bfloat16")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> list[Score]:
-    images = folders(args.data_dir, args.img_size * 5 // 4) if args.data_dir else digits(args.img_size)
-    if args.hold_out:
-        images = hold_out(images.train)
+    images = open_images(args, args.img_size * 5 // 4)
     scores: list[Score] = []
     for seed in args.seeds:
         for method in [UNTRAINED, *args.labels]:
             task = make_task(args, images, LABELS.get(method, {}), seed)
             if method != UNTRAINED:
-                pretrain(task, images.train.images, args, seed)
+                pretrain(task, images.train.images, args, seed, amp=args.amp)
             measures = measure(task, images, args.img_size)
             note(scores, method, seed, measures, args.out)
     finish(scores, args.out)
     return scores
 
 
-class InMemoryTask(MIRATask):
-    """A MIRATask that cuts its crops itself, from a batch of whole images."""
-
-    crops: list[Crop]
-
-    def forward(self, input: Tensor, target: object = None) -> dict[str, Tensor]:
-        return super().forward(batch_crops(input, self.crops, self.generator()))
+class InMemoryTask(InMemory, MIRATask):
+    """A MIRATask that cuts its crops itself."""
 
 
 def make_task(args: argparse.Namespace, images: Images, labels: dict, seed: int) -> InMemoryTask:
@@ -112,15 +93,6 @@ def make_crops(args: argparse.Namespace, channels: int) -> list[Crop]:
     look = {"blur_sigma": (0.1, 2 * args.img_size / 224)} if channels == 3 else plain
     crops = [Crop(args.img_size, 2, (0.4, 1.0), **look)]
     return crops + ([Crop(args.img_size // 2, args.local_crops, (0.15, 0.4), **look)] if args.local_crops else [])
-
-
-def pretrain(task: MIRATask, images: Tensor, args: argparse.Namespace, seed: int) -> None:
-    with TemporaryDirectory() as out:
-        settings = Settings(
-            out=Path(out), steps=args.steps, batch_size=args.batch_size, lr=args.lr, amp=args.amp, workers=0, seed=seed,
-            log_every=50,
-        )  # fmt: skip
-        train(task, TensorDataset(images, torch.zeros(len(images))), settings)
 
 
 def measure(task: MIRATask, images: Images, size: int) -> dict[str, float]:

@@ -15,22 +15,18 @@ To pre-train a model for use: timm-tokens train mte.
 import argparse
 import sys
 import time
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from _compare import Images, Score, digits, finish, folders, hold_out, normalised, outputs, save
-from _crops import batch_crops
-from _data import run_example
+from _compare import Images, Score, finish, make_parser, note, open_images, outputs, pretrain
+from _crops import InMemory
+from _example import normalised, run_example
 from timm.models import VisionTransformer
 from torch import Tensor
-from torch.utils.data import TensorDataset
 
 import timm_tokens
 from timm_tokens.data import Crop, dino_crops
 from timm_tokens.probing import ensemble_nmi, knn_accuracy, linear_probe
 from timm_tokens.tasks import MTETask
-from timm_tokens.training import Settings, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,51 +34,35 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="train/<class>/ and val/<class>/ with images; default: digits")
-    parser.add_argument("--objectives", nargs="+", default=["dino", "ibot", "moby"])
-    parser.add_argument("--out", type=Path, default=Path("output/mte"), help="folder for the results")
-    parser.add_argument("--hold-out", action="store_true", help="report on a fifth of train/ instead of val/")
-    parser.add_argument("--img-size", type=int, default=16)
-    parser.add_argument("--patch-size", type=int, default=4)
-    parser.add_argument("--dim", type=int, default=48, help="width of the ViT")
-    parser.add_argument("--depth", type=int, default=3, help="of the ViT")
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--local-crops", type=int, default=2, help="of DINO and iBOT")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--momentum", type=float, default=0.98, help="of the teacher, at first")
-    parser.add_argument("--prototypes", type=int, default=256)
-    parser.add_argument("--tau-teacher", type=float, default=0.04)
-    parser.add_argument(
-        "--batch-norm", action=argparse.BooleanOptionalAction, default=True, help="in the heads of DINO and iBOT"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num-cls", type=int, default=0, help="auxiliary class tokens")
-    parser.add_argument("--num-pooled", type=int, default=6, help="pooled tokens")
-    parser.add_argument("--aux-sees-cls", action="store_true", help="auxiliary class tokens see the global one")
-    parser.add_argument("--aux-sees-aux", action="store_true", help="auxiliary class tokens see each other")
-    parser.add_argument("--pool-weight", choices=("spatial", "channel"), default="spatial", help="of pooled tokens")
-    parser.add_argument(
-        "--aux-target",
-        choices=("ensemble", "own"),
-        default="ensemble",
-        help="of the teacher: what auxiliary tokens learn from",
-    )
-    parser.add_argument("--without-global", action="store_true", help="the global token is no member of the ensemble")
-    parser.add_argument("--global-weight", type=float, default=0.5, help="of the global token, in the loss")
-    parser.add_argument(
-        "--heads", choices=("kind", "shared"), default="kind", help="a head for each kind of token, or one for all"
-    )
-    parser.add_argument("--aux-on-local", action="store_true", help="local crops have auxiliary tokens, too")
-    parser.add_argument("--only-mte", action="store_true", help="leave the baselines out")
+    parser = make_parser(__doc__, "mte", img_size=16, steps=700, lr=2e-3)
+    add, flag, own = parser.add_argument, {"action": "store_true"}, argparse.BooleanOptionalAction
+    add("--objectives", nargs="+", default=["dino", "ibot", "moby"], help="losses to train with")
+    add("--patch-size", type=int, default=4, help="side of the patches in pixels")
+    add("--dim", type=int, default=48, help="dimension of the ViT's tokens")
+    add("--depth", type=int, default=3, help="number of the ViT's blocks")
+    add("--local-crops", type=int, default=2, help="number of local crops for DINO and iBOT")
+    add("--momentum", type=float, default=0.98, help="momentum of the teacher at the start")
+    add("--prototypes", type=int, default=256, help="number of prototypes")
+    add("--tau-teacher", type=float, default=0.04, help="temperature of the teacher")
+    add("--batch-norm", action=own, default=True, help="use batch norm in the heads of DINO and iBOT")
+    add("--num-cls", type=int, default=0, help="number of auxiliary class tokens")
+    add("--num-pooled", type=int, default=6, help="number of pooled tokens")
+    add("--aux-sees-cls", **flag, help="let auxiliary class tokens attend to the global one")
+    add("--aux-sees-aux", **flag, help="let auxiliary class tokens attend to each other")
+    words = "pooling weights: one map per token, or one per token and channel"
+    add("--pool-weight", choices=("spatial", "channel"), default="spatial", help=words)
+    words = "what an auxiliary token learns from: the mean of the teacher's tokens, or the same token"
+    add("--aux-target", choices=("ensemble", "own"), default="ensemble", help=words)
+    add("--without-global", **flag, help="leave the global token out of the ensemble")
+    add("--global-weight", type=float, default=0.5, help="weight of the global token in the loss")
+    add("--heads", choices=("kind", "shared"), default="kind", help="one head for each kind of token, or one for all")
+    add("--aux-on-local", **flag, help="give local crops auxiliary tokens as well")
+    add("--only-mte", **flag, help="leave the baselines out")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> list[Score]:
-    images = folders(args.data_dir, args.img_size) if args.data_dir else digits(args.img_size)
-    if args.hold_out:
-        images = hold_out(images.train)
+    images = open_images(args)
     scores: list[Score] = []
     for seed in args.seeds:
         for objective in args.objectives:
@@ -90,23 +70,17 @@ def run(args: argparse.Namespace) -> list[Score]:
                 method = f"{objective} + MTE" if aux else objective
                 task = make_task(objective, aux, images, args, seed)
                 start = time.process_time()  # of this process alone, whatever else the machine does
-                pretrain(task, images.train.images, args, seed)
+                warmup = 0.2 * args.steps / (len(images.train.images) // args.batch_size)
+                settings = {"weight_decay": 0.04, "clip_grad": 3.0, "clip_mode": "parameter", "warmup_epochs": warmup}
+                pretrain(task, images.train.images, args, seed, save_every=10**6, **settings)
                 measures = {"CPU time, ms a step": 1000 * (time.process_time() - start) / args.steps}
-                measures = measure(task, images, seed) | measures
-                scores += [Score(method, seed, name, value) for name, value in measures.items()]
-                print(f"seed {seed}, {method}: " + ", ".join(f"{k} {v:.1f}" for k, v in measures.items()), flush=True)
-                save(scores, args.out)
+                note(scores, method, seed, measure(task, images, seed) | measures, args.out)
     finish(scores, args.out)
     return scores
 
 
-class InMemoryTask(MTETask):
-    """An MTETask that cuts its crops itself, from a batch of whole images."""
-
-    crops: list[Crop]
-
-    def forward(self, input: Tensor, target: object = None) -> dict[str, Tensor]:
-        return super().forward(batch_crops(input, self.crops, self.generator()))
+class InMemoryTask(InMemory, MTETask):
+    """An MTETask that cuts its crops itself."""
 
 
 def make_task(objective: str, aux: bool, images: Images, args: argparse.Namespace, seed: int) -> MTETask:
@@ -146,16 +120,6 @@ def make_crops(objective: str, images: Images, args: argparse.Namespace) -> list
     crops = dino_crops(args.img_size, local, num_local, (0.6, 1.0), (0.25, 0.6))
     plain = dict(flip=0.0, grayscale=0.0, solarize=0.0, blur=0.0, jitter=(0.2, 0.2, 0, 0), ratio=(0.9, 1.1))
     return [crop._replace(**plain) for crop in crops]
-
-
-def pretrain(task: MTETask, images: Tensor, args: argparse.Namespace, seed: int) -> None:
-    with TemporaryDirectory() as out:
-        settings = Settings(
-            out=Path(out), steps=args.steps, batch_size=args.batch_size, lr=args.lr, weight_decay=0.04,
-            clip_grad=3.0, clip_mode="parameter", workers=0, seed=seed, log_every=50, save_every=10**6,
-            warmup_epochs=0.2 * args.steps / (len(images) // args.batch_size),
-        )  # fmt: skip
-        train(task, TensorDataset(images, torch.zeros(len(images))), settings)
 
 
 def measure(task: MTETask, images: Images, seed: int) -> dict[str, float]:

@@ -10,7 +10,6 @@ picture of what was merged, and the trained merger go to --out.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -18,7 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _data import Data, image_folder, moving_digits, run_example, samples
+from _data import Data, image_folder, moving_digits, samples
+from _example import make_parser, positive, run_example
 from _measure import Row, report
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from timm_tokens.cli.common.datasets import model_classes
 from timm_tokens.cli.common.models import make_model
 from timm_tokens.cli.errors import explained
 from timm_tokens.cli.options import ModelOptions
+from timm_tokens.tables import markdown, write_csv
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,29 +41,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="train/<class>/ and val/<class>/ with images; default: digits")
-    parser.add_argument("--model", default="vit_tiny_patch16_224", help="any timm ViT (with --data-dir)")
-    parser.add_argument("--checkpoint", type=Path, help="its weights (.safetensors, .pth); default: timm's pretrained")
-    parser.add_argument("--merger", type=Path, help="merger.safetensors of an earlier run: measure it, train nothing")
-    parser.add_argument("--out", type=Path, default=Path("output/quickstart"), help="folder for the results")
-    parser.add_argument("--r", type=positive, nargs="+", help="report on these; default: by the number of patches")
-    parser.add_argument("--train-r", type=positive, help="train with this; default: the last but one of --r")
-    parser.add_argument("--epochs", type=positive, help="of training the merging; default: 3 (digits: 11)")
-    parser.add_argument("--steps", type=positive, help="train this long instead of epochs")
-    parser.add_argument("--lr", type=float, help="of training the merging; default: 1e-3 (digits: 5e-3)")
-    parser.add_argument("--batch-size", type=positive, default=32)
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser = make_parser(__doc__, "quickstart", lr=None)
+    folder = "folder with train/<class>/ and val/<class>/ (default: scikit-learn's digits)"
+    parser.add_argument("--data-dir", type=Path, help=folder)
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="any timm ViT, with --data-dir")
+    parser.add_argument("--checkpoint", type=Path, help="weights of the ViT (default: timm's pretrained ones)")
+    parser.add_argument("--merger", type=Path, help="trained merger to measure instead of training one (default: none)")
+    words = "numbers of tokens to merge in each block, one table row each (default: by the number of patches)"
+    parser.add_argument("--r", type=positive, nargs="+", help=words)
+    parser.add_argument("--train-r", type=positive, help="r to train with (default: the last but one of --r)")
+    parser.add_argument("--epochs", type=positive, help="epochs that train the merging (default: 3; digits: 11)")
+    parser.add_argument("--workers", type=int, default=0, help="number of worker processes that load images")
     parser.add_argument("--device", help="device to compute on (default: cuda if there is one, else cpu)")
-    parser.add_argument("--speed-rounds", type=positive, default=5, help="rounds that measure a full-size ViT's speed")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    words = "number of rounds that measure the speed of a full-size ViT"
+    parser.add_argument("--speed-rounds", type=positive, default=5, help=words)
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -169,12 +163,8 @@ def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def print_table(rows: Sequence[Row], images: int) -> None:
-    print("\n| r per block | tokens left | GFLOPs | images/s | speed-up | share of ideal | learned | training-free |")
-    print("|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for row in rows:
-        speed = f"{row.images_per_s:.0f} | {row.speedup:.2f}x | {row.share_of_ideal:.2f}"
-        accuracy = f"{100 * row.learned:.1f} % | {100 * row.training_free:.1f} %"
-        print(f"| {row.r} | {row.tokens_left} | {row.gflops:.3g} | {speed} | {accuracy} |")
+    head = ("r", "tokens left", "GFLOPs", "images/s", "speed-up", "share of ideal", "learned", "training-free")
+    print(f"\n{markdown(head, rows, ('', '', '.3g', '.0f', '.2f', '.2f', '.1%', '.1%'))}")
     error = (rows[0].learned * (1 - rows[0].learned) / images) ** 0.5
     print(f"\nAccuracy on {images} images, standard error about {100 * error:.1f} points.")
 
@@ -194,10 +184,8 @@ def save(learned: TokenViT, rows: Sequence[Row], data: Data, args: argparse.Name
         "accuracy.png": drawing.draw_accuracy(lines, [f"r = {row.r}" for row in rows]),
         "groups.png": drawing.draw_groups((images - low) / (high - low).clamp_min(1e-6), groups),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     timm_tokens.save_merger(learned, args.out / "merger.safetensors")
-    with (args.out / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([Row._fields, *rows])
+    write_csv(args.out / "table.csv", Row._fields, rows)
     for name, figure in figures.items():
         drawing.save(figure, args.out / name)
     print(f"\nThe table, the plot, the picture of the groups and the merger are in {args.out}.")

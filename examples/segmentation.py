@@ -17,26 +17,26 @@ of train/ instead of val/: use it to choose settings.
 """
 
 import argparse
-import csv
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _data import digits, run_example
+from _data import digits
+from _example import averaging_vit, fit, make_parser, normalised, run_example
 from _scenes import VOID, Scenes, scatter_digits, scene_folders
-from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_tokens
-from timm_tokens import TokenViT
+from timm_tokens import TokenViT, drawing
 from timm_tokens.cli.common.models import make_model
 from timm_tokens.cli.options import ModelOptions
+from timm_tokens.tables import markdown, write_csv
 
 
 class MaskDecoder(nn.Module):
@@ -97,19 +97,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "segmentation", batch_size=8)
     parser.add_argument("--data-dir", type=Path, help="folder with images/ and masks/ (default: scattered digits)")
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="any timm ViT, with --data-dir")
     parser.add_argument("--checkpoint", type=Path, help="weights of the ViT (default: timm's pretrained ones)")
     parser.add_argument("--hold-out", action="store_true", help="report on the last fifth of train/ instead of val/")
     parser.add_argument("--r", type=int, nargs="+", help="tokens to merge in each block (default: by the patches)")
-    parser.add_argument("--steps", type=int, help="steps of training the decoders (default: 600; digits: 500)")
-    parser.add_argument("--merge-steps", type=int, default=150, help="steps of training the embeddings (default: 150)")
-    parser.add_argument("--calibrate", type=int, default=64, help="images to calibrate by, 0 for none (default: 64)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images per step (default: 8)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 0.001)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("output/segmentation"), help="folder for the results")
+    parser.add_argument("--merge-steps", type=int, default=150, help="number of steps that train the embeddings")
+    parser.add_argument("--calibrate", type=int, default=64, help="number of images to calibrate with, 0 for none")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     return parser.parse_args(argv)
 
 
@@ -126,10 +122,9 @@ def run(args: argparse.Namespace) -> list[Row]:
     images = normalised(train.images[:: len(train.images) // args.calibrate + 1]) if args.calibrate else None
     for metric, vit in (("keys", keys), ("learned", learned.eval())):
         schedules = {str(r): r for r in [0, *rs]} | alternatives(vit, rs[len(rs) // 2], images)
-        for name, r in schedules.items():
+        for name, r in tqdm(schedules.items(), f"measuring mIoU, {metric}"):
             vit.merger.r = r
             rows.append(report(model, vit, val, name, metric))
-            print(table(rows[-1:], head=len(rows) == 1), flush=True)
     save(rows, args.out)
     return rows
 
@@ -161,10 +156,7 @@ def digits_job(args: argparse.Namespace) -> tuple[Scenes, Scenes, Segmenter]:
         val_glyphs, val_labels, glyphs, labels = glyphs[:held], labels[:held], glyphs[held:], labels[held:]
     train = scatter_digits(glyphs, labels, 3000, 64, generator)
     val = scatter_digits(val_glyphs, val_labels, 200, 64, generator)
-    vit = VisionTransformer(
-        img_size=64, patch_size=4, in_chans=1, embed_dim=96, depth=6, num_heads=3, num_classes=0, global_pool="avg",
-        class_token=False, fc_norm=False,
-    )  # fmt: skip
+    vit = averaging_vit(64, 4, in_chans=1, dim=96, depth=6, num_heads=3)
     model = Segmenter(vit, num_classes=11)
     steps = args.steps or 500
 
@@ -209,22 +201,6 @@ def train_merging(learned: TokenViT, model: Segmenter, train: Scenes, args: argp
     fit(learned.merger.parameters(), loss, data, args.merge_steps, f"the merging, r = {learned.merger.r}", args.lr)
 
 
-def fit(parameters, loss: Callable[..., Tensor], data: Iterator, steps: int, what: str, lr: float) -> None:
-    """AdamW with a one-cycle schedule."""
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.1)
-    bar = tqdm(data, f"training {what}", steps)
-    for batch in bar:
-        value = loss(*batch)
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
-
-
 def index_batches(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
     order = torch.cat([torch.randperm(count) for _ in range(-(-steps * batch_size // count))])
     return iter(order[: steps * batch_size].split(batch_size))
@@ -233,11 +209,6 @@ def index_batches(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
 def batches(scenes: Scenes, batch_size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     for rows in index_batches(len(scenes.images), batch_size, steps):
         yield normalised(scenes.images[rows]), scenes.masks[rows].long()
-
-
-def normalised(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1]."""
-    return images.float().div(127.5).sub(1)
 
 
 def patches(vit: nn.Module, images: Tensor) -> Tensor:
@@ -291,34 +262,19 @@ def mean_iou(confusion: Tensor) -> float:
     return (confusion.diagonal()[occurs] / union[occurs]).mean().item()
 
 
-def table(rows: list[Row], head: bool = True) -> str:
-    lines = []
-    if head:
-        lines += [
-            "| r | tokens | GFLOPs | compared by | linear | mask decoder | on merged tokens | ms |",
-            "|--:" * 8 + "|",
-        ]
-    for row in rows:
-        scores = f"{row.linear:.1f} | {row.mask:.1f} | {row.mask_on_merged:.1f} | {row.ms:.1f}"
-        lines.append(f"| {row.r} | {row.tokens} | {row.gflops:.3f} | {row.metric} | {scores} |")
-    return "\n".join(lines)
-
-
 def save(rows: list[Row], out: Path) -> None:
-    """Write table.csv and miou.png."""
-    from timm_tokens.drawing import draw_accuracy, save
-
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([Row._fields, *rows])
+    """Print the table, and write table.csv and miou.png."""
+    head = ("r", "tokens", "GFLOPs", "compared by", "linear", "mask decoder", "on merged tokens", "ms")
+    print(f"\n{markdown(head, rows, ('', '', '.3f', '', '.1f', '.1f', '.1f', '.1f'))}")
+    write_csv(out / "table.csv", Row._fields, rows)
     constant = [row for row in rows if row.r.isdigit()]
     lines = {
         f"{name}, {metric}": [(row.gflops, getattr(row, field)) for row in constant if row.metric == metric]
         for metric in ("keys", "learned")
         for name, field in (("linear", "linear"), ("mask decoder", "mask"))
     }
-    figure = draw_accuracy(lines, [f"r = {row.r}" for row in constant if row.metric == "keys"], "mIoU (%)")
-    save(figure, out / "miou.png")
+    figure = drawing.draw_accuracy(lines, [f"r = {row.r}" for row in constant if row.metric == "keys"], "mIoU (%)")
+    drawing.save(figure, out / "miou.png")
     print(f"\nmIoU in percent; ms per image for the ViT and both decoders on merged tokens. Results are in {out}.")
 
 

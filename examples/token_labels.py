@@ -13,13 +13,13 @@ Source: token labeling (arXiv 2104.10858).
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from _data import digits, run_example
+from _data import digits
+from _example import make_parser, run_example
 from PIL import Image
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.utils import ParseKwargs
@@ -27,6 +27,7 @@ from timm.utils import ParseKwargs
 from timm_tokens import drawing
 from timm_tokens.cli import call
 from timm_tokens.data import TokenLabelStore
+from timm_tokens.tables import markdown, write_csv
 
 ARMS = {"classes alone": None, "token labels": {}}  # None: without labels; else the settings beside them
 VARIANTS = {
@@ -42,28 +43,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="train/<class>/ and val/<class>/ with images; default: digits")
-    parser.add_argument("--annotator", help="any classifier of timm with a spatial map (with --data-dir)")
-    parser.add_argument("--checkpoint", type=Path, help="its weights; default: timm's pretrained")
-    parser.add_argument("--num-classes", type=int, help="of the checkpoint; default: the annotator's")
-    parser.add_argument(
-        "--folder-classes", action="store_true", help="label with the classes of the folders alone (WordNet names)"
-    )
-    parser.add_argument("--model", default="vit_tiny_patch16_224", help="the ViT to train (with --data-dir)")
-    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="such as depth=4")
-    parser.add_argument("--img-size", type=int, help="of the images that it is trained on; default: its own")
-    parser.add_argument("--val-split", default="val", help="folder to report on; choose settings on another")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--variants", action="store_true", help="also without MixToken, and with the true classes")
-    parser.add_argument("--epochs", type=int, default=30, help="epochs of each training (default: 30)")
-    parser.add_argument("--steps", type=int, help="steps of each training, instead of epochs (default: by --epochs)")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--scale", type=float, nargs=2, default=(0.5, 1.0), help="range of a crop's area")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--out", type=Path, default=Path("output/token_labels"), help="folder for the results")
+    parser = make_parser(__doc__, "token_labels", lr=2e-3)
+    add, flag = parser.add_argument, {"action": "store_true"}
+    add("--data-dir", type=Path, help="folder with train/<class>/ and val/<class>/ (default: scikit-learn's digits)")
+    add("--annotator", help="classifier of timm with a spatial feature map, with --data-dir")
+    add("--checkpoint", type=Path, help="weights of the annotator (default: timm's pretrained ones)")
+    add("--num-classes", type=int, help="number of classes of the checkpoint (default: the annotator's own)")
+    add("--folder-classes", **flag, help="use only the classes that the folders are named after (WordNet names)")
+    add("--model", default="vit_tiny_patch16_224", help="name of the ViT to train, with --data-dir")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="arguments for the ViT, such as depth=4")
+    add("--img-size", type=int, help="side of the images to train on, in pixels (default: the ViT's own)")
+    add("--val-split", default="val", help="folder to report on; choose settings on another")
+    add("--seeds", type=int, default=3, help="number of seeds")
+    add("--variants", **flag, help="also train without MixToken, and with the true classes mixed in")
+    add("--epochs", type=int, default=30, help="number of epochs of each training, unless --steps is given")
+    add("--scale", type=float, nargs=2, default=(0.5, 1.0), help="range of a crop's area")
+    add("--workers", type=int, default=0, help="number of worker processes that load images")
+    add("--device", help="device to compute on (default: cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
     if args.data_dir and not args.annotator:
         parser.error("--data-dir needs --annotator: a classifier that knows its classes, such as one of ImageNet")
@@ -158,11 +154,10 @@ def report(curves: dict[str, list[Curve]], out: Path) -> None:
     for name, values in (finals | gains).items():
         spread = stdev(values) if len(values) > 1 else float("nan")
         rows.append([name, *(f"{value:.2f}" for value in [*values, fmean(values), spread])])
-    with (out / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
+    write_csv(out / "table.csv", rows[0], rows[1:])
     drawing.save(drawing.draw_runs(curves, "epoch", "accuracy (%)"), out / "accuracy.png")
     print("\nAccuracy on val/ after the last epoch, in percent; the spread is the standard deviation over the seeds.\n")
-    print("\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["--:"] * len(rows[0]), *rows[1:]]))
+    print(markdown(rows[0], rows[1:]))
     print(f"\nThe table, the plot and the runs are in {out}.")
 
 

@@ -29,7 +29,7 @@ METHODS = {
 def example(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     yield import_module
-    for name in ("dtm", "mira", "_data", "_compare"):
+    for name in ("dtm", "mira", "_data", "_compare", "_example"):
         sys.modules.pop(name, None)
 
 
@@ -57,11 +57,12 @@ def check_results(out, name, seeds=2):
 @pytest.mark.parametrize("name", OF)
 def test_digits(example, name, tmp_path, capsys, monkeypatch):
     module, compare = example(name), example("_compare")
+    digits = compare.digits
 
     def few(size):
-        return compare.Images(*(compare.Part(images[:40], labels[:40]) for images, labels in compare.digits(size)))
+        return compare.Images(*(compare.Part(images[:40], labels[:40]) for images, labels in digits(size)))
 
-    monkeypatch.setattr(module, "digits", few)
+    monkeypatch.setattr(compare, "digits", few)
     assert module.main([*QUICK, *OF[name], "--out", str(tmp_path)]) == 0
     check_results(tmp_path, name)
     assert "±" in capsys.readouterr().out

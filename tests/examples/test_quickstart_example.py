@@ -22,7 +22,7 @@ def quickstart(monkeypatch):
     import quickstart
 
     yield quickstart.main
-    for name in ("quickstart", "_data", "_measure"):
+    for name in ("quickstart", "_data", "_measure", "_example"):
         sys.modules.pop(name)
 
 

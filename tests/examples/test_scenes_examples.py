@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def example(monkeypatch):
     """A loader of examples by name, with their helpers beside them."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = ("segmentation", "captioning", "_scenes", "_data")
+    names = ("segmentation", "captioning", "_scenes", "_data", "_example")
     for name in names:
         sys.modules.pop(name, None)
     yield importlib.import_module
