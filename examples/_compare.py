@@ -127,7 +127,7 @@ def outputs(
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Mean and standard deviation over the seeds, as Markdown: a row a method, a column a measure."""
+    """Mean and standard deviation over the seeds, as Markdown: one row per method, one column per measure."""
     methods, measures = (list(dict.fromkeys(getattr(s, name) for s in scores)) for name in ("method", "measure"))
 
     def cell(method: str, measure: str) -> str:

@@ -19,7 +19,7 @@ of train/ instead of val/: use it to choose settings.
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,10 @@ class MaskDecoder(nn.Module):
     """Segmenter's mask transformer: one query per class attends to the patches; masks are their products.
 
     Args:
-        in_dim: C, of the patches. num_classes: K. dim: of the decoder. depth: its blocks.
+        in_dim: C, dimension of the patches.
+        num_classes: K.
+        dim: Dimension of the decoder's tokens.
+        depth: Number of blocks.
     """
 
     def __init__(self, in_dim: int, num_classes: int, dim: int = 96, depth: int = 2, num_heads: int = 3):

@@ -1,4 +1,4 @@
-"""How timm's Vision Transformers are driven from outside: `blocks`, `keys` and `pooling` alone know their inside.
+"""How timm's Vision Transformers are driven from outside; only this module and its neighbours know their internals.
 
 A model is driven as stem -> for each block: attend, feed -> norm -> head. `embed` is the stem; `attend` and `feed` are
 the two halves of a block, so that tokens can change in between; `pooling.head` pools tokens of several patches.

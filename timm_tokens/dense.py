@@ -11,7 +11,7 @@ from timm_tokens.vit import TokenViT
 
 
 def dense_scores(model: Any, images: Tensor) -> Tensor:
-    """Scores before the softmax: what the model would say of an image that looks everywhere as it does in this cell.
+    """Scores before the softmax of each cell: those of an image that looks everywhere as it does in this cell.
 
     * Models that pool their cells (conv nets, Swin, ViTs that average or attend over patches): each cell of the last
       features goes through the model's own head, as the features of an image all of whose cells are this one. Where
@@ -28,7 +28,7 @@ def dense_scores(model: Any, images: Tensor) -> Tensor:
         (B, H, W, K)
 
     Raises:
-        TypeError: the model has no classifier or no spatial map, or reads class tokens in a way that is not known here.
+        TypeError: The model has no classifier or no spatial map, or reads class tokens in a way that is not known here.
     """
     aspect = images.shape[-2] / images.shape[-1]
     if isinstance(model, TokenViT):
@@ -121,5 +121,5 @@ def _refuse(model: nn.Module, features: object) -> NoReturn:
     shape = tuple(features.shape) if isinstance(features, torch.Tensor) else f"a {type(features).__name__}"
     raise TypeError(
         f"{type(model).__name__} has no spatial map to take scores from: its features are {shape}; "
-        "use a model that ends in a map (B, C, H, W) or in one token a patch: a conv net, a ViT, a Swin"
+        "use a model that ends in a map (B, C, H, W) or in one token per patch: a conv net, a ViT, a Swin"
     )

@@ -1,7 +1,7 @@
 """Reductions over the processes of a job: what a loss needs to see the whole batch. On one process they do nothing.
 
 No gradient passes through them, except for `all_reduce_sum_with_gradient`. Where a loss divides by a reduced count,
-DistributedDataParallel, which averages the gradients of the processes, makes it the gradient of the joined batch.
+DistributedDataParallel, which averages the gradients of the processes, makes it the gradient of the global batch.
 """
 
 from typing import Any
@@ -75,7 +75,7 @@ def all_reduce_mean(x: Tensor) -> Tensor:
 
 
 def batch_mean(x: Tensor) -> Tensor:
-    """The mean over the joined batch of all processes, which may hold parts of different sizes: (B, ...) -> (...)."""
+    """The mean over the global batch of all processes, which may hold parts of different sizes: (B, ...) -> (...)."""
     return all_reduce_sum(x.sum(0)) / batch_size(x)
 
 
@@ -86,12 +86,12 @@ def batch_logmeanexp(x: Tensor) -> Tensor:
 
 
 def batch_size(x: Tensor) -> Tensor:
-    """The size of the joined batch of all processes, a scalar on the device: nothing waits for it."""
+    """The size of the global batch of all processes, a scalar on the device: nothing waits for it."""
     return all_reduce_sum(torch.full((), x.shape[0], dtype=torch.float32, device=x.device))
 
 
 def all_gather_batch(x: Tensor) -> Tensor:
-    """The joined batch of all processes, in their order: (B, ...) -> (processes B, ...). All must have the same B."""
+    """The global batch of all processes, in their order: (B, ...) -> (processes B, ...). All must have the same B."""
     if world_size() == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(world_size())]

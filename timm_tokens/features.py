@@ -20,7 +20,7 @@ class Tokens(NamedTuple):
     Attributes:
         cls: (B, C) the global token: the class token, or the pooled features of a model without one.
         prefix: (B, P, C) class, register and distillation tokens.
-        patches: (B, N, C) one token a patch; merged patches share theirs.
+        patches: (B, N, C) one token per patch; merged patches share theirs.
         aux_cls: (B, k_a, C) auxiliary class tokens, None without auxiliary tokens.
         pooled: (B, k_p, C) adaptively pooled tokens, None without auxiliary tokens.
     """

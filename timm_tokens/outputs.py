@@ -1,4 +1,4 @@
-"""What a model is for: class logits where it classifies, features where it does not. Distilled, compared, reported."""
+"""What a model gives: class logits if it classifies, else features: what is distilled, compared and reported."""
 
 import re
 from collections.abc import Iterator

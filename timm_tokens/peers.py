@@ -1,4 +1,4 @@
-"""To end soon when another process of the job dies, instead of waiting for it until the network gives up.
+"""End soon when another process of the job dies, instead of waiting for it until the network times out.
 
 A thread on each process joins a small reduction on the CPU every second. A process that is killed breaks its
 connections, which the others' threads see at once; a machine that is gone without a word is found out by a time-out.

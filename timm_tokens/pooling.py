@@ -43,6 +43,6 @@ def _pool(base: ViT, x: Tensor, size: Tensor, pooling: str) -> Tensor:
 def pools_by_size(base: ViT) -> bool:
     """Whether `head` can weigh tokens by size; otherwise it needs them un-merged: PRR attention pooling, or none."""
     pool = getattr(base, "attn_pool", None)
-    if pool is None and not base.global_pool:  # one row of logits a token
+    if pool is None and not base.global_pool:  # one row of logits per token
         return False
     return pool is None or (type(pool).forward is AttentionPoolLatent.forward and pool.pos_embed is None)

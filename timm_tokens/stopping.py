@@ -1,4 +1,4 @@
-"""To end in good order when the system or the user asks for it: by SIGTERM, or by Ctrl-C, which is SIGINT."""
+"""Stop in good order when the system or the user asks for it: by SIGTERM, or by Ctrl-C, which is SIGINT."""
 
 import os
 import signal

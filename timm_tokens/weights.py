@@ -71,7 +71,7 @@ class _Place(NamedTuple):
     """Somewhere in a checkpoint: the keys that lead to a state dict, a prefix of names in it, and what has that prefix.
 
     Attributes:
-        share: Of the model's weights, those that are among them.
+        share: Share of the model's weights that is among them.
     """
 
     path: tuple[str, ...]

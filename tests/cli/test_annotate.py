@@ -300,7 +300,7 @@ def test_two_runs_in_one_folder_are_refused(arguments):
         ({"num_classes": 4}, "weights.pth: it doesn't fit the model: size mismatch for fc.weight"),
         ({"dataset": "images/nowhere"}, "no folder images/nowhere: give a folder"),
         ({"dataset": "torch/cifar10"}, "no images of torch/cifar10, split 'train': "),
-        ({"dataset": "nowhere"}, "no folder nowhere: give a folder with one folder of images a class"),
+        ({"dataset": "nowhere"}, "no folder nowhere: give a folder with one folder of images per class"),
         (
             {"dataset": "torch/nothing", "data_dir": "."},
             r"no images of torch/nothing in \., split 'train': Unknown",

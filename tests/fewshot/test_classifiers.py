@@ -105,5 +105,5 @@ def test_refuses_shapes_that_do_not_fit(classifier):
     support, labels, query, _ = episodes()
     with pytest.raises(ValueError, match=r"must share T and D; got \(6, 12, 8\) and \(6, 25, 7\)"):
         classifier(support, labels, query[..., :7])
-    with pytest.raises(ValueError, match=r"labels must be \(6, 12\), one a support row; got \(6, 11\)"):
+    with pytest.raises(ValueError, match=r"labels must be \(6, 12\), one per support row; got \(6, 11\)"):
         classifier(support, labels[:, :11], query)

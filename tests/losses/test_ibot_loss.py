@@ -71,7 +71,7 @@ def test_the_centre_rests_in_evaluation():
 
 def test_what_does_not_fit_is_refused():
     student, teacher, masks = data()
-    with pytest.raises(ValueError, match="a view each, got 2, 1, 2"):
+    with pytest.raises(ValueError, match="one per view, got 2, 1, 2"):
         IBOTPatchLoss(9)(student, teacher[:1], masks)
     with pytest.raises(ValueError, match=r"\(B, N\) = \(4, 6\), or \(M, K\) with M = \d+ masked.*got \(3, 9\)"):
         IBOTPatchLoss(9)([torch.randn(3, 9)], teacher[:1], masks[:1])

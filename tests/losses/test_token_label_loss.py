@@ -247,7 +247,7 @@ def test_other_bad_arguments():
         TokenLabelLoss(smoothing=1.5)
     with pytest.raises(ValueError, match="ground_truth=True needs the true labels"):
         TokenLabelLoss(ground_truth=True)(logits, target)
-    with pytest.raises(ValueError, match=r"labels must have one row an image, 3, got \(2,\)"):
+    with pytest.raises(ValueError, match=r"labels must have one row per image, 3, got \(2,\)"):
         TokenLabelLoss(ground_truth=True)(logits, target, labels[:2])
     with pytest.raises(ValueError, match=r"logits.cls must be \(B, K\) = \(3, 11\)"):
         TokenLabelLoss()(Logits(logits.cls[:, :5], logits.tokens), target)

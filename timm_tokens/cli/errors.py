@@ -44,8 +44,8 @@ def flush() -> None:
 
 
 def mendable(error: Exception) -> bool:
-    """Whether an error is the user's to mend: of the operating system, of values, types and sizes that do not fit, of a
-    loss that is not finite, of memory that does not suffice; timm and torch raise all of these. Others are faults."""
+    """Whether the user can correct an error: errors of the operating system, values, types and sizes that do not fit, a
+    loss that is not finite, too little memory. timm and torch raise all of these; other errors are bugs."""
     from safetensors import SafetensorError
 
     kinds = (OSError, ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError, AssertionError)

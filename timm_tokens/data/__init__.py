@@ -1,4 +1,4 @@
-"""Data: images, label stores, augmentation of images together with their labels, multi-crop and block masks."""
+"""Images, label stores, augmentation of images together with their label maps, multi-crop and block masks."""
 
 from timm_tokens.data.decoding import decode_image
 from timm_tokens.data.device_crops import DeviceCrops

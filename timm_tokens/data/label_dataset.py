@@ -42,15 +42,15 @@ class TokenLabelDataset(Dataset):
         for images, target in DataLoader(dataset, 64, shuffle=True, num_workers=4): ...
 
     Args:
-        dataset: an indexed data set, such as timm's `ImageDataset`, whose own transform is not used.
-        labels: label maps by image id (see `image_id`; the image's number where a data set knows no files), such as a
+        dataset: An indexed data set, such as timm's `ImageDataset`, whose own transform is not used.
+        labels: Label maps by image id (see `image_id`; the image's number where a data set knows no files), such as a
             `TokenLabelStore`.
         transform: PIL image to `View`, such as a `TokenLabelTransform`.
 
     Raises:
-        TypeError: the data set is a stream.
-        KeyError: on reading, an image has no label; names the image.
-        OSError: on reading, an image is corrupt; names the image.
+        TypeError: The data set is a stream.
+        KeyError: On reading, an image has no label; names the image.
+        OSError: On reading, an image is corrupt; names the image.
     """
 
     def __init__(self, dataset: Any, labels: Mapping[str, LabelMap], transform: Callable[[Image.Image], View]):

@@ -1,4 +1,4 @@
-"""What a stored label map is: one image's, its checks, and the published layout of one `.pt` file an image."""
+"""What a stored label map is: one image's, its checks, and the published layout of one `.pt` file per image."""
 
 import re
 from pathlib import Path, PurePosixPath
@@ -74,7 +74,7 @@ def read_label_file(path: str | Path, name: str | None = None) -> LabelMap:
     """Read one file of the published layout: a (2, top, H, W) tensor, scores and then classes.
 
     Raises:
-        ValueError: the file is not such a tensor; names the image.
+        ValueError: The file is not such a tensor; names the image.
     """
     name = name or str(path)
     try:

@@ -31,8 +31,8 @@ def read_index(folder: Path) -> Index | None:
     """The index of a store; None if there is none.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the index is malformed; names the file, and says what is wrong.
+        FileNotFoundError: There is no such folder.
+        ValueError: The index is malformed; names the file, and says what is wrong.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no label store in {folder}: there is no such folder")
@@ -64,7 +64,7 @@ def shard_path(folder: Path, entry: ShardEntry) -> Path:
     """The path of a shard in the index, whole by its size.
 
     Raises:
-        ValueError: it is missing, of another size, or a link to a place outside the folder.
+        ValueError: It is missing, of another size, or a link to a place outside the folder.
     """
     path = folder / entry.file
     if not path.is_file():

@@ -17,7 +17,7 @@ class LabelJournal:
     """An append-only file of label maps. A record that a kill cut short is dropped when the file is opened again.
 
     Args:
-        path: made if need be.
+        path: Made if need be.
     """
 
     def __init__(self, path: Path):

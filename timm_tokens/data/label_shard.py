@@ -23,7 +23,7 @@ class Shard(NamedTuple):
         path: The shard's file.
         values, indices: (n, top, H, W) float16 and int32.
         keys: (n,) int64, see `name_key`.
-        names: the image ids one after the other, as UTF-8.
+        names: The image ids one after the other, as UTF-8.
         name_ends: n + 1 places in them, from 0 on.
         checksums: Checksum of each map; None in stores of older versions.
     """
@@ -44,7 +44,7 @@ class Shard(NamedTuple):
         """The map of a row.
 
         Raises:
-            ValueError: it is not what was written; names the shard and the image.
+            ValueError: It is not what was written; names the shard and the image.
         """
         # Copies: a view would keep the whole shard's mapping alive, and pickle it.
         label = LabelMap(self.values[row].clone(), self.indices[row].clone())

@@ -1,4 +1,4 @@
-"""Read label maps by image: from memory-mapped shards, or from the published layout of one `.pt` file an image."""
+"""Read label maps by image: from memory-mapped shards, or from the published layout of one `.pt` file per image."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ class TokenLabelStore(Mapping[str, LabelMap]):
 
     A folder with an index holds shards: safetensors files of thousands of maps each. They are memory-mapped when first
     read, separately in every process, so that a store is cheap to open, to pickle and to hand to many workers, and the
-    system's page cache is shared by all. Ids are found by hash, in 16 bytes an image; the id itself is then compared.
+    system's page cache is shared by all. Ids are found by hash, in 16 bytes per image; the id itself is then compared.
 
     Nothing that has changed on the disk is read unnoticed, and nothing is read for that alone: the files' sizes are
     checked when the store is opened, the digests of their headers, ids and checksums when a process first reads it, and
@@ -33,10 +33,10 @@ class TokenLabelStore(Mapping[str, LabelMap]):
         num_classes: K of the annotator; None for `.pt` files without the argument.
 
     Raises:
-        FileNotFoundError: no such folder, or nothing in it that is a label.
+        FileNotFoundError: No such folder, or nothing in it that is a label.
         ValueError: The index or a shard is corrupt, names the file; the labels are over another number of classes; on
             reading, a label is corrupt or has a class outside [0, K), names the image.
-        KeyError: on reading, an image has no label.
+        KeyError: On reading, an image has no label.
     """
 
     def __init__(self, folder: str | Path, num_classes: int | None = None):
@@ -118,7 +118,7 @@ class TokenLabelStore(Mapping[str, LabelMap]):
         return self._shards[place >> 32], place & 0xFFFFFFFF
 
     def _open(self) -> None:
-        """Map the shards and sort the keys, once a process."""
+        """Map the shards and sort the keys, once per process."""
         if self._shards is not None:
             return
         shards = [load_shard(path, digest) for path, digest in self._files]
@@ -140,7 +140,7 @@ def check_shape(shard: Shard, shape: tuple[int, ...]) -> None:
     """Refuse a shard whose maps are not of the store's shape.
 
     Raises:
-        ValueError: names the shard.
+        ValueError: Names the shard.
     """
     found = tuple(shard.values.shape[1:])
     if found != shape:

@@ -38,20 +38,20 @@ class TokenLabelTransform:
     Erasing and the colour operations of RandAugment leave the label where it is. Images of other modes are converted.
 
     Args:
-        img_size: side of the view, or (height, width).
-        scale: range of the crop's area, as a share of the image's.
-        ratio: range of the crop's aspect ratio.
-        hflip: probability of a left-right flip.
-        vflip: probability of an upside-down flip.
+        img_size: Side of the view, or (height, width).
+        scale: Range of the crop's area, as a share of the image's.
+        ratio: Range of the crop's aspect ratio.
+        hflip: Probability of a left-right flip.
+        vflip: Probability of an upside-down flip.
         auto_augment: RandAugment as timm writes it, such as "rand-m9-mstd0.5-inc1"; None for none.
         interpolation: "bicubic", "bilinear", ..., or "random", one of these two for each view.
         mean: Mean of the normalisation, one value per channel; a single value makes views grey. RandAugment fills
             with it what comes from outside the image.
         std: Standard deviation of the normalisation.
         normalize: False for uint8 images, which timm's `PrefetchLoader` normalises, and erases, itself.
-        re_prob: probability of random erasing.
+        re_prob: Probability of random erasing.
         re_mode: "pixel" fills erased boxes with noise, "rand" with one random colour, "const" with 0.
-        re_count: erased boxes, at most.
+        re_count: Erased boxes, at most.
 
     Raises:
         ValueError: `auto_augment` is not a RandAugment of operations known to be affine or to leave points in place;

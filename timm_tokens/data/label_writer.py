@@ -29,14 +29,14 @@ class TokenLabelWriter:
                     writer.add(name, *annotate(image))
 
     Args:
-        folder: made if need be; a folder of an earlier run is continued.
+        folder: Made if need be; a folder of an earlier run is continued.
         num_classes: K of the annotator.
-        shard_size: maps a shard.
-        part: number of this process, where several fill one folder together; each needs its own.
+        shard_size: Maps in each shard.
+        part: Number of this process, where several fill one folder together; each needs its own.
 
     Raises:
-        ValueError: the folder holds labels for another number of classes.
-        BlockingIOError: another writer is at work on this part of the folder.
+        ValueError: The folder holds labels for another number of classes.
+        BlockingIOError: Another writer is at work on this part of the folder.
     """
 
     def __init__(self, folder: str | Path, num_classes: int, *, shard_size: int = 4096, part: int = 0):
@@ -64,7 +64,7 @@ class TokenLabelWriter:
         """Store the label map of one image: values (top, H, W) scores, indices (top, H, W) classes. Safe on return.
 
         Raises:
-            ValueError: the map or the id is not valid, the map has another shape than the others, those of other parts
+            ValueError: The map or the id is not valid, the map has another shape than the others, those of other parts
                 too, or the image has one already.
         """
         check_image_id(name)
@@ -176,9 +176,9 @@ def flush_journals(folder: str | Path, num_classes: int, *, but: Container[int] 
     Before several processes fill a folder: then each knows all that is done, however many there were before.
 
     Args:
-        folder: of the store.
+        folder: The store's folder.
         num_classes: K of the annotator.
-        but: parts whose journals stay, for their own writer to go on with.
+        but: Parts whose journals stay, for their own writer to go on with.
 
     Raises:
         RuntimeError: a writer is at work in the folder.
@@ -218,7 +218,7 @@ def _inside(folder: Path, name: str) -> Path:
     """Where the label of an image goes in a folder: nowhere else, whatever links are there.
 
     Raises:
-        ValueError: it would leave the folder.
+        ValueError: It would leave the folder.
     """
     path = folder / f"{check_image_id(name)}.pt"
     if not path.parent.resolve().is_relative_to(folder.resolve()):

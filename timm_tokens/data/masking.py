@@ -1,4 +1,4 @@
-"""Block-wise masks of patches: what a masked image model has to guess."""
+"""Block-wise masks of patches, which a masked image model has to predict."""
 
 import math
 from collections.abc import Sequence

@@ -64,11 +64,11 @@ class TrackedRandAugment:
     """timm's operations, magnitudes and probabilities; returns the image and its (3, 3) map to the image given.
 
     Args:
-        config: as in timm, such as "rand-m9-mstd0.5-inc1".
-        hparams: as in timm.
+        config: As in timm, such as "rand-m9-mstd0.5-inc1".
+        hparams: As in timm.
 
     Raises:
-        ValueError: not a RandAugment, or one of an operation that is not known here.
+        ValueError: Not a RandAugment, or one of an operation that is not known here.
     """
 
     def __init__(self, config: str, hparams: dict):
@@ -80,7 +80,7 @@ class TrackedRandAugment:
         augment = rand_augment_transform(config, dict(hparams))
         if not 1 <= augment.num_layers <= len(augment.ops):
             raise ValueError(
-                f"auto_augment must have from 1 to {len(augment.ops)} operations (n) an image, got {config!r}"
+                f"auto_augment must have from 1 to {len(augment.ops)} operations (n) per image, got {config!r}"
             )
         unknown = sorted({op.name for op in augment.ops} - _IN_PLACE - _AFFINE.keys())
         if unknown:

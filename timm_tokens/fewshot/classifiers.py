@@ -16,14 +16,14 @@ def nearest_centroid(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
 
     Args:
         support: (T, S, D).
-        labels: classes of the support points, 0 to K - 1, (T, S) or (S,).
+        labels: Classes of the support points, 0 to K - 1, (T, S) or (S,).
         query: (T, Q, D).
 
     Returns:
         (T, Q, K).
 
     Raises:
-        ValueError: the shapes do not fit, or features are not finite.
+        ValueError: The shapes do not fit, or features are not finite.
     """
     return -_distance(query, _centroids(support, _one_hot(support, labels, query)))
 
@@ -74,7 +74,7 @@ def _one_hot(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
             f"got {tuple(support.shape)} and {tuple(query.shape)}"
         )
     if labels.shape not in (support.shape[:2], support.shape[1:2]):
-        raise ValueError(f"labels must be {tuple(support.shape[:2])}, one a support row; got {tuple(labels.shape)}")
+        raise ValueError(f"labels must be {tuple(support.shape[:2])}, one per support row; got {tuple(labels.shape)}")
     check_finite(support=support, query=query)
     return one_hot(labels.long(), int(labels.max()) + 1).expand(len(support), -1, -1).to(support)
 

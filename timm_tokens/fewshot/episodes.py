@@ -1,4 +1,4 @@
-"""Few-shot episodes: which images of a labelled collection to learn from, and which to classify."""
+"""Few-shot episodes: which labelled images to learn from, and which to classify."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -35,22 +35,22 @@ def sample_episodes(
     """Draws episodes: K classes, for each of them labelled images and others to classify, no image twice.
 
     Args:
-        labels: the class of every image, (N,), or a dataset of timm or torchvision that knows them.
-        ways: K, classes an episode.
-        shots: labelled images a class.
-        queries: images to classify a class.
+        labels: The class of every image, (N,), or a dataset of timm or torchvision that knows them.
+        ways: K, classes in an episode.
+        shots: Labelled images per class.
+        queries: Images to classify per class.
         episodes: T.
         dirichlet: None for the same number of queries in every class. Otherwise the ways * queries queries of
             an episode follow class shares from a symmetric Dirichlet distribution with this whole concentration (2 in
             Veilleux et al., NeurIPS 2021, arXiv 2204.11181); a class may have none.
-        generator: source of the randomness (on the CPU); None: torch's default one.
+        generator: Source of the randomness (on the CPU); None: torch's default one.
 
     Returns:
         `Episodes`, on the CPU.
 
     Raises:
         ValueError: a number is too small, or there are fewer than `ways` classes with enough images.
-        TypeError: the dataset does not tell its labels.
+        TypeError: The dataset does not tell its labels.
     """
     for name, value in {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes}.items():
         if value < 1:
@@ -77,7 +77,7 @@ def _labels(source: Any) -> Tensor:
         return torch.as_tensor(source).long()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"cannot read class labels from {type(source).__name__}: pass one integer an image, or a dataset with "
+            f"cannot read class labels from {type(source).__name__}: pass one integer per image, or a dataset with "
             "`targets`, `samples` or a timm reader"
         ) from error
 

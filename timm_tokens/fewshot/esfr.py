@@ -28,8 +28,8 @@ def prepare(features: Tensor, num_support: int | None = None) -> Tensor:
     """Shifts the queries to the mean of the support, centres all the points and scales them to unit length.
 
     Args:
-        features: one episode or many, (..., M, D); the support rows come first.
-        num_support: number of support rows; None: no shift.
+        features: One episode or many, (..., M, D); the support rows come first.
+        num_support: Number of support rows; None: no shift.
 
     Returns:
         (..., M, D), rows of unit length; a row that equals the mean becomes zero.
@@ -53,19 +53,19 @@ class ESFR:
     random stream of its own, so that the result depends on neither the chunks nor the other episodes.
 
     Args:
-        num_nets: networks for each episode.
-        dropout: share of the input entries that each update leaves out, to a precision of 1/65536.
-        neighbours: neighbours (the point itself included) that the dimension is measured with, at most all M points.
-        period: updates from one measurement to the next.
-        max_updates: updates after which a network stops in any case.
+        num_nets: Networks for each episode.
+        dropout: Share of the input entries that each update leaves out, to a precision of 1/65536.
+        neighbours: Neighbours (the point itself included) that the dimension is measured with, at most all M points.
+        period: Updates from one measurement to the next.
+        max_updates: Updates after which a network stops in any case.
         lr: Adam's learning rate.
-        support_weight: weight of the cross-entropy of a linear classifier on the support points' reconstructions.
-        center: whether each network's outputs are centred over the episode before they are scaled to unit length.
-        chunk_size: episodes that run at once; memory grows with it, as chunk_size * num_nets * 13 * D^2 floats. None:
+        support_weight: Weight of the cross-entropy of a linear classifier on the support points' reconstructions.
+        center: Whether each network's outputs are centred over the episode before they are scaled to unit length.
+        chunk_size: Episodes that run at once; memory grows with it, as chunk_size * num_nets * 13 * D^2 floats. None:
             as many as stay in a CPU's cache, or keep a GPU busy (see `episodes_at_once`).
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -115,10 +115,10 @@ class ESFR:
 
         Args:
             features: (T, M, D), the support rows first.
-            weights: initial weights to reproduce a run, the same for all episodes: 4 tensors (num_nets, D, D), as in
+            weights: Initial weights to reproduce a run, the same for all episodes: 4 tensors (num_nets, D, D), as in
                 nn.Linear; None: Glorot-uniform.
-            generator: source of the initial weights and of the dropout, on any device; None: torch's default one.
-            support: the number of support rows, or their labels (T, S) or (S,), 0 to K - 1. With it the features are
+            generator: Source of the initial weights and of the dropout, on any device; None: torch's default one.
+            support: The number of support rows, or their labels (T, S) or (S,), 0 to K - 1. With it the features are
                 first prepared as in `prepare`; without it they are taken as they are, already prepared.
 
         Returns:

@@ -70,13 +70,13 @@ def compare(
         classifiers: Names out of CLASSIFIERS, or classifiers of your own by name.
         esfr: None: with the published settings.
         generator: Random generator of the episodes and of ESFR.
-        progress: wraps the iterable of episode blocks, as tqdm does.
+        progress: Wraps the iterable of episode blocks, as tqdm does.
 
     Returns:
         One `Comparison` for each classifier.
 
     Raises:
-        ValueError: features are not finite, or there are too few images for the episodes.
+        ValueError: Features are not finite, or there are too few images for the episodes.
     """
     check_finite(features=features)
     esfr = ESFR() if esfr is None else esfr

@@ -1,7 +1,7 @@
 """Many small reconstruction networks trained side by side: batched matmuls, a written-out gradient and fused Adam.
 
-The networks are tiny (at D = 64 a matmul takes five microseconds), so that autograd, one kernel a parameter and one
-Python step a network would cost more than the arithmetic. Here one call serves all the networks.
+The networks are tiny (at D = 64 a matmul takes five microseconds), so that autograd, one kernel per parameter and one
+Python step per network would cost more than the arithmetic. Here one call serves all the networks.
 """
 
 from functools import cache
@@ -28,9 +28,9 @@ def reconstruction_gradient(
     """Gradient of `-mean_m cos(target_m, output_m - mean(output))` with respect to the output.
 
     Args:
-        output: what N networks make of their M points, (N, M, D).
-        target: what they should make of them, (N, M, D), rows of unit (or zero) length.
-        out, work: buffers of the output's shape for the result and for what comes between; None: new ones.
+        output: What N networks make of their M points, (N, M, D).
+        target: What they should make of them, (N, M, D), rows of unit (or zero) length.
+        out, work: Buffers of the output's shape for the result and for what comes between; None: new ones.
 
     Returns:
         The gradient, (N, M, D).
@@ -58,7 +58,7 @@ class Nets:
     The buffers of an update are kept from one to the next: fresh memory would cost as much as the arithmetic on it.
 
     Args:
-        weights: the layers' initial weights, DEPTH tensors (N, D, D) laid out as in nn.Linear, trained in place.
+        weights: The layers' initial weights, DEPTH tensors (N, D, D) laid out as in nn.Linear, trained in place.
         num_points: M, the points that each network is trained on.
         ways: K.
         lr: Adam's learning rate.
@@ -86,10 +86,10 @@ class Nets:
         """One Adam step on the reconstruction loss, plus label_weight times the cross-entropy of the classifier.
 
         Args:
-            inputs: the points after dropout, (N, M, D).
-            target: what to reconstruct, (N, M, D), rows of unit (or zero) length.
-            labels: classes of the first S points, (N, S); none at all for S = 0.
-            label_weight: weight of the cross-entropy.
+            inputs: The points after dropout, (N, M, D).
+            target: What to reconstruct, (N, M, D), rows of unit (or zero) length.
+            labels: Classes of the first S points, (N, S); none at all for S = 0.
+            label_weight: Weight of the cross-entropy.
         """
         self.updates += 1
         outputs, (gradient, work) = [inputs, *self.outputs[:DEPTH]], self.outputs[DEPTH:]

@@ -1,4 +1,4 @@
-"""The batch of networks that ESFR trains, from which those that have trained enough are taken out."""
+"""The batch of networks that ESFR trains; those that have trained enough are taken out."""
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ class Run:
     """The networks of a chunk that have not stopped yet, and what goes with each: all of them indexed alike.
 
     Args:
-        features: prepared episodes, (T, M, D).
+        features: Prepared episodes, (T, M, D).
         labels: (T, S) labels of the support; S = 0 without.
         seeds: T * num_nets, one for every net of the first episode, then of the second, and so on.
-        weights: initial weights, 4 tensors (num_nets, D, D), the same for all the episodes; None: drawn.
+        weights: Initial weights, 4 tensors (num_nets, D, D), the same for all the episodes; None: drawn.
         lr: Adam's learning rate.
     """
 

@@ -1,4 +1,4 @@
-"""One loss a file."""
+"""The losses, one file each."""
 
 from timm_tokens.losses.center import Center
 from timm_tokens.losses.dino import DINOLoss

@@ -43,7 +43,7 @@ def cross_view_losses(compare: Compare, student: Sequence[Tensor], targets: Sequ
 
 
 def samples_a_process(x: Tensor) -> Tensor | int:
-    """What a sum over this process's samples (B, ...) is divided by, so that processes average to the joined mean."""
+    """What a sum over this process's samples (B, ...) is divided by, so that processes average to the global mean."""
     return len(x) if world_size() == 1 else batch_size(x) / world_size()
 
 

@@ -16,7 +16,7 @@ class DINOLoss(nn.Module):
     """Cross entropy between the teacher's view and every other view of the student, over prototypes.
 
         loss = DINOLoss(65536)
-        loss(student_logits, teacher_logits)      # lists of (B, K), a view each; the teacher's views first
+        loss(student_logits, teacher_logits)      # lists of (B, K), one per view; the teacher's views first
 
     The teacher's logits are centred, against one prototype for everything, and sharpened, against all alike. In
     training mode each call moves the centre, after it was used. Both temperatures are plain attributes, to be set by a
@@ -57,7 +57,7 @@ class DINOLoss(nn.Module):
         """The loss, a scalar.
 
         Args:
-            student: V logits (B, K), one a view: first the views that the teacher sees, in its order, then the others.
+            student: V logits (B, K), one per view: first the teacher's views in its order, then the others.
             teacher: Logits (B, K) of the first views; they get no gradient.
         """
         student, teacher = as_tokens(student), as_tokens(teacher)

@@ -61,8 +61,8 @@ def mira_loss(student: Sequence[Tensor], assignments: Sequence[Tensor], tau: flo
 class MIRALoss(nn.Module):
     """Pseudo-labels from the teacher's views by `mira_assign`, predicted from the student's other views.
 
-    The labels stay as close to the teacher's own predictions as the wish for informative ones allows. So no prototype
-    is forced to an equal share, there is no queue, and a small batch will do.
+    The labels are as close to the teacher's own predictions as they can be while they stay informative. No prototype is
+    forced to an equal share, there is no queue, and a small batch is enough.
 
     Args:
         tau_student: Temperature of the student's predictions.
@@ -70,7 +70,7 @@ class MIRALoss(nn.Module):
         beta: Strength of the mutual information, in [0, 1); the default of `forward`.
         iterations: Fixed-point iterations.
         assign: Instead of `mira_assign`, the teacher's logits (B, K) to pseudo-labels (B, K); as `sinkhorn_assign`.
-            tau_teacher, beta and iterations then have no say.
+            tau_teacher, beta and iterations are then not used.
 
     Raises:
         ValueError: If a temperature is not positive, beta is outside [0, 1) or iterations is negative.
@@ -94,7 +94,7 @@ class MIRALoss(nn.Module):
         """The loss, and the information in the pseudo-labels.
 
         Args:
-            student: V logits (B, K), one a view: first the views that the teacher sees, in its order, then the others.
+            student: V logits (B, K), one per view: first the teacher's views in its order, then the others.
             teacher: Logits (B, K) of the first views; they get no gradient.
             beta: In place of the loss's own, where it follows a schedule.
         """

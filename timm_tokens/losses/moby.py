@@ -21,7 +21,7 @@ class MoBYLoss(nn.Module):
 
     Args:
         dim: D.
-        queue_size: Keys a view to keep.
+        queue_size: Keys to keep per view.
         tau: Temperature.
         num_views: Views with a key, each with a queue; 2 in the paper.
 
@@ -46,7 +46,7 @@ class MoBYLoss(nn.Module):
         """The loss, a scalar.
 
         Args:
-            queries: The student's predictions (B, D), one a view.
+            queries: The student's predictions (B, D), one per view.
             keys: The teacher's projections (B, D) of the same views; they get no gradient.
         """
         queries, targets = as_tokens(queries), self.targets(as_tokens(keys))

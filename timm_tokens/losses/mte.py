@@ -45,7 +45,7 @@ class MTELoss(nn.Module):
     """A baseline's loss for several tokens of each view, the first of which, the global one, learns from them all.
 
         loss = MTELoss(DINOLoss(65536, num_tokens=1 + 6 + 6))
-        loss(student, teacher).loss               # lists of logits (B, T, K), a view each; the teacher's views first
+        loss(student, teacher).loss               # lists of logits (B, T, K), one per view; the teacher's views first
 
         L = w L_distil + (1 - w) L_aux
         L_distil = H(mean_i P_i, S_0)             the teacher's tokens together -> the student's global token
@@ -87,7 +87,7 @@ class MTELoss(nn.Module):
         """The loss.
 
         Args:
-            student: V logits (B, T, K) (MoBY: queries), one a view, the global token first; first the views that the
+            student: V logits (B, T, K) (MoBY: queries), one per view, the global token first; first the views that the
                 teacher sees, in its order. The others may have the global token alone.
             teacher: Logits (B, T, K) (MoBY: keys) of the first views; they get no gradient.
             watch: Whether to compute entropies and agreement as well.

@@ -32,15 +32,15 @@ class TokenLabelLoss(nn.Module):
     * classes (B,) or probabilities (B, K) of the image, which every token then gets too.
 
     Args:
-        dense_weight: weight of the tokens' term.
-        cls_weight: weight of the class token's term.
-        ground_truth: mix the class token's label t with the true label y: rho t + (1 - rho) y, where rho = 0.5 if the
+        dense_weight: Weight of the tokens' term.
+        cls_weight: Weight of the class token's term.
+        ground_truth: Mix the class token's label t with the true label y: rho t + (1 - rho) y, where rho = 0.5 if the
             top class of t is the true one and 0.9 if not. Image targets are the truth already and are not mixed.
         smoothing: s of label smoothing. Truth and image targets become (1 - s) y + s / K; token labels, as in the
             paper's code, (1 - s + s / K) t + s / K, which sums to 1 + s / K.
 
     Raises:
-        ValueError: smoothing is outside [0, 1).
+        ValueError: Smoothing is outside [0, 1).
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class TokenLabelLoss(nn.Module):
     ) -> Tensor:
         """
         Args:
-            logits: an object with `cls` (B, K) and `tokens` (B, N, K), the tokens' each in the place of its own image.
-            target: see the class.
-            labels: the true classes (B,) or their probabilities (B, K); read with `ground_truth` alone.
-            box: top, left, bottom, right of MixToken on the patch grid. The class token's target is then mixed with
+            logits: An object with `cls` (B, K) and `tokens` (B, N, K), the tokens' each in the place of its own image.
+            target: See the class.
+            labels: The true classes (B,) or their probabilities (B, K); read with `ground_truth` alone.
+            box: Top, left, bottom, right of MixToken on the patch grid. The class token's target is then mixed with
                 that of the flipped batch by the box's area; the tokens' targets are not.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: shapes that do not fit, or `labels` missing though `ground_truth` is set.
+            ValueError: Shapes that do not fit, or `labels` missing though `ground_truth` is set.
         """
         _check(logits, target)
         smoothing, num_classes = self.smoothing, logits.cls.shape[1]
@@ -131,7 +131,7 @@ def _require(labels: Tensor | None, batch: int) -> Tensor:
     if labels is None:
         raise ValueError("ground_truth=True needs the true labels: pass labels=(B,) classes or (B, K) probabilities")
     if len(labels) != batch:
-        raise ValueError(f"labels must have one row an image, {batch}, got {tuple(labels.shape)}")
+        raise ValueError(f"labels must have one row per image, {batch}, got {tuple(labels.shape)}")
     return labels
 
 

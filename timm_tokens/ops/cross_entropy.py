@@ -9,7 +9,7 @@ from timm_tokens.ops.ranges import check_positive
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor, tau: float = 1.0) -> Tensor:
-    """-sum_k target_k log softmax(logits / tau)_k, in float32, one value a token.
+    """-sum_k target_k log softmax(logits / tau)_k, in float32, one value per token.
 
     Being linear in the target, it takes the sum of several targets as well as one: H(sum_i P_i, S) = sum_i H(P_i, S),
     and the mean in the same way. With K = 65536 memory traffic is what it costs, so it has a backward of its own, which

@@ -14,8 +14,8 @@ def local_intrinsic_dimensionality(x: Tensor, k: int = 21) -> Tensor:
     them, so all-zero features have dimension 0), and infinity where all the neighbours are equally far away.
 
     Args:
-        x: points, (..., M, D).
-        k: neighbours, counted with the point itself; 3 <= k <= M.
+        x: Points, (..., M, D).
+        k: Neighbours, counted with the point itself; 3 <= k <= M.
 
     Returns:
         The estimate for every point, (..., M), never NaN for finite points. It has a gradient where none coincide.

@@ -31,7 +31,7 @@ def crop_windows(boxes: Tensor, flip: Tensor | None, grid: tuple[int, int], size
         boxes: (B, 4) top, left, height, width as fractions of the image.
         flip: (B,) bool, mirror the columns of the crop; None for no image.
         grid: H, W of the label map.
-        size: rows and columns of tokens.
+        size: Rows and columns of tokens.
     """
     (top, left, height, width), (H, W), (rows, cols) = boxes.float().unbind(-1), grid, size
     first_y, weight_y = _align_axis(top, height, H, rows)
@@ -52,7 +52,7 @@ def warp_windows(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> 
     Args:
         maps: (B, 3, 3), from (row, column, 1) in the view to the same in the image, both in fractions.
         grid: H, W of the label map.
-        size: rows and columns of tokens.
+        size: Rows and columns of tokens.
     """
     (H, W), (rows, cols) = grid, size
     view = _view_in_cells(maps, H, W)

@@ -58,9 +58,9 @@ def crop_token_labels(
         indices: (B, top, H, W) integer classes of the scores in [0, K), distinct within a cell.
         boxes: (B, 4) top, left, height, width as fractions of the image, inside the image.
         num_classes: K.
-        size: patch tokens per side, or (rows, columns).
+        size: Patch tokens per side, or (rows, columns).
         flip: (B,) bool, which crops were mirrored left to right after the crop.
-        dense: return probabilities (B, K, 1 + N) in place of the sparse form.
+        dense: Return probabilities (B, K, 1 + N) in place of the sparse form.
 
     Returns:
         `SparseLabels`, or with `dense` the probabilities (B, K, 1 + N): the class token's, then the patches' in rows.
@@ -70,7 +70,7 @@ def crop_token_labels(
     """
     size = _check(values, indices, num_classes, size)
     if boxes.shape != (len(values), 4):
-        raise ValueError(f"boxes must be (B, 4) with B = {len(values)}, one a label map, got {tuple(boxes.shape)}")
+        raise ValueError(f"boxes must be (B, 4) with B = {len(values)}, one per label map, got {tuple(boxes.shape)}")
     if flip is not None and (flip.shape != (len(values),) or flip.dtype != torch.bool):
         raise ValueError(f"flip must be bool of shape ({len(values)},), got {flip.dtype} {tuple(flip.shape)}")
     grid = values.shape[-2], values.shape[-1]
@@ -98,8 +98,8 @@ def warp_token_labels(
         maps: (B, 3, 3), from (row, column, 1) in the view to the same in the image; rows and columns as fractions, from
             0 at the top left corner to 1. Compose them with `@`; `crop_maps` makes those of crops and flips.
         num_classes: K.
-        size: patch tokens per side, or (rows, columns).
-        dense: return probabilities (B, K, 1 + N) in place of the sparse form.
+        size: Patch tokens per side, or (rows, columns).
+        dense: Return probabilities (B, K, 1 + N) in place of the sparse form.
 
     Returns:
         As `crop_token_labels`.
@@ -109,7 +109,7 @@ def warp_token_labels(
     """
     size = _check(values, indices, num_classes, size)
     if maps.shape != (len(values), 3, 3):
-        raise ValueError(f"maps must be (B, 3, 3) with B = {len(values)}, one a label map, got {tuple(maps.shape)}")
+        raise ValueError(f"maps must be (B, 3, 3) with B = {len(values)}, one per label map, got {tuple(maps.shape)}")
     grid = values.shape[-2], values.shape[-1]
     whole, patches = warp_windows(maps, grid, (1, 1)), warp_windows(maps, grid, size)
     labels = _sparse_labels(values, indices, whole, patches, num_classes)

@@ -1,7 +1,9 @@
 """Bipartite soft matching: fewer tokens by merging the most similar ones (ToMe, arXiv 2210.09461, section 3).
 
 Everything is a gather, a scatter-sum and a division over shapes known beforehand, so that it compiles, exports and
-never waits for the device. Shapes: B images, N tokens, P prefix tokens, C channels, E embedding width, R merged tokens.
+never waits for the device.
+
+Shapes: B images, N tokens, P prefix tokens, C channels, E embedding dimension, R merged tokens.
 """
 
 from typing import NamedTuple
@@ -17,7 +19,7 @@ class Matching(NamedTuple):
         rows: (B, N) int64, where each token stands among the B * N of the whole batch: first the N - R that stay, in
             the order of the output (prefix, even positions, odd positions), then the R that are merged away.
         into: (B, R) int64, which of the tokens at odd positions, counted from 0, each of those is merged into.
-        first_odd: where in the output the tokens at odd positions begin.
+        first_odd: Where in the output the tokens at odd positions begin.
     """
 
     rows: Tensor
@@ -79,8 +81,8 @@ def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1, numbers:
 
     Args:
         metric: (B, N, E) what tokens are compared by; compared by cosine, in float32.
-        r: tokens to remove; at most half of the tokens after the prefix are.
-        num_prefix_tokens: leading tokens (class, registers, distillation) that neither merge nor are merged into.
+        r: Tokens to remove; at most half of the tokens after the prefix are.
+        num_prefix_tokens: Leading tokens (class, registers, distillation) that neither merge nor are merged into.
         numbers: int64, 0 to B * N - 1 or further; a model makes them once for all its blocks. None: they are made here.
 
     Returns:
@@ -157,8 +159,8 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     """
     rows, into, first_odd = matching
     left = rows.shape[1] - into.shape[1]
-    # Sums are divided in the end: few operations, which is what a single image waits for. Sizes are float32, and so
-    # are the sums of tokens in half precision, which could not hold them.
+    # Sums are divided in the end, to have few operations, which take most of the time at batch size 1. Sizes are
+    # float32, and so are the sums of tokens in half precision, which could not hold them.
     total = take_rows(x.float() if size is None else x * size.unsqueeze(2), rows)
     new_size = torch.ones(rows.shape, device=x.device) if size is None else size.take(rows)
     _add_rows(total[:, first_odd:left], into, total[:, left:])

@@ -17,8 +17,8 @@ def draw_mix_box(grid: tuple[int, int], generator: torch.Generator | None = None
 
     Args:
         grid: H, W of the patch grid.
-        generator: on the CPU.
-        even: extents are even numbers of cells, 2 * (cut // 2), as in the paper's code: odd ones lose a cell there.
+        generator: On the CPU.
+        even: Extents are even numbers of cells, 2 * (cut // 2), as in the paper's code: odd ones lose a cell there.
 
     Returns:
         (4,) int64 on the CPU: top, left, bottom, right, the last two exclusive. The box is cut at the border and may be
@@ -44,7 +44,7 @@ def mix_tokens(x: Tensor, box: Tensor | Sequence[int], grid: tuple[int, int]) ->
 
     Args:
         x: (B, N, C) patch tokens, row by row, without prefix tokens.
-        box: top, left, bottom, right on the grid, the last two exclusive: a (4,) tensor or four ints.
+        box: Top, left, bottom, right on the grid, the last two exclusive: a (4,) tensor or four ints.
         grid: H, W of the patch grid, H * W = N.
 
     Returns:

@@ -20,7 +20,7 @@ class RelaxedMatching(NamedTuple):
         assignment: (B, |A|, |B|) float32, the part of each token of A that went to each token of B.
         order: (B, N) int64, the input position of each output token.
         num_prefix_tokens: P.
-        effective: how many tokens, prefix included, took part.
+        effective: How many tokens, prefix included, took part.
     """
 
     assignment: Tensor
@@ -36,7 +36,7 @@ def relaxed_top_k(scores: Tensor, k: int, *, tau1: float = 0.1, tau2: float = 0.
         scores: (B, |A|, |B|) similarities.
         k: How many (row, column) pairs to choose.
         tau1: Temperature of the scores. tau2: temperature of each of the k choices.
-        candidates: Columns considered a row.
+        candidates: Columns considered for each row.
 
     Returns:
         (B, |A|, |B|) float32; rows sum to at most 1, everything to at most k.
@@ -45,7 +45,7 @@ def relaxed_top_k(scores: Tensor, k: int, *, tau1: float = 0.1, tau2: float = 0.
         ValueError: A temperature is not positive, or a count is out of range.
 
     Source: DTEM (arXiv 2412.10569), equations 5 and 6. The paper iterates over all pairs. As each choice weakens whole
-    rows, the distribution within a row never changes: it is enough to iterate over one number a row, exactly.
+    rows, the distribution within a row never changes: it is enough to iterate over one number per row, exactly.
     """
     check_counts(0, k=k)
     check_counts(candidates=candidates)

@@ -12,7 +12,7 @@ def schedule(r: int | Sequence[int] | tuple[int, float], depth: int) -> tuple[in
     Args:
         r: One number for every block; or (number, inflection), from 2 * number in the first block down to 0 in the last
             at inflection -1, constant at 0, and the reverse at 1 (the inflection must be a float, or -1); or one number
-            a block, padded with 0 at the end.
+            per block, padded with 0 at the end.
         depth: How many blocks there are.
 
     Raises:
@@ -28,7 +28,7 @@ def schedule(r: int | Sequence[int] | tuple[int, float], depth: int) -> tuple[in
             return _inflected(_count(r[0]), r[1], depth)
         counts = tuple(_count(value) for value in r)
         if len(counts) > depth:
-            raise ValueError(f"r has {len(counts)} numbers for {depth} blocks; give at most one a block, got r={r}")
+            raise ValueError(f"r has {len(counts)} numbers for {depth} blocks; give at most one per block, got r={r}")
         return counts + (0,) * (depth - len(counts))
     return (_count(r),) * depth
 

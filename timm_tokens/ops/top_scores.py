@@ -25,7 +25,7 @@ def top_scores(scores: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
     Args:
         scores: (..., K) before the softmax, any floating dtype.
-        top: classes to keep per cell, from 1 to K.
+        top: Classes to keep per cell, from 1 to K.
 
     Returns:
         Scores (..., top) float32, the best first, and their classes (..., top) int64.

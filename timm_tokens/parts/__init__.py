@@ -1,4 +1,4 @@
-"""The parts that a TokenViT can have: one file a part."""
+"""The parts that a TokenViT can have, one file each."""
 
 from timm_tokens.parts.aux_tokens import AdaptivePool, AuxTokens
 from timm_tokens.parts.label_head import DenseLogits, TokenLabelHead

@@ -68,7 +68,7 @@ class AuxTokens(nn.Module):
             self.pool.reset_parameters()
 
     def _draw_tokens(self) -> None:
-        if self.tokens is not None:  # drawn each for itself: equal tokens would stay equal for ever
+        if self.tokens is not None:  # each drawn separately: equal tokens would stay equal forever
             trunc_normal_(self.tokens, std=0.02)
 
     @property
@@ -103,7 +103,7 @@ class AdaptivePool(nn.Module):
     Args:
         dim: C. num_pooled: k_p.
         kernel_size: Side of the kernel, odd; 11 sees all of a 6 x 6 map from anywhere.
-        pool_weight: "spatial": one weight map a token, whose logarithms have about unit variance at first; "channel":
+        pool_weight: "spatial": one weight map per token, whose logarithms have about unit variance at first; "channel":
             each channel has its own weights, nearly even at first. The first did better where it was measured.
         pool_norm: "softmax": weights sum to 1; "none": the convolution's output over the number of positions.
 

@@ -28,7 +28,7 @@ class Merged(NamedTuple):
 class TokenMerger(nn.Module):
     """Merges the most similar tokens between the attention and the MLP of each block.
 
-    A small linear map a block, the embedding, says which tokens are alike. In evaluation the r best pairs are merged
+    A small linear map per block, the embedding, says which tokens are alike. In evaluation the r best pairs are merged
     outright, so that every later layer has fewer tokens to compute. In training nothing is removed: tokens hand parts
     of themselves over (relaxed merging), which makes the task's own loss a loss for the embeddings. The embeddings
     start as the average over heads of the attention's keys, which is what training-free merging compares tokens by.

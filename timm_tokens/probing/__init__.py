@@ -1,4 +1,4 @@
-"""How good are frozen features? Nearest neighbours, a linear classifier, and how prototypes agree with classes."""
+"""Evaluation of frozen features: nearest neighbours, a linear classifier, and NMI of prototypes and classes."""
 
 from timm_tokens.probing.knn import knn_accuracy
 from timm_tokens.probing.linear import LEARNING_RATES, LinearResult, linear_probe

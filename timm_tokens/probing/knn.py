@@ -27,14 +27,14 @@ def knn_accuracy(
         train_labels: (M,) int64.
         features: (N, D), what is classified.
         labels: (N,) int64.
-        k: numbers of neighbours, answered together.
+        k: Numbers of neighbours, answered together.
         temperature: tau.
 
     Returns:
         Accuracy between 0 and 1 by k.
 
     Raises:
-        ValueError: shapes do not fit, features are not finite, or a k is not in [1, M].
+        ValueError: Shapes do not fit, features are not finite, or a k is not in [1, M].
 
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv 1805.01978;
         k and tau as DINO (arXiv 2104.14294) evaluates.

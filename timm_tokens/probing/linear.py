@@ -18,9 +18,9 @@ class LinearResult(NamedTuple):
     """What a linear probe found.
 
     Attributes:
-        accuracy: top-1 between 0 and 1, of the classifier trained on the whole training set with `lr`.
-        lr: the learning rate that did best on the held-out part of the training set.
-        held_out: accuracy on that part by learning rate. If the best is the first or last, try others beyond it.
+        accuracy: Top-1 between 0 and 1, of the classifier trained on the whole training set with `lr`.
+        lr: The learning rate that did best on the held-out part of the training set.
+        held_out: Accuracy on that part by learning rate. If the best is the first or last, try others beyond it.
     """
 
     accuracy: float

@@ -18,7 +18,7 @@ def assignment_nmi(assignments: Tensor, labels: Tensor) -> float:
         0 for independent labellings, 1 for the same up to names.
 
     Raises:
-        ValueError: shapes or types do not fit.
+        ValueError: Shapes or types do not fit.
     """
     if assignments.ndim != 1 or assignments.shape != labels.shape or not len(labels):
         raise ValueError(
@@ -46,7 +46,7 @@ def ensemble_assignments(probabilities: Tensor) -> Tensor:
         (T, B) int64. Batches can be joined along B for `assignment_nmi`, row by row.
 
     Raises:
-        ValueError: the shape does not fit, or probabilities are not finite.
+        ValueError: The shape does not fit, or probabilities are not finite.
     """
     if probabilities.ndim != 3:
         raise ValueError(f"probabilities must be (T, B, K), got {tuple(probabilities.shape)}")

@@ -1,4 +1,4 @@
-"""Training tasks: what is trained, and how its loss comes about. `timm_tokens.training` runs them."""
+"""Training tasks: what is trained, and by which loss. `timm_tokens.training` runs them."""
 
 from timm_tokens.tasks.dtem import DTEMTask
 from timm_tokens.tasks.dtm import DTMTask

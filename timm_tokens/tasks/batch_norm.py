@@ -12,7 +12,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     torch's SyncBatchNorm is for GPUs alone. On one process this is torch's batch norm, and its state is the same.
 
     Raises:
-        ValueError: in training, there is one value per channel only, which would be normalised to 0.
+        ValueError: In training, there is one value per channel only, which would be normalised to 0.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class MaskedStudent(nn.Module):
 
 
 class DTMTask(TokenTask):
-    """The student sees the image with blocks of patches masked, and predicts the tokens that a frozen teacher makes of
-    the whole image, both morphed: averaged over patches that the teacher finds alike, drawn anew each step.
+    """The student sees the image with blocks of patches masked, and predicts the tokens that a frozen teacher gives for
+    the whole image. Both are morphed first: averaged over patches that the teacher finds similar, anew in each step.
 
         task = DTMTask(timm.create_model("vit_base_patch16_224", num_classes=0), teacher)
 

@@ -29,8 +29,8 @@ class MTETask(TokenTask):
         task = MTETask(timm_tokens.add_aux_tokens(vit), "dino")
 
     A plain ViT is trained by the objective itself. The student sees all crops of an image; its teacher, a moving
-    average of the student, head and all, sees the global ones. What comes out is `product`, a plain timm model, which
-    the auxiliary tokens are no part of: the teacher's backbone, or the student's for MoBY, as in the papers.
+    average of the student and its heads, sees the global ones. The result is `product`, a plain timm model without the
+    auxiliary tokens: the teacher's backbone, or the student's for MoBY, as in the papers.
 
     Args:
         model: A TokenViT by `add_aux_tokens`, a plain timm ViT, or `PooledTokens` around any other timm model; with

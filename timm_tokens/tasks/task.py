@@ -61,7 +61,7 @@ class TokenTask(TrainingTask):
         """The loss of one batch.
 
         Args:
-            input: Images (B, 3, H, W), or a list of them, one a crop.
+            input: Images (B, 3, H, W), or a list of them, one per crop.
             target: Whatever the data set gives beside the images, collated and on the device.
 
         Returns:

@@ -77,7 +77,7 @@ class TokenTeacher(nn.Module):
         """The dimension of the tokens.
 
         Raises:
-            ValueError: If there is not one token a patch.
+            ValueError: If there is not one token per patch.
         """
         tokens = self(torch.zeros(1, channels(self.vit), *self.size))
         count = self.grid[0] * self.grid[1]
@@ -85,7 +85,7 @@ class TokenTeacher(nn.Module):
             raise ValueError(
                 f"for an image of {self.size} the teacher, a {type(self.vit).__name__}, gives {tuple(tokens.shape)}, "
                 f"but the student's grid of {self.grid[0]} x {self.grid[1]} takes (1, {count}, D); choose a "
-                "ViT with one token a patch"
+                "ViT with one token per patch"
             )
         return tokens.shape[2]
 

@@ -19,7 +19,7 @@ from timm_tokens.training.settings import Settings
 class Plan(NamedTuple):
     """How long a run is. The global batch is that of all processes and all accumulated parts."""
 
-    joined_batch: int
+    global_batch: int
     steps_per_epoch: int
     total_steps: int
 
@@ -53,7 +53,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         length: Images in the data set.
         plan: How long the run is.
         settings: batch_size, accumulate and seed.
-        start: the first step.
+        start: The first step.
     """
 
     def __init__(self, length: int, plan: Plan, settings: Settings, start: int = 0):
@@ -71,7 +71,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
             if epoch != shuffled:
                 order = torch.randperm(self.length, generator=seeding.generator(self.seed, epoch)).tolist()
                 shuffled = epoch
-            first = number * self.plan.joined_batch + self.rank * self.batch_size
+            first = number * self.plan.global_batch + self.rank * self.batch_size
             for part in range(self.accumulate):
                 at = first + part * self.world_size * self.batch_size
                 yield [(epoch, index) for index in order[at : at + self.batch_size]]

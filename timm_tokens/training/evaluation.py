@@ -1,4 +1,4 @@
-"""What is measured of a model on a data set while it trains, shared by the processes."""
+"""What is measured on a data set while a model trains, with the work shared by all processes."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ STEPS, SUMMARY = "steps.csv", "summary.csv"
 
 
 class History:
-    """Writes `steps.csv`, one row a step, and `summary.csv`, one row an epoch.
+    """Writes `steps.csv`, one row per step, and `summary.csv`, one row per epoch.
 
     Args:
         folder: Where the files are; None: nothing is written (on all processes but the first).
@@ -28,7 +28,7 @@ class History:
         self.epochs = _cut(folder / SUMMARY, "epoch", epoch) if folder else []
 
     def add_steps(self, rows: list[dict[str, float]]) -> None:
-        """Append rows, one a step, each with "step" first and "lr" last."""
+        """Append rows, one per step, each with "step" first and "lr" last."""
         if self.folder and rows:
             _append(self.folder / STEPS, rows)
         self.steps += rows

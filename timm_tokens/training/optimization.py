@@ -98,7 +98,7 @@ def parameter_groups(
         module: What is trained.
         weight_decay, layer_decay: As timm has them.
         exempt_names: The last parts of the names of what is exempt beside biases and vectors, separated by commas;
-            None: what the parts of the module name.
+            None: What the parts of the module name.
 
     Raises:
         ValueError: layer_decay is given, and the module doesn't sort its parameters into layers.

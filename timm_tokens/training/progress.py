@@ -1,4 +1,4 @@
-"""How far a run is, and its way to the disk and back."""
+"""How far a run is, and how that is saved and restored."""
 
 import sys
 from typing import Any
@@ -20,7 +20,7 @@ class Progress:
     """The state of a run, which its checkpoints hold; `restore` takes it up where the last one left it.
 
     Args:
-        settings, plan: Of the run.
+        settings, plan: The run's settings, and how long it is.
         images: How many there are to train on.
         task, optimization: Trained, and what trains it.
         ema: The model's average, if there is one.

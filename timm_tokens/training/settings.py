@@ -1,4 +1,4 @@
-"""What a run is set to: the arguments of `train`, and of the command `timm-tokens train`."""
+"""The settings of a run: arguments of `train`, and options of the command `timm-tokens train`."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -21,7 +21,7 @@ class Stepper:
     """Takes the steps of a run.
 
     Args:
-        settings, plan: Of the run.
+        settings, plan: The run's settings, and how long it is.
         task, optimization: Trained, and what trains it.
         ema: The model's average, if there is one.
         augment: See `train`.

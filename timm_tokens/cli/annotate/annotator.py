@@ -24,9 +24,9 @@ class Annotator(NamedTuple):
     """A model, its transform of PIL images, and how its maps are made.
 
     Attributes:
-        config: the transform's, as plain data: label maps of another one are others.
+        config: The transform's, as plain data: label maps of another one are others.
         grid: (H, W) of the maps.
-        kept: numbers of the model's classes that maps are made of, in the maps' order; None: all of them.
+        kept: Numbers of the model's classes that maps are made of, in the maps' order; None: all of them.
     """
 
     model: nn.Module

@@ -16,14 +16,14 @@ class Summary(NamedTuple):
     """What a label store holds for a data set.
 
     Attributes:
-        images: in the data set.
-        annotated: by this run; the others had a map before, or could not be read.
-        labelled: images with a map.
-        agreement: share of them whose map's top class is the folder's, None where folders are not the model's classes.
+        images: In the data set.
+        annotated: By this run; the others had a map before, or could not be read.
+        labelled: Images with a map.
+        agreement: Share of them whose map's top class is the folder's, None where folders are not the model's classes.
             The top class is that with the largest mean probability over the cells, of the classes that are kept.
-        confidence: mean probability of the folder's class in the whole image's class target, None likewise.
+        confidence: Mean probability of the folder's class in the whole image's class target, None likewise.
             Where it is low, the cells disagree, and training learns little from a label.
-        others: mean probability of all classes together that a cell does not keep, None without a map.
+        others: Mean probability of all classes together that a cell does not keep, None without a map.
     """
 
     images: int

@@ -39,7 +39,7 @@ class MachineOptions(ModelOptions, MergerOptions, DeviceOptions):
 
 
 def build(machine: MachineOptions, setting: Setting) -> nn.Module:
-    """The model of a setting: the base, or merging r tokens a block, on the machine's device."""
+    """The model of a setting: the base, or merging r tokens per block, on the machine's device."""
     model = models.plain(models.make_model(machine))
     if setting.r is not None:
         if machine.merger is None:

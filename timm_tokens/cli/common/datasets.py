@@ -27,7 +27,7 @@ def open_dataset(data: str | Path, root: str | Path | None = None, split: str | 
     """A data set of images, without a transform.
 
     Args:
-        data: A folder with one folder of images a class (or that of the split in it), a tar of them, or the name of a
+        data: A folder with one folder of images per class (or that of the split in it), a tar of them, or the name of a
             data set in timm, such as "torch/cifar10", "hfds/cifar10".
         root: Where a data set with a name is kept.
         split: Which split; of a folder, the folder in it. None: "train", if the folder has one; "": all of a folder.
@@ -42,7 +42,7 @@ def open_dataset(data: str | Path, root: str | Path | None = None, split: str | 
             raise CommandError(f"no folder {Path(data) / split}: leave out --split to take the images in {data}")
         return open_folder(found or data)
     if not _has_name(str(data)):
-        raise CommandError(f"no folder {data}: give a folder with one folder of images a class, {_NAMED}")
+        raise CommandError(f"no folder {data}: give a folder with one folder of images per class, {_NAMED}")
     return create(str(data), root, "train" if split is None else split)
 
 
@@ -81,7 +81,7 @@ def create(name: str, root: str | Path | None, split: str, **options: Any) -> Da
     """timm.data.create_dataset, whose refusals become one line.
 
     Raises:
-        CommandError: there is no such data set, or no image in it.
+        CommandError: There is no such data set, or no image in it.
     """
     what = " in ".join(str(part) for part in (name, root) if part)
     try:

@@ -96,10 +96,10 @@ class Source(NamedTuple):
     """A model whose features are wanted.
 
     Attributes:
-        make: makes it, without a classifier; called when the features are not in the cache.
-        about: all that decides its weights, as plain text.
-        weights: where they come from, to be read.
-        img_size: side of the images; None: the model's own.
+        make: Makes it, without a classifier; called when the features are not in the cache.
+        about: All that decides its weights, as plain text.
+        weights: Where they come from, to be read.
+        img_size: Side of the images; None: the model's own.
     """
 
     make: Callable[[], nn.Module]
@@ -137,15 +137,15 @@ def cached_features(
     """Features of all the images of a data set that can be read, from the cache when it has them; the others are named.
 
     Args:
-        cache_dir: where feature files are kept; each is named after the model and all that decides its content.
-        dataset: of images, without a transform.
-        source: of the features.
-        loading: how to load the images.
-        device: where to compute.
+        cache_dir: Where feature files are kept; each is named after the model and all that decides its content.
+        dataset: Images, without a transform.
+        source: The model that gives the features.
+        loading: How to load the images.
+        device: Where to compute.
 
     Raises:
-        CommandError: the model can't be made.
-        ValueError: its weights, or features, are not finite; or no image can be read.
+        CommandError: The model can't be made.
+        ValueError: Its weights, or features, are not finite; or no image can be read.
     """
     metadata = source.about | {"img_size": str(source.img_size)} | identity(dataset)
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:12]

@@ -41,7 +41,7 @@ def load_run(folder: Path) -> Trained:
         folder: `--out` of `timm-tokens train`; its images may be gone.
 
     Raises:
-        CommandError: there is no such run, or its checkpoint can't be read.
+        CommandError: There is no such run, or its checkpoint can't be read.
     """
     path = folder / CONFIG
     if not path.is_file():

@@ -54,7 +54,7 @@ def run(options: Options) -> list[Panel]:
     """Write the picture.
 
     Returns:
-        What it shows, one panel a block.
+        What it shows, one panel per block.
 
     Raises:
         CommandError: Something is missing or doesn't fit; then nothing is written.

@@ -16,12 +16,12 @@ class Report(NamedTuple):
     """What was measured.
 
     Attributes:
-        images: of training and of validation.
-        knn: accuracy by number of neighbours.
-        linear: the linear probe's result.
-        nmi: of prototype assignments by the first token, the first two, and so on; None without a run of MTE.
-        tokens: their names.
-        notes: lines about images that were left out.
+        images: Numbers of training and of validation images.
+        knn: Accuracy by number of neighbours.
+        linear: The linear probe's result.
+        nmi: NMI of the assignments by the first token, the first two, and so on; None without a run of MTE.
+        tokens: Their names.
+        notes: Lines about images that were left out.
     """
 
     images: tuple[int, int]
