@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -29,7 +29,7 @@ class Annotator(NamedTuple):
         kept: Numbers of the model's classes that maps are made of, in the maps' order; None: all of them.
     """
 
-    model: nn.Module
+    model: Any  # an nn.Module, with timm's members
     transform: Callable[[Image.Image], Tensor]
     config: dict
     grid: tuple[int, int]
@@ -88,7 +88,7 @@ def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | 
         CommandError: The model can't be made, does not take this size or has too few classes.
         TypeError: It has no spatial map.
     """
-    model = _make(options)
+    model: Any = _make(options)
     config = _config(model, options.img_size)
     height, width = config["input_size"][1:]
     try:

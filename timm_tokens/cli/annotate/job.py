@@ -75,7 +75,8 @@ def fill(job: Job, writer: TokenLabelWriter, loading: LoadingOptions, requests: 
     todo = pending[job.process.rank :: job.process.world]
     if todo and job.process.world == 1:  # complete the batch that a kill cut: in another, numbers are rounded otherwise
         todo = [*range(todo[0] - todo[0] % loading.batch_size, todo[0]), *todo]
-    device, added, unread = job.process.device, 0, {}
+    device, added = job.process.device, 0
+    unread: dict[int, str] = {}
     pin = device.startswith("cuda")
     with tqdm(total=len(todo), unit="image", disable=job.process.rank > 0) as bar:
         for batch in batches(job.dataset, job.annotator.transform, loading, todo, pin_memory=pin):

@@ -60,6 +60,7 @@ def summarise(job: Job, annotated: int) -> Summary:
         classes = torch.arange(job.annotator.num_classes)
     elif targets is not None:
         classes = model_classes(class_names(job.dataset), job.annotator.model)
+    numbers = torch.tensor(targets or [])
     share = range(job.process.rank, len(job.names), job.process.world)
     mine, right, sure, others = [i for i in share if job.names[i] in store], 0, 0.0, 0.0
     for start in range(0, len(mine), 256):
@@ -68,18 +69,17 @@ def summarise(job: Job, annotated: int) -> Summary:
         others += float(others_share(maps[0].movedim(1, -1), job.annotator.num_classes).mean((1, 2)).sum())
         if classes is None:
             continue
-        truth = classes[torch.tensor([targets[i] for i in chunk])]
+        truth = classes[numbers[chunk]]
         right += int((top_class(*maps, job.annotator.num_classes) == truth).sum())
         whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(chunk), 4)
         target = crop_token_labels(*maps, whole, job.annotator.num_classes, 1).cls
         sure += float(target.gather(1, truth[:, None]).sum())
-    annotated, labelled, *sums = (
-        sum(job.process.gather([count])) for count in (annotated, len(mine), right, sure, others)
-    )
-    right, sure, others = (x / labelled if labelled else None for x in sums)
+    counts = (annotated, len(mine), right, sure, others)
+    annotated, labelled, *sums = (sum(job.process.gather([count])) for count in counts)
+    agreement, confidence, left = (x / labelled if labelled else None for x in sums)
     if classes is None:
-        right = sure = None
-    return Summary(len(job.names), annotated, labelled, right, sure, others)
+        agreement = confidence = None
+    return Summary(len(job.names), annotated, labelled, agreement, confidence, left)
 
 
 def top_class(values: Tensor, indices: Tensor, num_classes: int) -> Tensor:

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -54,7 +54,7 @@ def build(machine: MachineOptions, setting: Setting) -> nn.Module:
     return model.to(machine.device).train(setting.step != "forward")
 
 
-def make_step(machine: MachineOptions, setting: Setting, model: nn.Module) -> Callable[[], None]:
+def make_step(machine: MachineOptions, setting: Setting, model: Any) -> Callable[[], None]:
     """The work to time: a forward pass, or a whole optimisation step."""
     images = torch.randn(setting.batch, *input_config(model, machine.img_size)["input_size"])
     forward = torch.compile(model) if machine.compile else model

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -173,7 +173,7 @@ def eval_transform(net: nn.Module, img_size: int | None) -> Callable:
 def _make(options: FeatureOptions) -> nn.Module:
     """The model without its classifier; what merges its tokens is --merger, else its own merger, else its keys."""
     name, size = options.model, options.img_size
-    net = models.create(name, pretrained=models.by_timm(options), num_classes=0, **models.arguments(options))
+    net: Any = models.create(name, pretrained=models.by_timm(options), num_classes=0, **models.arguments(options))
     if options.checkpoint:
         checkpoints.load(net, options.checkpoint, options.checkpoint_key)
     if size is not None:
@@ -190,7 +190,9 @@ def _extract(
     net: nn.Module, dataset: Dataset, transform: Callable, loading: LoadingOptions, device: str
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Features (N, D) and labels (N,) on the CPU, and lines about the images that were left out."""
-    features, labels, unread = [], [], {}
+    features: list[Tensor] = []
+    labels: list[int] = []
+    unread: dict[int, str] = {}
     with tqdm(total=len(dataset), desc="features", unit="image") as bar:
         for batch in batches(dataset, transform, loading):
             unread |= batch.unread

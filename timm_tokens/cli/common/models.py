@@ -125,13 +125,13 @@ def merged(model: nn.Module, r: int, metric: str | None = None, default: str = "
         CommandError: A block can't merge so many.
         TypeError: The model can't be driven.
     """
-    own = model.merger if isinstance(model, TokenViT) else None
-    if own is not None and metric in (None, own.metric):
-        own.r = r
+    if isinstance(model, TokenViT) and model.merger is not None and metric in (None, model.merger.metric):
+        model.merger.r = r
+        net = model
     else:
-        model = apply_dtem_merging(plain(model), r=r, metric=metric or default)
-    check_r(model, r)
-    return model
+        net = apply_dtem_merging(plain(model), r=r, metric=metric or default)
+    check_r(net, r)
+    return net
 
 
 def num_patches(model: TokenViT) -> int:

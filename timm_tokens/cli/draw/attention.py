@@ -74,7 +74,7 @@ def _of_run(folder: Path) -> TokenViT:
 
 
 def _by_name(options: Options) -> TokenViT:
-    if options.checkpoint is None and not options.random and ":" not in options.model:
+    if options.checkpoint is None and not options.random and ":" not in (options.model or ""):
         raise CommandError("give --checkpoint: the weights of a model trained with auxiliary tokens; timm has none")
     bare = replace(options, checkpoint=None, checkpoint_key=None, pretrained=models.by_timm(options))
     net = models.make_model(bare)

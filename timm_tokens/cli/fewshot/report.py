@@ -47,7 +47,7 @@ def draw(path: Path, results: Sequence[Comparison]) -> None:
 
     panels: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for r in sorted(results, key=lambda r: r.shots):
-        bars = {"without ESFR": r.plain, "with ESFR": r.adapted}
-        bars = {name: (100 * value.mean, 100 * value.half_width) for name, value in bars.items()}
+        found = {"without ESFR": r.plain, "with ESFR": r.adapted}
+        bars = {name: (100 * value.mean, 100 * value.half_width) for name, value in found.items()}
         panels.setdefault(f"{r.shots} shot" + "s" * (r.shots > 1), {})[r.classifier] = bars
     save(draw_bars(panels, "accuracy (%)"), path)

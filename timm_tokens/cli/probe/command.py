@@ -106,10 +106,11 @@ def _open(options: Options) -> tuple[Dataset, Dataset]:
     train, val = (open_split(options, name) for name in names)
     if identity(train) == identity(val):
         raise CommandError(f"splits {' and '.join(names)} are the same images")
-    if len(class_names(train) or ()) == 1:
-        raise CommandError(f"all images are of one class, {class_names(train)[0]!r}: there is nothing to tell apart")
-    if class_names(train) != class_names(val):
-        odd = sorted({*(class_names(train) or ())} ^ {*(class_names(val) or ())})
+    known, other = class_names(train) or [], class_names(val) or []
+    if len(known) == 1:
+        raise CommandError(f"all images are of one class, {known[0]!r}: there is nothing to tell apart")
+    if known != other:
+        odd = sorted({*known} ^ {*other})
         raise CommandError(f"splits {' and '.join(names)} differ in their classes, only one has {listed(odd)}")
     return train, val
 

@@ -44,7 +44,7 @@ def table(report: Report) -> str:
 
 def write(out: Path, source: Source, report: Report, plot: bool) -> None:
     """Write probe.csv, and report.md, which shows the plot if there is one."""
-    rows = [("knn", k, value) for k, value in report.knn.items()]
+    rows: list[tuple[str, float, float]] = [("knn", k, value) for k, value in report.knn.items()]
     rows += [("linear", report.linear.lr, report.linear.accuracy)]
     rows += [("linear held out", lr, value) for lr, value in report.linear.held_out.items()]
     rows += [("nmi", count, value) for count, value in enumerate(report.nmi or (), start=1)]

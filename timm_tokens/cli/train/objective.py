@@ -97,7 +97,7 @@ def make_student(options: TrainOptions, make: Callable[..., nn.Module] = models.
     """
     if options.drop_path is not None:
         kwargs["drop_path_rate"] = options.drop_path
-    model = make(options, **kwargs)
+    model: Any = make(options, **kwargs)
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
