@@ -12,15 +12,12 @@ from timm_tokens.ops.ranges import check_positive
 
 
 def nearest_centroid(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-    """Minus the distances of the queries to the mean support feature of every class.
+    """Minus the distances (T, Q, K) of the queries to the mean support feature of every class.
 
     Args:
         support: (T, S, D).
         labels: Classes of the support points, 0 to K - 1, (T, S) or (S,).
         query: (T, Q, D).
-
-    Returns:
-        (T, Q, K).
 
     Raises:
         ValueError: The shapes do not fit, or features are not finite.

@@ -36,13 +36,9 @@ class IBOTPatchLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        num_prototypes: int = 8192,
-        *,
-        tau_student: float = 0.1,
-        tau_teacher: float = 0.04,
-        center_momentum: float = 0.9,
-    ) -> None:
+        self, num_prototypes: int = 8192, *,
+        tau_student: float = 0.1, tau_teacher: float = 0.04, center_momentum: float = 0.9,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_positive(tau_student=tau_student, tau_teacher=tau_teacher)
         check_counts(num_prototypes=num_prototypes)

@@ -18,8 +18,7 @@ from timm_tokens.vit import TokenViT
 class Accuracy:
     """Top-k accuracies in percent of a model on (image, class) pairs. Each process takes its part, once.
 
-    timm's loader for several processes repeats images to give all the same number, which counts them twice; this one
-    doesn't.
+    timm's loader repeats images, so that all processes have the same number; here each image counts once.
 
     Args:
         dataset: Indexed, with the transform of validation.

@@ -47,8 +47,7 @@ class History:
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The rows of one of the files; none if there is no such file. An empty cell is left out, and so is a last row that
-    a kill cut short."""
+    """The rows of a file, without empty cells and a last row that a kill cut short; none if there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
