@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from timm_tokens.drawing.style import LINES, figure, from_zero, legend_beside
 
@@ -34,7 +35,7 @@ def draw_speed(points: Series, ideal: Points) -> Figure:
     if ideal:
         axes.plot(*zip(*ideal, strict=True), "k--", label="ideal (FLOPs)")
     axes.axhline(1, color="grey", linewidth=0.8)
-    _finish(axes)
+    _finish(axes, whole=True)
     return picture
 
 
@@ -48,7 +49,7 @@ def draw_bars(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]
             heights, errors = zip(*(bars[kind] for bars in groups.values()), strict=True)
             places = [g + 0.8 * (i - (len(kinds) - 1) / 2) / len(kinds) for g in range(len(groups))]
             axes.bar(places, heights, 0.8 / len(kinds), yerr=errors, capsize=3, label=kind, color=LINES[i])
-        axes.set_xticks(range(len(groups)), [name.replace("_", "\n") for name in groups])
+        axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
         axes.set_title(title)
     row[0].set(ylabel=ylabel, ylim=(0, None))
     legend_beside(row[-1])
@@ -112,7 +113,7 @@ def draw_curves(steps: Sequence[Mapping[str, float]], epochs: Sequence[Mapping[s
     for axes, (title, series) in zip(grid, panels.items(), strict=False):
         axes.set_title(title, fontsize=10)
         _lines(axes, series, marker="" if " by step" in title else "o")
-        _finish(axes, legend=len(series) > 1)
+        _finish(axes, legend=len(series) > 1, whole=True)
     return picture
 
 
@@ -125,7 +126,7 @@ def draw_runs(curves: Mapping[str, Sequence[Mapping[int, float]]], xlabel: str, 
     for colour, by_epoch in zip(LINES, values.values(), strict=False):
         low, high = [min(v) for v in by_epoch.values()], [max(v) for v in by_epoch.values()]
         axes.fill_between(list(by_epoch), low, high, alpha=0.2, color=colour)
-    _finish(axes)
+    _finish(axes, whole=True)
     return picture
 
 
@@ -152,8 +153,11 @@ def _lines(axes: Axes, series: Series, marker: str = "o") -> None:
         axes.plot(*zip(*points, strict=True), label=name, color=LINES[i % len(LINES)], **style)
 
 
-def _finish(axes: Axes, legend: bool = True) -> None:
+def _finish(axes: Axes, legend: bool = True, whole: bool = False) -> None:
+    """Grid, legend and scales, the horizontal one in whole numbers if `whole`."""
     from_zero(axes)
+    if whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if legend:
         legend_beside(axes)
