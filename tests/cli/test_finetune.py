@@ -63,8 +63,9 @@ def test_at_a_higher_resolution_it_is_what_timm_makes_of_it(name, images, runs, 
     model = token_label.build(options).task.product
     sized = timm.create_model(name, num_classes=2, img_size=32, **MODELS[name])
     sized.load_state_dict(load_file(runs / name / "model.safetensors"))
-    if hasattr(sized, "set_input_size"):
-        sized.set_input_size(img_size=48)
+    if not hasattr(sized, "set_input_size"):
+        pytest.skip("this timm's BEiT is tied to one size")
+    sized.set_input_size(img_size=48)
     x = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(model.eval()(x), sized.eval()(x))
     if name == "vit_small_patch16_224":

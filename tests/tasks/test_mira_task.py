@@ -133,6 +133,17 @@ def test_any_backbone(name):
     torch.testing.assert_close(fresh.eval()(images), task.product.eval()(images))
 
 
+def test_what_comes_out_is_the_student_or_the_teacher():
+    for publish, wanted in (("student", "trainable_module.encoder."), ("teacher", "teacher.")):
+        task = make(publish=publish)
+        train(task, optimizer_of(task), range(3))
+        state = task.state_dict()
+        for name, value in task.product.state_dict().items():
+            assert torch.equal(value, state[f"{wanted}backbone.{name}"]), name
+    with pytest.raises(ValueError, match="publish must be 'student' or 'teacher', got 'both'"):
+        make(publish="both")
+
+
 def test_the_teacher_normalises_by_the_batch_and_drops_nothing():
     task = make("test_efficientnet").train()
     norms = {m for m in task.teacher.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
