@@ -26,6 +26,7 @@ def scalars(folder, name):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_shows_the_tables_and_goes_on(tmp_path):
+    pytest.importorskip("tensorboard")
     changes = dict(log=("tensorboard",), evaluate=lambda model: {"size": 2.5})
     with pytest.raises(Killed):
         run(tmp_path, kill=8, **changes)
