@@ -8,6 +8,7 @@ import tiny
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import gpu
 from references import Dropping, ToMe, in_turns, ratio
 
 
@@ -30,3 +31,13 @@ def test_calls_are_made_in_turns():
     seconds = in_turns([lambda: made.append("a"), lambda: made.append("b")], rounds=3, warm_up=1)
     assert "".join(made) == "ab" * 4 and [len(times) for times in seconds] == [3, 3]
     assert ratio([4.0, 9.0, 2.0], [2.0, 1.0, 1.0]) == 2.0
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_gpus_benchmark_runs(capsys, train):
+    words = ["test_vit", "--device", "cpu", "--batch-size", "2", "--r", "8", "--modes", "eager", "--rounds", "1"]
+    gpu.main([*words, "--train"] if train else words)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| test_vit")]
+    assert [row[4] for row in rows] == ["base", "dropped", "mask", "channel", "no weights"]
+    assert all(float(row[5]) > 0 and float(row[6]) > 0 for row in rows)
+    assert "flash_attention" in rows[3][-1]
