@@ -1,6 +1,7 @@
 """A bias on keys that learns: the same attention and gradients, without a matrix of scores kept."""
 
 import pytest
+import tiny
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -28,6 +29,14 @@ def test_a_learnable_bias_is_the_same_bias(options):
         torch.testing.assert_close(ours.as_subclass(torch.Tensor), torchs, atol=1e-10, rtol=1e-10)
     assert any(shape[-2:] == (7, 7) for shape in all_kept)
     assert not any(shape[-2:] == (7, 7) for shape in kept)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_training_a_merger_keeps_no_matrix_of_scores(freeze):
+    model, kept = tiny.merging(base_args=dict(reg_tokens=1)).freeze_base(freeze).train(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        model(tiny.images())
+    assert not any(shape[-2:] == (18, 18) for shape in kept)
 
 
 def test_everywhere_else_it_is_a_tensor():
