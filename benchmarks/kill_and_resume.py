@@ -1,9 +1,10 @@
 """Kill runs at random moments and resume them: python benchmarks/kill_and_resume.py [--kills 20] [--only annotate].
 
 Each row is a command of `timm-tokens` on a tiny model and images that are made here. It runs once undisturbed; then for
-each kill it is started, killed by SIGKILL at a moment drawn evenly from the time that the undisturbed run took, and
-started again. Every file that it leaves must have the same bytes as that of the undisturbed run, and no
-other file may be left. It forks, so it takes Linux or macOS; the processes compute on the CPU with one thread each.
+each kill it is started, killed by SIGKILL at a moment drawn evenly from the processor time that the undisturbed run
+took, and started again. Every file that it leaves must have the same bytes as that of the undisturbed run, and no
+other file may be left. It forks and reads /proc, so it takes Linux; the processes compute on the CPU, each with one
+thread.
 """
 
 import argparse
@@ -38,7 +39,7 @@ ROWS = {
     "dtm": f"train dtm --teacher test_vit --teacher-checkpoint teacher.safetensors --epochs 5 {COMMON}",
     "mira": f"train mira {CROPS} {COMMON}",
     "token-label": f"train token-label --labels labels --ema 0.9 --clip-grad 1 --epochs 4 {COMMON}",
-    "merging": f"train dtem --checkpoint small.safetensors --epochs 4 {COMMON}",
+    "merging": f"train dtem --checkpoint small.safetensors --val-split= --epochs 4 {COMMON}",  # its table has speeds
     "annotate": "annotate images/train run --model test_vit --checkpoint teacher.safetensors --batch-size 4 "
     "--workers {workers} --device cpu --shard-size 10 --top-k 2 --num-classes 2",
 }
@@ -48,7 +49,7 @@ class Row(NamedTuple):
     """What one command went through.
 
     Attributes:
-        seconds: How long it took undisturbed.
+        seconds: Processor time that it took undisturbed.
         kills: How many runs were killed; those that were done before that don't count.
         unsaved: How many of them had no checkpoint, or no map, by then.
         same: How many of them have the same bytes after they were resumed.
@@ -108,11 +109,9 @@ def make_inputs() -> None:
 
 
 def measure(name: str, kills: int, workers: int) -> Row:
-    """Run one command undisturbed, and then as often as it is to be killed."""
+    """Run one command undisturbed, and then until it was killed so often."""
     command, out = ROWS[name].format(workers=workers).split(), Path("run")
-    begin = time.monotonic()
-    finish(start(command))
-    seconds = time.monotonic() - begin
+    seconds = finish(start(command))
     wanted, killed, unsaved, same = contents(out), 0, 0, 0
     while killed < kills:
         shutil.rmtree(out, ignore_errors=True)
@@ -144,16 +143,27 @@ def start(arguments: list[str]) -> int:
     return child
 
 
-def finish(child: int) -> None:
-    if os.waitpid(child, 0)[1]:
+def finish(child: int) -> float:
+    """Wait for the end: the processor time that it took, in seconds."""
+    _, status, usage = os.wait4(child, 0)
+    if status:
         raise RuntimeError(f"the command failed: {Path('log.txt').read_text()[-2000:]}")
+    return usage.ru_utime + usage.ru_stime
 
 
 def kill_after(child: int, seconds: float) -> bool:
-    """Whether the process was still there to be killed."""
-    time.sleep(seconds)
+    """Whether the process was still there to be killed after so much processor time."""
+    while processor_time(child) < seconds:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def processor_time(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

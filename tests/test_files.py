@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from timm_tokens import files
 from timm_tokens.digests import is_whole, save_checkpoint, save_tensors
-from timm_tokens.files import remove_partials, replacing
+from timm_tokens.files import read_json, remove_partials, replacing, write_json
 
 # Python 3.12 warns of threads that a forked process doesn't have; this one doesn't need them
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -121,3 +121,14 @@ def test_files_of_others_have_no_digest(tmp_path):
     save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {"format": "pt"})
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata().keys() == {"format", "sha256"}
+
+
+def test_json_that_is_none_names_the_file(tmp_path):
+    path = tmp_path / "x.json"
+    assert read_json(path) == {}
+    write_json(path, {"a": [1, "é"]})
+    assert read_json(path) == {"a": [1, "é"]}
+    for content in (b"{", b"[1]", b"3", b"\xff\xfe", b"[" * 100000, b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.json is corrupt \(.*\): delete it"):
+            read_json(path)

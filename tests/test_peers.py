@@ -89,6 +89,18 @@ def test_also_where_they_wait_for_a_device(tmp_path):
     assert errors[0].splitlines()[-1].startswith(LOST)
 
 
+def test_an_error_on_one_ends_others_that_wait_for_a_device(tmp_path):
+    def work(rank):
+        with together():
+            time.sleep(0.3)
+            stumble(20) if rank else time.sleep(60)
+
+    begin = time.monotonic()
+    codes, errors = on_two(work, tmp_path)
+    assert codes == [1, 1] and time.monotonic() - begin < 20
+    assert errors[0].splitlines()[-1].startswith(LOST)
+
+
 def test_an_error_on_one_is_told_there_alone(tmp_path):
     def work(rank):
         with together():

@@ -62,11 +62,12 @@ SEVERAL = {  # with weights of two models, and the keys to choose by
         {"student": A, "teacher": B, "student.module.backbone": A, "teacher.backbone": B},
     ),
     "MoBY": (
-        {"model": prefixed(A, "encoder.") | prefixed(B, "encoder_k.")}, {"model.encoder": A, "model.encoder_k": B},
+        {"model": prefixed(A, "encoder.") | prefixed(B, "encoder_k.")},
+        {"model.encoder": A, "model.encoder_k": B, "encoder": A, "encoder_k": B},
     ),
     "DINOv2": (
         {"model": prefixed(A, "student.backbone.") | prefixed(B, "teacher.backbone.") | HEAD, "iteration": 3},
-        {"model.student": A, "model.teacher.backbone": B},
+        {"model.student": A, "model.teacher.backbone": B, "student": A, "teacher": B},
     ),
     "lightly": ({"state_dict": LIGHTLY}, {"state_dict.student_backbone": A, "state_dict.teacher_backbone": B}),
     "pairs": ({"ema": A.state_dict(), "net": B.state_dict()}, {"ema": A, "net": B}),
@@ -103,6 +104,12 @@ def test_where_several_fit_a_key_is_asked_for(saved):
             assert same(read_weights(path, vit(), key), model), (name, key)
     with pytest.raises(ValueError, match=r"by checkpoint_key: student.module.backbone, teacher.backbone$"):
         find_weights(SEVERAL["DINO"][0], vit())
+    with pytest.raises(ValueError, match=r"several weights in it fit"):
+        find_weights(SEVERAL["DINO"][0], vit(), "backbone")
+    model = {"model": A.state_dict(), "ema": {"model": B.state_dict()}}
+    assert same(find_weights(model, vit(), "model"), A)  # what starts with the key comes first
+    with pytest.raises(ValueError, match=r"no weights of the model under 'encode'"):
+        find_weights(SEVERAL["MoBY"][0], vit(), "encode")
 
 
 def test_the_one_that_fits_is_taken_among_models_of_other_sizes():

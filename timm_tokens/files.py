@@ -51,6 +51,23 @@ def write_json(path: Path, data: Any) -> None:
         partial.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote of a dict; empty if there is no such file.
+
+    Raises:
+        ValueError: It is something else; names the file.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is corrupt ({error}): delete it") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is corrupt (it holds a {type(data).__name__}): delete it")
+    return data
+
+
 def remove_partials(folder: Path) -> None:
     """Remove the partial files that killed processes left in a folder; those that are being written are locked."""
     for partial in folder.iterdir() if fcntl and folder.is_dir() else ():

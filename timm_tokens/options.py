@@ -132,7 +132,8 @@ def check(field: Field, value: Any) -> None:
     choices = field.metadata.get("choices")
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, int | float) and not isinstance(item, bool) and not _within(field.metadata, item):
-            raise ValueError(f"{field.name} must be {bounds(field.metadata)}, got {item}")
+            most = f" and at most {_LARGEST}" if item > _LARGEST and isinstance(item, int) else ""
+            raise ValueError(f"{field.name} must be {bounds(field.metadata)}{most}, got {item}")
         if choices is not None and item is not None and item not in choices:
             raise ValueError(f"{field.name} must be one of {', '.join(map(str, choices))}, got {item!r}")
     if field.metadata.get("ascending") and value is not None and list(value) != sorted(value):

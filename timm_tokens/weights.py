@@ -46,7 +46,8 @@ def find_weights(checkpoint: Any, model: nn.Module, key: str | None = None) -> d
     Args:
         checkpoint: A state dict, or whatever holds one, as `read_checkpoint` gives it.
         model: A timm model, or a TokenViT, for which it may be the plain ViT's.
-        key: Where the weights are, if there are several that fit: "teacher", or "teacher.backbone".
+        key: Where the weights are, if there are several that fit: "teacher", "teacher.backbone", or, where no place
+            starts so, the middle of its name.
 
     Raises:
         ValueError: There are no weights that fit the model, or several and no key; says what there is.
@@ -54,7 +55,9 @@ def find_weights(checkpoint: Any, model: nn.Module, key: str | None = None) -> d
     if not isinstance(checkpoint, Mapping) or pickled(checkpoint):
         raise ValueError(_not_weights(checkpoint))
     target = _Target(model)
-    found = [place for place in target.places(checkpoint, () if key else _OWN) if key is None or place.is_under(key)]
+    found = list(target.places(checkpoint, () if key else _OWN))
+    if key is not None:
+        found = [place for place in found if place.is_under(key)] or [place for place in found if place.has(key)]
     best = max(found, key=lambda place: place.share, default=None)
     if best is None:
         raise ValueError(_nothing(checkpoint, key))
@@ -85,6 +88,9 @@ class _Place(NamedTuple):
 
     def is_under(self, key: str) -> bool:
         return f"{self.name}.".startswith(f"{key}.")
+
+    def has(self, key: str) -> bool:
+        return f".{key}." in f".{self.name}."
 
 
 class _Target:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -188,6 +189,27 @@ def test_what_is_done_with_too_few_images_is_said(images, weights, tmp_path, cap
     assert "There are 16 images: 14 are to calibrate by, and 2 for the table." in capsys.readouterr().err
     call("calibrate", out=tmp_path / "none", test_images=4, **QUICK, **options | {"images": 16})
     assert "16 are to calibrate by, and none for the table." in capsys.readouterr().err
+
+
+def test_images_that_can_not_be_read_are_left_out(images, weights, tmp_path, capsys):
+    spoilt = tmp_path / "images"
+    shutil.copytree(images, spoilt)
+    for split in ("train", "val"):
+        (spoilt / split / CLASSES[0] / "0.png").write_bytes(b"")
+    options = dict(checkpoint=weights, data_dir=spoilt, **QUICK)
+    call("train dtem", out=tmp_path / "run", steps=1, batch_size=4, r=(2,), table_r=(4,), **options)
+    noted = json.loads((tmp_path / "run" / "images.json").read_text())
+    assert [noted[split]["unreadable"].keys() for split in ("train", "val")] == [{"0"}, {"0"}]
+    capsys.readouterr()
+    call("calibrate", out=tmp_path / "calibrated", images=8, test_images=8, flops_ratio=0.9, max_blocks=1, **options)
+    said = capsys.readouterr().err
+    assert f"train: left out 1 (can't be read): {CLASSES[0]}/0.png" in said and "There are 15 images: 8 are" in said
+
+
+def test_calibrate_a_vit_of_few_patches(images, tmp_path):
+    few = QUICK | {"img_size": 32}  # 4 patches, of which a block merges 2 at most
+    options = dict(random=True, data_dir=images, images=4, test_images=0, flops_ratio=0.9, out=tmp_path)
+    assert 0 < max(call("calibrate", **few, **options)) <= 2
 
 
 def test_usual_numbers_of_tokens_to_merge():

@@ -112,6 +112,14 @@ def test_a_resumed_run_has_the_images_of_one_that_was_not(images, tmp_path, monk
         train("token-label", images, tmp_path / "half", **resume)
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", '{"train": 3}', '{"train": {"unreadable": {"x": "why"}}}'])
+def test_a_corrupt_record_of_images_is_named(images, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "images.json").write_text(content)
+    with pytest.raises(CommandError, match=r"images\.json is .*: delete it"):
+        train("token-label", images, tmp_path / "run", steps=1, val_split="", resume=True)
+
+
 def test_labels_of_what_annotate_could_read(images, weights, tmp_path, capsys):
     spoil(images)
     given = QUICK | {"checkpoint": weights(num_classes=3), "num_classes": 3, "top_k": 2}

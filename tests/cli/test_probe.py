@@ -201,6 +201,23 @@ def test_a_run_without_checkpoint_is_refused(arguments, tmp_path):
     (tmp_path / "options.json").write_text('{"command": "train dtm"}')
     with pytest.raises(CommandError, match="has no checkpoint yet"):
         call("probe", **arguments | {"model": None, "checkpoint": None, "run_dir": tmp_path})
+    for command, message in {
+        '"bench"': "options.json is of timm-tokens bench",
+        "[1]": "does not hold the opti",
+    }.items():
+        (tmp_path / "options.json").write_text(f'{{"command": {command}}}')
+        with pytest.raises(CommandError, match=message):
+            call("probe", **arguments | {"model": None, "checkpoint": None, "run_dir": tmp_path})
+
+
+def test_a_changed_byte_of_kept_features_is_noticed(arguments):
+    call("probe", **arguments)
+    kept = next(arguments["out"].glob("*.safetensors"))
+    data = bytearray(kept.read_bytes())
+    data[-3] ^= 1
+    kept.write_bytes(data)
+    with pytest.raises(CommandError, match=rf"{kept.name} is corrupt, its digest is not that of its content"):
+        call("probe", **arguments)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +231,7 @@ def test_a_run_without_checkpoint_is_refused(arguments, tmp_path):
         ({"val_split": "train"}, "splits train and train are the same images"),
         ({"model": "no_such_vit"}, "timm has no model 'no_such_vit'"),
         ({"checkpoint": "nowhere.pth"}, "no checkpoint file nowhere.pth"),
-        ({"neighbours": [100]}, r"k must lie in \[1, 24\]"),
+        ({"neighbours": [100]}, r"--neighbours must have a number up to 24"),
         ({"lrs": [0.0]}, "--lrs must be above 0, got 0"),
     ],
 )

@@ -188,6 +188,18 @@ def test_a_torn_journal_loses_the_torn_record_alone(tmp_path, cut):
     check(TokenLabelStore(tmp_path), NAMES[:12])
 
 
+def test_a_torn_record_does_not_hide_those_after_it(tmp_path):
+    run_killed(tmp_path, label_writer, "write_shard", 99)
+    journal = tmp_path / "part-00000.journal"
+    journal.write_bytes(journal.read_bytes()[:-1])
+    with pytest.raises(ZeroDivisionError), TokenLabelWriter(tmp_path, 100) as writer:
+        writer.add(NAMES[12], *label(12))
+        _ = 1 / 0
+    with TokenLabelWriter(tmp_path, 100) as writer:
+        assert len(writer) == 13
+    check(TokenLabelStore(tmp_path), NAMES[:13])
+
+
 def test_an_error_leaves_the_journal_to_the_next_run(tmp_path):
     with pytest.raises(ZeroDivisionError), TokenLabelWriter(tmp_path, 100) as writer:
         writer.add(NAMES[0], *label(0))

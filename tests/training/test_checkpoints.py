@@ -70,9 +70,10 @@ def test_two_corrupt_checkpoints_are_refused(killed):
     (killed / PREVIOUS).unlink()
     with pytest.raises(ValueError, match=r"last.pth is corrupt, .* To start anew, remove it"):
         resume(killed)
-    torch.save([1, 2], killed / LAST)
-    with pytest.raises(ValueError, match=r"last.pth is not a checkpoint of a run"):
-        resume(killed)
+    for other in ([1, 2], {"task_state": {}}):
+        torch.save(other, killed / LAST)
+        with pytest.raises(ValueError, match=r"last.pth is not a checkpoint of a run"):
+            resume(killed)
     (killed / LAST).write_bytes(b"half a che")
     with pytest.raises(ValueError, match=r"last.pth can't be read as a checkpoint"):
         resume(killed)
@@ -103,11 +104,24 @@ def test_a_kill_between_two_names_loses_nothing(killed, tmp_path, capsys):
     assert f"there is no last.pth; going on from {killed / PREVIOUS}, after 9 steps" in capsys.readouterr().err
 
 
+def test_what_a_kill_left_half_written_goes(killed, tmp_path):
+    (killed / ".last.4194305.partial.pth").write_bytes(b"half")  # of no process that there is
+    resume(killed)
+    assert same_as_whole(killed, tmp_path) and not list(killed.glob(".*"))
+
+
 def test_a_row_that_a_kill_cut_short_goes(killed, tmp_path):
     with (killed / "steps.csv").open("a") as file:
         file.write("1")  # of "12, ...": not a row of step 1
     resume(killed)
     assert same_as_whole(killed, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"step,loss\n1,x\n", b"loss\n1\n", b"step,loss\n1,2,3\n"])
+def test_a_corrupt_table_is_named(killed, content):
+    (killed / "steps.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"steps.csv is corrupt \(.*\): move it away"):
+        resume(killed)
 
 
 # --- what is worth keeping ---

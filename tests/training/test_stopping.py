@@ -118,6 +118,7 @@ def test_workers_obey_their_parent_alone():
     ready = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         outlast_signals()
         signal.raise_signal(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -125,6 +126,7 @@ def test_workers_obey_their_parent_alone():
         os.write(ready[1], b"1")
         time.sleep(60)
         os._exit(7)
+    os.close(ready[1])
     assert os.read(ready[0], 1) == b"1"
     os.kill(child, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from timm_tokens import options as base
 from timm_tokens import seeding
 from timm_tokens.calibration import calibrate
 from timm_tokens.cli.common import checks, models
-from timm_tokens.cli.common.datasets import open_split
+from timm_tokens.cli.common.datasets import open_split, tell
 from timm_tokens.cli.config import write_config
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import ImageOptions, LoadingOptions, MergerOptions, WeightOptions
-from timm_tokens.data import input_config, input_transform
-from timm_tokens.data.images import as_images
+from timm_tokens.data import input_config, input_transform, unreadable
+from timm_tokens.data.reading import check_indexed
 from timm_tokens.merger_file import NAME, save_merger
 from timm_tokens.options import option
 from timm_tokens.tradeoff import table, tradeoff
@@ -95,22 +95,24 @@ def _model(options: Options) -> TokenViT:
         if options.metric is not None:
             raise CommandError("--merger brings what tokens are compared by: leave out --metric")
         return models.with_merger(model, options.merger)
-    return models.merged(model, 8, options.metric, default="keys")
+    return models.merged(model, 0, options.metric, default="keys")
 
 
 def _images(options: Options, model: TokenViT) -> tuple[Tensor, Tensor | None]:
     """Images to calibrate by, and others to compare with."""
-    dataset = open_split(options, options.split)
-    dataset.transform = input_transform(input_config(model, options.img_size))
-    images = as_images(dataset)
+    images = open_split(options, options.split)
+    check_indexed(images)
     order = torch.randperm(len(images), generator=seeding.generator(options.seed)).tolist()
-    rows = order[: options.images + options.test_images]
-    if len(rows) < options.images + options.test_images:
+    images = images.select(order[: options.images + options.test_images])
+    images = images.without(unreadable(images, options.workers))
+    tell(images.notes(), options.split)
+    if len(images) < options.images + options.test_images:
         print(
-            f"There are {len(rows)} images: {min(len(rows), options.images)} are to calibrate by, and "
-            f"{max(len(rows) - options.images, 0) or 'none'} for the table.", file=sys.stderr,
+            f"There are {len(images)} images: {min(len(images), options.images)} are to calibrate by, and "
+            f"{max(len(images) - options.images, 0) or 'none'} for the table.", file=sys.stderr,
         )  # fmt: skip
-    loader = DataLoader(Subset(images, rows), options.batch_size, num_workers=options.workers)
+    images.transform = input_transform(input_config(model, options.img_size))
+    loader = DataLoader(images, options.batch_size, num_workers=options.workers)
     read = torch.cat([batch for batch, _ in loader]).to(options.device)
     chosen, others = read[: options.images], read[options.images :]
     return chosen, others if len(others) else None

@@ -19,14 +19,15 @@ def read_config(path: Path, command: str | None = None) -> dict[str, Any]:
         CommandError: There is no such file, or it is of another command.
     """
     with explained():
-        text = path.read_text()
+        data = path.read_bytes()
     try:
-        kept = json.loads(text)
-    except ValueError:
+        kept = json.loads(data)
+    except (ValueError, RecursionError):
         kept = None
-    named = isinstance(kept, dict) and kept.get("command")
-    if not named or command not in (None, named):
-        raise CommandError(f"{path} does not hold the options of timm-tokens {command or ''}".rstrip())
+    named = kept.get("command") if isinstance(kept, dict) else None
+    if not isinstance(named, str) or command not in (None, named):
+        wanted = f"{path} does not hold the options of timm-tokens {command or ''}".rstrip()
+        raise CommandError(f"{wanted}, but of {named}" if named else f"{wanted}, as options.json of a run does")
     return {name: value for name, value in kept.items() if name != "command" or command is None}
 
 

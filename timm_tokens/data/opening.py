@@ -38,7 +38,7 @@ def open_folder(root: str | Path, class_map: dict[str, int] | None = None) -> Im
         with tarfile.open(root) as tar:
             names = [member.name for member in tar if member.isfile() and not member.name.endswith(".tar")]
     except (tarfile.TarError, ValueError, EOFError, AssertionError) as error:  # ValueError: no image
-        raise ValueError(f"{root} can't be read as a tar of images: {error}") from error
+        raise ValueError(f"{root} can't be read as a tar of images: {str(error) or 'it is none'}") from error
     taken = {sample[0].name for sample in reader.samples}
     reader.left_out = {NO_SUFFIX: [name for name in names if name not in taken]}
     return Images(ImageDataset(str(root), reader=reader))

@@ -14,6 +14,7 @@ from timm_tokens.checkpoint_file import read_checkpoint
 from timm_tokens.digests import save_checkpoint, save_tensors
 from timm_tokens.files import replacing
 
+_PARTS = {"step", "best", "settings", "state_dict", "task_state", "optimizer", "scaler"}
 LAST, PREVIOUS, BEST, FINAL = "last.pth", "previous.pth", "best.safetensors", "model.safetensors"
 
 
@@ -69,7 +70,7 @@ def all_finite(module: nn.Module) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or "task_state" not in state:
+    if not isinstance(state, dict) or not state.keys() >= _PARTS:
         raise ValueError(f"{path} is not a checkpoint of a run")
     return state
 

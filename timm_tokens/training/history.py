@@ -47,13 +47,20 @@ class History:
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The rows of a file, without empty cells and a last row that a kill cut short; none if there is no file."""
+    """The rows of a file, without empty cells and a last row that a kill cut short; none if there is no file.
+
+    Raises:
+        ValueError: It is corrupt; names the file.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        text = file.read()
-    whole = StringIO(text[: text.rfind("\n") + 1], newline="")
-    return [{name: _number(cell) for name, cell in row.items() if cell} for row in csv.DictReader(whole)]
+    with path.open("rb") as file:
+        data = file.read()
+    try:
+        whole = StringIO(data[: data.rfind(b"\n") + 1].decode(), newline="")
+        return [{name: _number(cell) for name, cell in row.items() if cell} for row in csv.DictReader(whole)]
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:  # more cells than names are a list
+        raise ValueError(f"{path} is corrupt ({error}): move it away to go on without its rows") from error
 
 
 def _number(cell: str) -> float:
@@ -62,7 +69,10 @@ def _number(cell: str) -> float:
 
 def _cut(path: Path, key: str, end: int) -> list[dict[str, float]]:
     """Drop the rows from `end` on, and return the others."""
-    rows = [row for row in read(path) if row[key] < end]
+    rows = read(path)
+    if not all(key in row for row in rows):
+        raise ValueError(f"{path} is corrupt (rows without {key!r}): move it away to go on without them")
+    rows = [row for row in rows if row[key] < end]
     if rows:
         _write(path, rows)
     else:

@@ -16,7 +16,7 @@ from timm_tokens.cli.options import LoadingOptions
 from timm_tokens.data import TokenLabelWriter, flush_journals
 from timm_tokens.data.label_format import check_image_id
 from timm_tokens.data.label_index import INDEX
-from timm_tokens.files import write_json
+from timm_tokens.files import read_json, write_json
 from timm_tokens.stopping import Requests
 
 
@@ -58,7 +58,7 @@ def _keep(folder: Path, settings: dict) -> None:
         if (folder / INDEX).is_file():
             raise CommandError(f"{folder} holds maps that were not made by this command: write to another folder")
         return write_json(path, settings)
-    kept = json.loads(path.read_text())
+    kept = read_json(path)
     other = [name for name, value in settings.items() if kept.get(name) != value]
     if other:
         raise CommandError(

@@ -22,7 +22,7 @@ from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions, MergingOptions, WeightOptions
 from timm_tokens.data import Images, input_config, input_transform
 from timm_tokens.data.reading import file_name
-from timm_tokens.digests import save_tensors
+from timm_tokens.digests import is_whole, save_tensors
 from timm_tokens.files import replacing
 from timm_tokens.merger_file import locate
 from timm_tokens.ops.finite import check_weights
@@ -52,9 +52,12 @@ def load_features(path: Path) -> Features:
     read, kind = _READERS.get(path.suffix, (_read_safetensors, "safetensors"))
     try:
         tensors, metadata = read(path)
+        whole = is_whole(path) if read is _read_safetensors else None
     except Exception as error:  # of damaged files, and of pickles that hold more than tensors, each in its own words
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CommandError(f"{path} is not a {kind} file: {reason}") from error
+    if whole is False:
+        raise CommandError(f"{path} is corrupt, its digest is not that of its content: delete it, or copy it again")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     features, labels = tensors.get("features"), tensors.get("labels")
     if features is None or labels is None or features.ndim != 2 or labels.shape != features.shape[:1]:

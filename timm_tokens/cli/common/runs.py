@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from timm_tokens.cli.commands import module_of
+from timm_tokens.cli.commands import COMMANDS, module_of
 from timm_tokens.cli.common import checkpoints
 from timm_tokens.cli.common.features import Source
 from timm_tokens.cli.common.models import make_backbone
@@ -47,7 +47,10 @@ def load_run(folder: Path) -> Trained:
     if not path.is_file():
         raise CommandError(f"no run of timm-tokens train in {folder}: there is no {path}")
     kept = read_config(path)
-    found, module = load(folder), module_of(kept.pop("command"))
+    command = kept.pop("command")
+    if command not in COMMANDS or not command.startswith("train "):
+        raise CommandError(f"{path} is of timm-tokens {command}, and not of timm-tokens train")
+    found, module = load(folder), module_of(command)
     if found is None:
         raise CommandError(f"the run in {folder} has no checkpoint yet")
     options = replace(build(module.Options, kept), pretrained=False, checkpoint=None, checkpoint_key=None)

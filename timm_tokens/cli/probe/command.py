@@ -117,7 +117,10 @@ def _open(options: Options) -> tuple[Dataset, Dataset]:
 
 def _measure(train: Features, val: Features, options: Options, device: str) -> Report:
     known, scored = (train.features.to(device), train.labels), (val.features.to(device), val.labels)
-    knn = knn_accuracy(*known, *scored, [k for k in options.neighbours if k <= len(train.labels)])
+    fitting = [k for k in options.neighbours if k <= len(train.labels)]
+    if not fitting:
+        raise CommandError(f"--neighbours must have a number up to {len(train.labels)}, the training images")
+    knn = knn_accuracy(*known, *scored, fitting)
     generator = torch.Generator().manual_seed(options.seed)
     linear = linear_probe(*known, *scored, lrs=options.lrs or LEARNING_RATES, epochs=options.epochs or 100,
                           generator=generator)  # fmt: skip

@@ -26,6 +26,7 @@ from timm_tokens.cli.common.datasets import class_names, model_classes, open_spl
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import WeightOptions
 from timm_tokens.cli.train.augmentation import AugmentationOptions, MixOptions, ViewImage, mixer, transform
+from timm_tokens.cli.train.images import readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import input_config, input_transform
 from timm_tokens.data.images import as_images
@@ -124,6 +125,7 @@ def build(options: Options) -> Objective:
                 f"{options.data_dir} are not named after them; fine-tune the model first, or use --target distill"
             )
         train = open_split(options, options.train_split, class_map=numbers)
+    train = readable(train, options, options.train_split)
     config = input_config(model, options.img_size)
     train.transform = ViewImage(transform(options, config, interpolation=config["interpolation"]))
     r = options.r or (usual_r(model, 1.0),)
@@ -136,7 +138,7 @@ def build(options: Options) -> Objective:
     )
     evaluate, val = None, None
     if options.val_split:
-        val = open_split(options, options.val_split, class_map=numbers)
+        val = readable(open_split(options, options.val_split, class_map=numbers), options, options.val_split)
         val.transform = input_transform(config)
         loading = (options.batch_size, options.workers)
         evaluate = Accuracy(val, *loading, topk=(1,)) if numbers is not None else Fidelity(val, *loading)

@@ -1,15 +1,15 @@
 """The images that a run is trained and validated on: those that can be read, checked once before it starts."""
 
-import json
 from pathlib import Path
 
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from timm_tokens.cli.common.datasets import RECORD, identity, tell
+from timm_tokens.cli.errors import CommandError
 from timm_tokens.data import Images, unreadable
 from timm_tokens.distributed import rank, world_size
-from timm_tokens.files import write_json
+from timm_tokens.files import read_json, write_json
 from timm_tokens.training import Settings
 
 
@@ -38,9 +38,18 @@ def readable(images: Dataset, settings: Settings, split: str) -> Dataset:
 
 
 def read_record(folder: Path) -> dict[str, dict]:
-    """What was noted for each split in a run's folder."""
+    """What was noted for each split in a run's folder.
+
+    Raises:
+        CommandError: It is corrupt; names the file.
+    """
     path = folder / RECORD
-    return json.loads(path.read_text()) if path.is_file() else {}
+    record = read_json(path)
+    for split in record.values():
+        found = split.get("unreadable") if isinstance(split, dict) else None
+        if not isinstance(found, dict) or not all(row.isdecimal() for row in found):
+            raise CommandError(f"{path} is not what a run notes of its images: delete it, and they are checked again")
+    return record
 
 
 def count_unreadable(folder: Path) -> int:
