@@ -28,7 +28,7 @@ class Logs:
     A run that goes on adds to its own logs. Weights & Biases' project is that of WANDB_PROJECT, else "timm-tokens".
 
     Args:
-        names: Of KINDS.
+        names: Any of KINDS.
         folder: The run's; None on all processes but the first: nothing is written.
         start: The first step that will be taken: what a killed run logged of later ones is dropped.
         settings: What the run is set to, for Weights & Biases to show.

@@ -134,7 +134,7 @@ def clip(parameters: Sequence[nn.Parameter], norms: Tensor, value: float, mode: 
 
     Args:
         parameters: Those without a gradient are left alone.
-        norms: Of their gradients, as `gradient_norms` gives them.
+        norms: The norms that `gradient_norms` gives for their gradients.
         value: What the mode limits.
         mode: "norm", of all gradients together, "parameter", "value" or "agc".
     """
