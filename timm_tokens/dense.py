@@ -71,7 +71,7 @@ def _class_token_scores(model: Any, images: Tensor) -> Tensor:
     mask[:, -1] = 0
     x = model.blocks[-1](tokens.flatten(0, 1), attn_mask=mask)
     scores = model.forward_head(model.norm(x))
-    return scores.view(len(images), *blocks.grid_size(model, images.shape[-2:]), -1)
+    return scores.view(images.shape[0], *blocks.grid_size(model, images.shape[-2:]), -1)
 
 
 def _cells(model: Any, features: Tensor, aspect: float) -> tuple[Tensor, tuple[int, int]]:

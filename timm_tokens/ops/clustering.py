@@ -74,4 +74,4 @@ def superpixel_features(images: Tensor, grid: tuple[int, int], compactness: floa
     colours = F.adaptive_avg_pool2d(images.float(), grid).flatten(2).mT
     sides = [torch.linspace(0, 1, size, device=images.device) for size in grid]
     places = torch.stack(torch.meshgrid(*sides, indexing="ij"), -1).flatten(0, 1) * compactness
-    return torch.cat([colours, places.expand(len(images), -1, -1)], dim=2)
+    return torch.cat([colours, places.expand(images.shape[0], -1, -1)], dim=2)

@@ -97,7 +97,7 @@ def relaxed_apply(
     stay = 1 - assignment.sum(dim=2)
     stay = stay + (stay.clamp(0, 1) - stay).detach()  # the value is clamped, the gradient is not
     sizes = torch.cat([size_a * stay, grown], dim=1)
-    numbers = torch.arange(n, device=x.device).expand(len(x), -1)
+    numbers = torch.arange(n, device=x.device).expand(x.shape[0], -1)
     order = torch.cat([numbers[:, :p], sizes.argsort(dim=1, descending=True) + p, numbers[:, effective:]], dim=1)
     x = take(torch.cat([prefix, xa, xb, rest], dim=1), order)
     size = torch.cat([size_prefix, sizes, size_rest], dim=1).gather(1, order)
@@ -171,7 +171,7 @@ def _split(x: Tensor, p: int, effective: int) -> tuple[Tensor, tuple[Tensor, Ten
     """The prefix of x (B, N, ...), the tokens of A and B, the rest; as slices, each would have a gradient like x."""
     pairs = (effective - p) // 2
     parts = x.split_with_sizes((p, 2 * pairs, (effective - p) % 2, x.shape[1] - effective), 1)
-    a, b = parts[1].view(len(x), pairs, 2, *x.shape[2:]).unbind(2)
+    a, b = parts[1].view(x.shape[0], pairs, 2, *x.shape[2:]).unbind(2)
     return parts[0], (torch.cat([a, parts[2]], dim=1) if parts[2].shape[1] else a, b), parts[3]
 
 
