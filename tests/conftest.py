@@ -1,10 +1,13 @@
 """Shared helpers of the tests."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test waits for a network
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 
