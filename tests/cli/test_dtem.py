@@ -318,8 +318,8 @@ def test_the_lines_of_the_readme(images, weights, tmp_path, monkeypatch):
     assert not short and read_merger("calibrated").config["metric"] == "learned"
 
 
-def test_objective_options_are_those_of_the_task(images, weights):
-    options = dict(checkpoint=weights, data_dir=images, out="run", r=(3,), tau1=0.2, candidates=5, val_split="")
+def test_objective_options_are_those_of_the_task(images, weights, tmp_path):
+    options = dict(checkpoint=weights, data_dir=images, out=tmp_path, r=(3,), tau1=0.2, candidates=5, val_split="")
     built = dtem.build(dtem.Options(**QUICK, **options))
     assert built.task.product.merger.config == dict(
         r=2, embed_dim=32, metric="learned", candidates=5, tau1=0.2, tau2=0.1, prop_attn=True
