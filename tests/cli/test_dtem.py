@@ -173,7 +173,7 @@ def test_calibrate_a_trained_merger(trained, images, weights, tmp_path, capsys):
     schedule = call("calibrate", merger=str(trained[1]), flops_ratio=0.8, **QUICK, **options)
     assert sum(r > 0 for r in schedule) <= 2 and read_merger(tmp_path).config["metric"] == "learned"
     printed = capsys.readouterr().out
-    assert f"r = {' '.join(map(str, schedule))}: " in printed and printed.count("| learned |") == 2
+    assert f"Weights: {weights}. r = {' '.join(map(str, schedule))}: " in printed and printed.count("| learned |") == 2
     assert "| keys |" not in printed
     with pytest.raises(CommandError, match="--merger brings what tokens are compared by: leave out --metric"):
         call("calibrate", merger=str(trained[1]), metric="keys", **QUICK, **options)

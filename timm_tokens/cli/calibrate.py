@@ -78,7 +78,7 @@ def run(options: Options) -> tuple[int, ...]:
     constant = smallest_r(model, options.flops_ratio)
     schedule = calibrate(model, chosen, options.flops_ratio, max_blocks=options.max_blocks)
     share = model.flops(image_size=chosen.shape[-2:]) / model.flops(0, image_size=chosen.shape[-2:])
-    print(f"r = {' '.join(map(str, schedule))}: {share:.1%} of the FLOPs")
+    print(f"Weights: {models.weights_of(options)}. r = {' '.join(map(str, schedule))}: {share:.1%} of the FLOPs")
     if others is not None:
         rows = tradeoff(model, others.split(options.batch_size), [constant, schedule])
         print(table([row for row in rows if row.merging in ("none", model.merger.metric)]))
