@@ -1,6 +1,7 @@
 """What README and docs show runs: their Python blocks one after the other, page by page, without downloads."""
 
 import re
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,9 @@ def test_python_blocks_run(page, offline):
     for block in blocks(page, "python"):
         if not any(name in block for name in ELSEWHERE):
             exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_are_there_after_the_import(page):
+    for name in re.findall(r"(?<!::: )\btimm_tokens((?:\.[A-Za-z_]\w*)+)", page.read_text()):
+        assert reduce(getattr, name[1:].split("."), timm_tokens), name

@@ -6,7 +6,7 @@ Importing this registers the package's models with timm.
 from timm_tokens.startup import prints_help_alone
 
 if not prints_help_alone():
-    from timm_tokens import data, fewshot, losses, models, ops, parts, probing, tasks
+    from timm_tokens import data, dense, fewshot, losses, models, ops, parts, probing, tasks, tradeoff, training
     from timm_tokens.calibration import calibrate
     from timm_tokens.hub import push_merger_to_hub
     from timm_tokens.merger_file import save_merger
@@ -26,6 +26,7 @@ __all__ = [
     "apply_dtem_merging",
     "calibrate",
     "data",
+    "dense",
     "fewshot",
     "losses",
     "models",
@@ -36,4 +37,6 @@ __all__ = [
     "save_merger",
     "tasks",
     "token_label_head",
+    "tradeoff",
+    "training",
 ]
