@@ -77,27 +77,16 @@ def test_a_killed_process_ends_the_others(tmp_path):
     assert codes == [1, -signal.SIGKILL] and errors[0].startswith(f"PeerLost: {LOST}") and time.monotonic() - begin < 20
 
 
-def test_also_where_they_wait_for_a_device(tmp_path):
+@pytest.mark.parametrize(("end", "code"), [(die, -signal.SIGKILL), (stumble, 1)])
+def test_also_where_they_wait_for_a_device(end, code, tmp_path):
     def work(rank):
         with together():
             time.sleep(0.3)
-            die(20) if rank else time.sleep(60)
+            end(20) if rank else time.sleep(60)
 
     begin = time.monotonic()
     codes, errors = on_two(work, tmp_path)
-    assert codes == [1, -signal.SIGKILL] and time.monotonic() - begin < 20
-    assert errors[0].splitlines()[-1].startswith(LOST)
-
-
-def test_an_error_on_one_ends_others_that_wait_for_a_device(tmp_path):
-    def work(rank):
-        with together():
-            time.sleep(0.3)
-            stumble(20) if rank else time.sleep(60)
-
-    begin = time.monotonic()
-    codes, errors = on_two(work, tmp_path)
-    assert codes == [1, 1] and time.monotonic() - begin < 20
+    assert codes == [1, code] and time.monotonic() - begin < 20
     assert errors[0].splitlines()[-1].startswith(LOST)
 
 

@@ -1,14 +1,16 @@
-"""Reductions over the processes of a job: what a loss needs to see the whole batch. On one process they do nothing.
+"""Reductions and gathers over the processes of a job: what a loss needs to see the whole batch. One process needs none.
 
 No gradient passes through them, except for `all_reduce_sum_with_gradient`. Where a loss divides by a reduced count,
 DistributedDataParallel, which averages the gradients of the processes, makes it the gradient of the global batch.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -97,3 +99,16 @@ def all_gather_batch(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts)
+
+
+def gather_objects(item: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What each process has, in their order, the same on each: anything that can be pickled.
+
+    Args:
+        group: The processes; None: all of them.
+    """
+    if world_size() == 1:
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item, group=group)
+    return items

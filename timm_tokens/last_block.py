@@ -40,7 +40,7 @@ def _works_token_by_token(layer: nn.Module) -> bool:
     if type(layer) not in _TOKEN_BY_TOKEN or hooks.has_own(layer) or blocks.is_replaced(layer):
         return False
     if type(layer) is nn.Linear:
-        return not hasattr(type(layer.weight), "__tensor_flatten__")  # quantised weights may scale by all tokens
+        return hooks.is_ordinary(layer.weight)  # quantised weights may scale by all tokens
     return not (type(layer) is nn.Dropout and layer.training and layer.p)
 
 

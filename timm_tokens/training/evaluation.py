@@ -39,7 +39,8 @@ class Accuracy:
         bad = torch.zeros(2, device=device)  # images with bad logits, and all images
         for images, labels in self.loader:
             logits = model(images.to(device))
-            bad += torch.stack([(~logits.isfinite().all(dim=1)).sum(), bad.new_tensor(len(logits))])
+            bad[0] += (~logits.isfinite().all(dim=1)).sum()
+            bad[1] += len(logits)
             shares = accuracy(logits, labels.to(device), topk=self.topk)
             for meter, share in zip(meters.values(), shares, strict=True):
                 meter.update(float(share), len(labels))

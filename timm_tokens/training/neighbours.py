@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_tokens.distributed import world_size
+from timm_tokens.distributed import gather_objects, world_size
 from timm_tokens.ops.clustering import kmeans_groups
 from timm_tokens.probing import assignment_nmi, knn_accuracy
 from timm_tokens.training.evaluation import part_of
@@ -45,10 +44,7 @@ def _features(model: nn.Module, loader: Any, total: int, device: torch.device) -
     """Features (N, C) on the device, and classes (N,), of all processes in the order of the images."""
     parts = [(model(images.to(device)).float().cpu(), labels) for images, labels in loader]
     own = tuple(torch.cat(each) for each in zip(*parts, strict=True)) if parts else None
-    shares: list[Any] = [own]
-    if world_size() > 1:
-        shares *= world_size()
-        dist.all_gather_object(shares, own)
+    shares = gather_objects(own)
     order = torch.cat([torch.arange(rank, total, world_size()) for rank in range(world_size())]).argsort()
     features, labels = (torch.cat(each)[order] for each in zip(*(share for share in shares if share), strict=True))
     return features.to(device), labels

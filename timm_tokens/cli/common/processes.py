@@ -9,7 +9,7 @@ import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 
 from timm_tokens.cli.common import checks
-from timm_tokens.distributed import leave
+from timm_tokens.distributed import gather_objects, leave
 
 
 class Process(NamedTuple):
@@ -27,11 +27,7 @@ class Process(NamedTuple):
 
     def gather(self, items: list) -> list:
         """The items of all processes, the same on each."""
-        if self.world == 1:
-            return items
-        parts: list = [None] * self.world
-        dist.all_gather_object(parts, items, group=self.group)
-        return [item for part in parts for item in part]
+        return [item for part in gather_objects(items, self.group) for item in part]
 
 
 @contextmanager

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from timm_tokens.cli.common.datasets import RECORD, identity, tell
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.data import Images, unreadable
-from timm_tokens.distributed import rank, world_size
+from timm_tokens.distributed import gather_objects, rank, world_size
 from timm_tokens.files import read_json, write_json
 from timm_tokens.training import Settings
 
@@ -60,10 +59,7 @@ def count_unreadable(folder: Path) -> int:
 def _check(images: Images, workers: int) -> dict[str, str]:
     """Why images can't be read, by their numbers, of all processes."""
     share = range(rank(), len(images), world_size())
-    parts = [unreadable(images, workers, share, disable=rank() > 0)]
-    if world_size() > 1:
-        parts *= world_size()
-        dist.all_gather_object(parts, parts[0])
+    parts = gather_objects(unreadable(images, workers, share, disable=rank() > 0))
     return {str(row): why for part in parts for row, why in part.items()}
 
 
