@@ -102,6 +102,7 @@ def check(base: ViT, merging: bool) -> None:
 
 
 def name(module: nn.Module) -> str:
+    """The module's class, and the file that it is from, for messages."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

@@ -77,7 +77,7 @@ def push_model_to_hub(
     """Upload a trained timm model, for `timm.create_model("hf-hub:user/name", pretrained=True)`.
 
     Args:
-        model: Of timm or of this package.
+        model: A model of timm or of this package.
         repo_id: "user/name"; the repository is made where there is none, and its model card stays if it has one.
         model_args: What timm.create_model needs beside the architecture's name, such as img_size; plain data.
         made_by: How it was trained, for the card, as code.

@@ -71,7 +71,7 @@ def change_rows(images: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor
     Args:
         images: (B, C, H, W).
         chosen: (B,) bool, on the CPU.
-        change: Of images (b, C, H, W) and amounts (b, 1, 1, 1).
+        change: Takes images (b, C, H, W) and amounts (b, 1, 1, 1), and gives images.
         amount: (B,) on the CPU.
     """
     if not chosen.any():

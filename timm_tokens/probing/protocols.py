@@ -62,7 +62,7 @@ class Sweep:
         num_classes: K.
         lrs: Learning rates, already scaled to the batch.
         epochs, steps_per_epoch: How long they are trained.
-        generator: Of the first weights, on the CPU: normal with a deviation of 0.01, the same for all.
+        generator: Draws the first weights, on the CPU: normal with a deviation of 0.01, the same for all.
         device: Where to compute.
     """
 

@@ -28,7 +28,7 @@ class Evaluation(NamedTuple):
         name: The protocol's.
         features: Which features were used, in words.
         accuracy: By learning rate, after each epoch, of the validation images.
-        images: Of training and of validation.
+        images: How many there were to train on, and to validate on.
         notes: Lines about images that were left out.
     """
 
