@@ -1,5 +1,8 @@
 """Training on images: one that can't be read is an error that names it, on workers too, and never another image."""
 
+import gc
+import threading
+
 import pytest
 import torch
 from PIL import Image
@@ -48,6 +51,10 @@ def test_is_an_error_and_no_other_image(folder, tmp_path):
                 train(Plain(), dataset, settings(tmp_path / "run", batch_size=8, epochs=2, workers=workers))
             with pytest.raises(ImageError, match=message):
                 Accuracy(dataset, workers=workers, topk=(1,))(Plain())
+    gc.collect()  # the workers end here, and not in the next test
+    for thread in threading.enumerate():
+        if thread.name == "QueueFeederThread":
+            thread.join(10)
 
 
 def test_without_it_the_others_are_trained_on(folder, tmp_path):
