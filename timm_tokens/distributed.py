@@ -4,6 +4,7 @@ No gradient passes through them, except for `all_reduce_sum_with_gradient`. Wher
 DistributedDataParallel, which averages the gradients of the processes, makes it the gradient of the global batch.
 """
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -112,3 +113,42 @@ def gather_objects(item: T, group: dist.ProcessGroup | None = None) -> list[T]:
     items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item, group=group)
     return items
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether it is a tensor that FSDP2 has shared out among the processes (a DTensor)."""
+    return hasattr(x, "full_tensor")
+
+
+def local(x: Any) -> Any:
+    """This process's part of a sharded tensor; anything else as it is."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def whole(nest: Any) -> Any:
+    """The same with whole tensors, on the CPU, in the place of sharded ones; all processes must call it."""
+    if isinstance(nest, dict):
+        return {name: whole(x) for name, x in nest.items()}
+    if isinstance(nest, list):
+        return [whole(x) for x in nest]
+    return nest.full_tensor().cpu() if is_sharded(nest) else nest
+
+
+def sharded_like(value: Any, own: Any) -> Any:
+    """A whole tensor sharded as another one is; where that is whole, or of another shape, the value as it is."""
+    if not is_sharded(own) or not isinstance(value, Tensor) or value.shape != own.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor  # not above: it takes time to import
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+
+
+def sharded_as(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole tensors sharded as those of the same names are; see `sharded_like`."""
+    return {name: sharded_like(value, own.get(name)) for name, value in state.items()}
+
+
+def norms_of(tensors: list[Any]) -> Tensor:
+    """(P,) the norm of each tensor, sharded or not."""
+    found = torch.stack(torch._foreach_norm([local(x) for x in tensors]))
+    return all_reduce_sum(found.square()).sqrt() if any(is_sharded(x) for x in tensors) else found

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from timm_tokens.distributed import whole
 from timm_tokens.timm_types import ViT
 
 _ROUNDED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -50,11 +51,6 @@ def same_weights(a: Mapping[str, Mapping[str, str]], b: Mapping[str, Mapping[str
 
 def _hex(values: Tensor) -> str:
     return hashlib.blake2b(bytes(values.view(torch.uint8).tolist()), digest_size=6).hexdigest()
-
-
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor that FSDP2 may have sharded."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def shape(base: ViT) -> dict[str, int]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from timm_tokens import identity
 from timm_tokens.digests import is_whole, save_tensors
+from timm_tokens.distributed import whole
 from timm_tokens.files import replacing
 from timm_tokens.parts import TokenMerger
 from timm_tokens.timm_types import ViT
@@ -63,9 +64,7 @@ def save_merger(
     """
     model, path = unwrap_model(model), Path(path)
     merger = merger_of(model)
-    weights = {
-        name: identity.whole(value).cpu().to(dtype or value.dtype) for name, value in merger.state_dict().items()
-    }
+    weights = {name: value.cpu().to(dtype or value.dtype) for name, value in whole(dict(merger.state_dict())).items()}
     _check_finite(weights, f"the merger's weights in {dtype or 'their own type'}")
     metadata = {"format": FORMAT, "version": VERSION, "base": identity.base_name(model.base) or "unknown"}
     details = {

@@ -145,6 +145,9 @@ class MIRATask(TokenTask):
         if self.frozen:
             self.student.prototypes.weight.grad = None  # not zero: weight decay and momentum would move them
 
+    def followers(self) -> tuple[nn.Module, ...]:
+        return (self.teacher,)
+
     def end_step(self) -> None:
         update_teacher(self.teacher, self.student.encoder, self.momentum)
 

@@ -166,6 +166,9 @@ class MTETask(TokenTask):
             for parameter in self.student.prototypes.parameters():
                 parameter.grad = None  # not zero: weight decay and momentum would move them
 
+    def followers(self) -> tuple[nn.Module, ...]:
+        return (self.teacher,)
+
     def end_step(self) -> None:
         update_teacher(self.teacher, self.student, self.momentum)
 

@@ -1,7 +1,7 @@
 """What every task of this package has in common: the contract between a task and the trainer."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_tokens import seeding
-from timm_tokens.distributed import rank, world_size
+from timm_tokens.distributed import rank, sharded_as, world_size
 from timm_tokens.tasks.batch_norm import make_batch_norms_global
 from timm_tokens.tasks.drop_path import make_drop_paths_global
 
@@ -32,6 +32,8 @@ class TokenTask(TrainingTask):
       Call `self.trainable_module(...)`; reach for its parts (weights, `momentum`, ...) through `self.student`.
     * What a later step depends on (teacher, centres, queues) is a submodule or a buffer of the task, so that it is in
       its state dict, and is the same on every process. Values from `start_step` are plain floats, set anew each step.
+    * The student's weights are used by its forward alone; those outside of its blocks may be used until the backward
+      pass, too. At other times a process has only its part of them under FSDP2.
     * Randomness comes from `self.sample_generators()` where each image has a draw of its own, from
       `self.step_generator()` where the batch has one, from `self.generator()` where processes may differ, or from
       torch's global generators, which the trainer seeds every step on each process. `self.place_in_order(batch)` before
@@ -156,20 +158,28 @@ class TokenTask(TrainingTask):
         self.trainable_module.train(mode)
         return self
 
+    def followers(self) -> tuple[nn.Module, ...]:
+        """Modules that follow the student, with parameters of the same names, such as teachers: under FSDP2 they are
+        sharded as the student is."""
+        return ()
+
+    def make_global(self) -> None:
+        """Replace batch norms and stochastic depth by ones that know of the global batch."""
+        self.drop_paths = tuple(make_drop_paths_global(self.trainable_module))
+        if next(self.trainable_module.parameters()).device.type == "cpu":  # on GPUs timm's convert_sync_batchnorm does
+            make_batch_norms_global(self)
+
     def no_sync(self) -> AbstractContextManager:
-        """A context in which DDP does not average gradients, for all but the last part of an accumulated batch."""
+        """A context in which DDP, or FSDP2, does not average gradients, for all but the last part of a batch."""
+        if hasattr(self.trainable_module, "set_requires_gradient_sync"):
+            return _without_sync(self.trainable_module)
         return self.trainable_module.no_sync() if hasattr(self.trainable_module, "no_sync") else nullcontext()
 
     # The rest is the protocol of timm's own training script, of timm 1.0.31; 1.0.26 has less of it and never calls it.
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "TokenTask":
-        """Wrap the trainable module in DistributedDataParallel.
-
-        Before, its batch norms and stochastic depth are replaced by ones that know of the global batch.
-        """
-        self.drop_paths = tuple(make_drop_paths_global(self.trainable_module))
-        if next(self.trainable_module.parameters()).device.type == "cpu":  # on GPUs timm's convert_sync_batchnorm does
-            make_batch_norms_global(self)
+        """Wrap the trainable module in DistributedDataParallel, after `make_global`."""
+        self.make_global()
         options = {"find_unused_parameters": self.find_unused_parameters} | ddp_kwargs
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **options)
         return self
@@ -192,14 +202,24 @@ class TokenTask(TrainingTask):
         """Take up what `get_task_state` gave."""
         if ema or not state:
             return
-        names = {_plain(name): name for name in self.state_dict()}
+        own = self.state_dict()
+        names = {_plain(name): name for name in own}
         given = {names.get(name, name): value for name, value in state.items()}
-        missing, unexpected = self.load_state_dict(given, strict=False)
+        missing, unexpected = self.load_state_dict(sharded_as(given, own), strict=False)
         missing = [name for name in missing if not name.startswith(_EMA)]
         if strict and (missing or unexpected):
             raise RuntimeError(
                 f"the state is not one of this {type(self).__name__}: missing {missing}, unexpected {unexpected}"
             )
+
+
+@contextmanager
+def _without_sync(module: Any) -> Iterator[None]:
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
 
 
 _EMA, _DDP = "trainable_module_ema.", "trainable_module.module."

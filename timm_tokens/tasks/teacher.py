@@ -6,6 +6,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import nn
 
+from timm_tokens.distributed import is_sharded, local
 from timm_tokens.ops.ranges import check_within
 
 
@@ -27,7 +28,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
     Raises:
         ValueError: The momentum is out of range, or the teacher has something that the student lacks, or of another
-            shape.
+            shape, or one of the two is sharded by FSDP2 and the other is not.
     """
     check_within(momentum=momentum)
     source, ours, theirs = unwrap_model(student).state_dict(), [], []
@@ -36,9 +37,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
         if given is None or given.shape != value.shape:
             found = "nothing of this name" if given is None else f"shape {tuple(given.shape)}"
             raise ValueError(f"the teacher's {name!r} has shape {tuple(value.shape)}, the student has {found}")
+        if is_sharded(value) != is_sharded(given):
+            raise ValueError(f"{name!r} is sharded in the teacher or the student alone: a task names its `followers()`")
         if value.is_floating_point():
-            ours.append(value)
-            theirs.append(given)
+            ours.append(local(value))
+            theirs.append(local(given))
         else:
             value.copy_(given)
     if ours:

@@ -12,6 +12,7 @@ from torch import nn
 
 from timm_tokens.checkpoint_file import read_checkpoint
 from timm_tokens.digests import save_checkpoint, save_tensors
+from timm_tokens.distributed import all_reduce_max, local
 from timm_tokens.files import replacing
 
 _PARTS = {"step", "best", "settings", "state_dict", "task_state", "optimizer", "scaler"}
@@ -63,9 +64,9 @@ def export(path: Path, model: nn.Module) -> None:
 
 
 def all_finite(module: nn.Module) -> bool:
-    """Whether no parameter has become infinite or NaN."""
-    finite = [parameter.isfinite().all() for parameter in module.parameters()]
-    return not finite or bool(torch.stack(finite).all())
+    """Whether on no process a parameter has become infinite or NaN."""
+    finite = [local(parameter).isfinite().all() for parameter in module.parameters()]
+    return not finite or not bool(all_reduce_max(~torch.stack(finite).all()))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from timm_tokens.outputs import evaluating
 from timm_tokens.peers import together
 from timm_tokens.stopping import Requests, Stopped, listening
 from timm_tokens.tasks import TokenTask
-from timm_tokens.training import checkpoints, compiling, logs
+from timm_tokens.training import checkpoints, compiling, logs, sharding
 from timm_tokens.training.batches import plan, step_loader
 from timm_tokens.training.history import History
 from timm_tokens.training.logs import Logs
@@ -27,6 +27,7 @@ from timm_tokens.training.pace import Pace
 from timm_tokens.training.progress import Progress
 from timm_tokens.training.scalars import Scalars, first_bad
 from timm_tokens.training.settings import Settings
+from timm_tokens.training.sharding import Sharding
 from timm_tokens.training.step import Augment, Stepper
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -85,6 +86,8 @@ class _Run:
     ):
         self.settings, self.device = settings, torch.device(settings.device)
         logs.check(settings.log)
+        if settings.fsdp:
+            sharding.check(settings)
         if settings.compile:
             compiling.check(self.device)
         self.plan, self.dataset, self.collate, self.evaluate = plan(dataset, settings), dataset, collate, evaluate
@@ -92,32 +95,41 @@ class _Run:
         self.task.seed = settings.seed
         if world_size() > 1 and self.device.type == "cuda":
             self.task = convert_sync_batchnorm(self.task)
+        self.sharding = Sharding(self.task, self.device, settings.ema) if settings.fsdp else None
         self.optimization = Optimization(self.task.student, settings, self.plan)
-        self.ema = None if settings.ema is None else ModelEmaV3(self.task.product, decay=settings.ema)
+        self.ema = self._average()
         self.progress = Progress(settings, self.plan, len(dataset), self.task, self.optimization, self.ema)
         self.progress.restore()
         self.start = self.progress.done
         self.stepper = Stepper(settings, self.plan, self.task, self.optimization, self.ema, augment)
-        if world_size() > 1:
+        if world_size() > 1 and not settings.fsdp:
             self.task.prepare_distributed(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         ended = self.start // self.plan.steps_per_epoch + (self.start == self.plan.total_steps)  # the last may be short
         self.history = History(settings.out if rank() == 0 else None, self.start, ended)
         self.scalars, self.pace = Scalars(), Pace(settings.batch_size * settings.accumulate, settings.workers)
         self.logs = Logs(settings.log, settings.out if rank() == 0 else None, self.start, settings.curve())
 
+    def _average(self) -> ModelEmaV3 | None:
+        if self.sharding is not None:
+            return self.sharding.ema
+        return None if self.settings.ema is None else ModelEmaV3(self.task.product, decay=self.settings.ema)
+
     @property
     def model(self) -> nn.Module:
-        """What is validated and published."""
+        """What is validated and published; where the task is sharded, all processes must ask for it."""
+        if self.sharding is not None:
+            return self.sharding.gather()
         return self.task.product if self.ema is None else self.ema.module
 
     def run(self, requests: Requests) -> Result:
         stop = self._take_steps(requests)
         path, complete = self.settings.out / checkpoints.FINAL, self.progress.saved == self.plan.total_steps
+        model = self.model
         if complete and rank() == 0:
-            checkpoints.export(path, self.model)
+            checkpoints.export(path, model)
         if stop:
             raise self._stopped(stop)
-        return Result(self.model.eval(), self.history.epochs, path)
+        return Result(model.eval(), self.history.epochs, path)
 
     def _take_steps(self, requests: Requests) -> int:
         """The steps that are left, or those until a signal asks to stop; returns its number, or 0."""
@@ -126,7 +138,7 @@ class _Run:
         self.bar = tqdm(numbers, "training", self.plan.total_steps, initial=self.start, unit="step", disable=rank() > 0)
         self.task.train()
         compiled = compiling.compiled(self.task, self.settings.compile)
-        with closing(self.bar), closing(steps), closing(self.logs), compiled:
+        with closing(self.bar), closing(steps), closing(self.logs), compiled, sharding.quiet():
             for step, batches in zip(self.bar, self.pace.watch(steps), strict=True):
                 scalars = self.stepper(step, batches)
                 self.scalars.add(step, self.optimization.lr, scalars)
@@ -184,7 +196,7 @@ class _Run:
         if metrics and (self.progress.best is None or next(iter(metrics.values())) > self.progress.best):
             self.progress.best = next(iter(metrics.values()))
             if rank() == 0:
-                checkpoints.export(self.settings.out / checkpoints.BEST, self.model)
+                checkpoints.export(self.settings.out / checkpoints.BEST, model)
         if rank() == 0:
             self.bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items() if "/" not in name))
             if done - self.start <= self.plan.steps_per_epoch and (line := self.pace.line()):  # the first of this start

@@ -10,6 +10,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
+from timm_tokens.distributed import local, norms_of, sharded_like
 from timm_tokens.tasks.schedules import cosine
 from timm_tokens.training.batches import Plan
 from timm_tokens.training.settings import Settings
@@ -85,7 +86,11 @@ class Optimization:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(_interned(state["optimizer"]))
+        kept = _interned(state["optimizer"])
+        own = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, values in kept["state"].items():
+            kept["state"][number] = {name: sharded_like(x, own[number]) for name, x in values.items()}
+        self.optimizer.load_state_dict(kept)
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -126,7 +131,7 @@ def _exempt(module: nn.Module, names: str | None) -> set[str]:
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
     """(P,) the norm of the gradient of each parameter that has one."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
+    return norms_of(gradients) if gradients else torch.zeros(1)
 
 
 def clip(parameters: Sequence[nn.Parameter], norms: Tensor, value: float, mode: str) -> None:
@@ -138,11 +143,14 @@ def clip(parameters: Sequence[nn.Parameter], norms: Tensor, value: float, mode: 
         value: What the mode limits.
         mode: "norm", of all gradients together, "parameter", "value" or "agc".
     """
-    if mode not in ("norm", "parameter"):
+    if mode == "agc":
         dispatch_clip_grad(parameters, value, mode)
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients:
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if mode == "value":
+        for gradient in gradients:
+            gradient.clamp_(-value, value)
+    elif gradients:
         norms = norms if mode == "parameter" else torch.linalg.vector_norm(norms).expand_as(norms)
         torch._foreach_mul_(gradients, list((value / (norms + 1e-6)).clamp(max=1).unbind()))
 

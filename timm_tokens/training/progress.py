@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 
-from timm_tokens.distributed import all_gather_batch, rank, world_size
+from timm_tokens.distributed import all_gather_batch, rank, sharded_as, whole, world_size
 from timm_tokens.files import remove_partials
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import checkpoints
@@ -67,12 +67,15 @@ class Progress:
 
     def save(self, done: int) -> None:
         """Write the checkpoint after so many steps."""
-        if rank() == 0:
+        if rank() == 0 or self.settings.fsdp:  # what is sharded is gathered from all
             state = {"step": done, "best": self.best, "settings": self._curve()}
             state |= {"state_dict": self.task.product.state_dict(), "task_state": self.task.get_task_state()}
             if self.ema is not None:
                 state["state_dict_ema"] = self.ema.module.state_dict()
-            checkpoints.save(self.settings.out, state | self.optimization.state_dict())
+            state |= self.optimization.state_dict()
+            state = whole(state) if self.settings.fsdp else state
+        if rank() == 0:
+            checkpoints.save(self.settings.out, state)
         self.saved = done
 
     def last_good(self) -> str:
@@ -114,7 +117,8 @@ class Progress:
     def _take_up(self, state: dict[str, Any]) -> None:
         self.task.load_task_state(state["task_state"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["state_dict_ema"])
+            module = self.ema.module
+            module.load_state_dict(sharded_as(state["state_dict_ema"], module.state_dict()))
         self.optimization.load_state_dict(state)
         self.done = self.saved = state["step"]
         self.best = state["best"]

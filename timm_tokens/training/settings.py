@@ -42,6 +42,10 @@ class Settings(Options):
         False, "compile the student (torch.compile), which takes minutes at the start and is faster afterwards",
         group="Machine",
     )  # fmt: skip
+    fsdp: bool = option(
+        False, "save memory: each process holds its part of the parameters, gradients and optimizer state (FSDP2)",
+        group="Machine",
+    )  # fmt: skip
     resume: bool = option(False, "continue from the last checkpoint in --out, or start from scratch if there is none")
 
     opt: str = option("adamw", "name of one of timm's optimizers", group=_OPTIMIZER)
@@ -131,4 +135,4 @@ class Settings(Options):
 
 
 # What may change between a run and its continuation.
-FREE = {"out", "resume", "workers", "device", "save_every", "eval_every", "log_every", "log", "patience"}
+FREE = {"out", "resume", "workers", "device", "save_every", "eval_every", "log_every", "log", "fsdp", "patience"}
