@@ -529,6 +529,7 @@ def test_images_of_classifiers(built):
         transform = built[objective, name].dataset.transform.transform
         assert (transform.size, transform.scale, transform.ratio) == ((size, size), (0.08, 1), (3 / 4, 4 / 3)), name
         assert (transform.hflip, transform.vflip) == (0.5, 0)
+        assert (transform.steps[-1] == transform._crop) == (objective == "token-label")
         names = {"bicubic"} if objective == "dtem" else {"bilinear", "bicubic"}
         assert {mode.value for mode in transform.interpolations} == names
         erase = transform.erase

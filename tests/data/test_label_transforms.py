@@ -107,15 +107,26 @@ def test_map_of_crop_and_flips(seed):
     assert_map_is_true(view.image.permute(1, 2, 0), view.map)
 
 
+@pytest.mark.parametrize("crop_last", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_map_of_the_whole_augmentation(seed, monkeypatch):
+def test_map_of_the_whole_augmentation(seed, crop_last, monkeypatch):
     # Only what moves points, since colours are what tells the place here; several layers, so that maps are composed.
     monkeypatch.setattr(
         "timm.data.auto_augment._RAND_TRANSFORMS", sorted(_AFFINE.keys() - {"TranslateX", "TranslateY"})
     )
-    transform = uint8(auto_augment="rand-m5-n3-p1", vflip=0.5)
+    transform = uint8(auto_augment="rand-m5-n3-p1", vflip=0.5, crop_last=crop_last)
     view = transform(coordinate_image(), torch.Generator().manual_seed(seed))
     assert_map_is_true(view.image.permute(1, 2, 0), view.map, tolerance=0.03)
+
+
+def test_crop_last_augments_the_whole_image(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        TrackedRandAugment, "__call__", lambda self, image: seen.append(image.size) or (image, torch.eye(3))
+    )
+    for crop_last in (False, True):
+        uint8(auto_augment="rand-m9", crop_last=crop_last)(coordinate_image())
+    assert seen == [(96, 96), (160, 120)]
 
 
 def test_labels_follow_a_crop_as_roi_align_says():

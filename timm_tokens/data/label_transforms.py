@@ -52,6 +52,8 @@ class TokenLabelTransform:
         re_prob: Probability of random erasing.
         re_mode: "pixel" fills erased boxes with noise, "rand" with one random colour, "const" with 0.
         re_count: Erased boxes, at most.
+        crop_last: Whether flips and RandAugment precede the crop, as in the code of token labeling. It is slower:
+            they then work on the whole image.
 
     Raises:
         ValueError: `auto_augment` is not a RandAugment of operations known to be affine or to leave points in place;
@@ -73,6 +75,7 @@ class TokenLabelTransform:
         re_prob: float = 0.0,
         re_mode: str = "pixel",
         re_count: int = 1,
+        crop_last: bool = False,
     ):
         if re_prob and not normalize:
             raise ValueError(f"re_prob={re_prob} needs normalize=True: give it to timm's PrefetchLoader instead")
@@ -93,16 +96,16 @@ class TokenLabelTransform:
         if interpolation != "random":
             fill["interpolation"] = str_to_pil_interp(interpolation)
         self.rand_augment = TrackedRandAugment(auto_augment, fill) if auto_augment else None
+        self.steps = (self._flip, self._augment, self._crop) if crop_last else (self._crop, self._flip, self._augment)
         self.erase = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device="cpu") if re_prob else None
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> View:
         """Draw one view. All of its randomness comes from the generator, or from torch's own where none is given."""
-        image = image if image.mode == self.mode else image.convert(self.mode)
+        image, matrix = image if image.mode == self.mode else image.convert(self.mode), torch.eye(3)
         with drawn_from(generator):
-            image, matrix = self._crop(image)
-            if self.rand_augment is not None:
-                image, step = self.rand_augment(image)
-                matrix = matrix @ step
+            for step in self.steps:
+                image, back = step(image)
+                matrix = matrix @ back
             tensor = TF.pil_to_tensor(image)
             if self.normalize is not None:
                 tensor = TF.normalize(tensor.float().div_(255), *self.normalize, inplace=True)
@@ -114,12 +117,18 @@ class TokenLabelTransform:
         (width, height), (top, left, h, w) = image.size, RandomResizedCrop.get_params(image, self.scale, self.ratio)
         interpolation = random.choice(self.interpolations)
         image = TF.resized_crop(image, top, left, h, w, self.size, interpolation)
-        matrix = torch.tensor([[h / height, 0, top / height], [0, w / width, left / width], [0, 0, 1]])
+        return image, torch.tensor([[h / height, 0, top / height], [0, w / width, left / width], [0, 0, 1]])
+
+    def _flip(self, image: Image.Image) -> tuple[Image.Image, Tensor]:
+        matrix = torch.eye(3)
         if random.random() < self.hflip:
             image, matrix = TF.hflip(image), matrix @ _FLIP_COLUMNS
         if random.random() < self.vflip:
             image, matrix = TF.vflip(image), matrix @ _FLIP_ROWS
         return image, matrix
+
+    def _augment(self, image: Image.Image) -> tuple[Image.Image, Tensor]:
+        return (image, torch.eye(3)) if self.rand_augment is None else self.rand_augment(image)
 
 
 _FLIP_COLUMNS = torch.tensor([[1.0, 0, 0], [0, -1, 1], [0, 0, 1]])

@@ -143,7 +143,7 @@ def build(options: Options) -> Objective:
         loading = (options.batch_size, options.workers)
         evaluate = Accuracy(val, *loading, topk=(1,)) if numbers is not None else Fidelity(val, *loading)
     finish = partial(_finish, options, val, numbers is not None)
-    return Objective(task, train, evaluate=evaluate, finish=finish, publish=partial(_publish, options))
+    return Objective(task, train, evaluate=evaluate, finish=finish, push=partial(_push, options))
 
 
 def _model(options: Options) -> TokenViT:
@@ -200,7 +200,7 @@ def _finish(options: Options, val: Dataset | None, labelled: bool, result: Resul
     print(f'The merger is in {path}: timm_tokens.apply_dtem_merging(vit, weights="{options.out}").')
 
 
-def _publish(options: Options, result: Result, repo_id: str) -> None:
+def _push(options: Options, result: Result, repo_id: str) -> None:
     """Upload the merger; of the data, the name of its folder is said."""
     kept = read_merger(options.out / NAME).notes
     data = options.dataset or options.data_dir.resolve().name

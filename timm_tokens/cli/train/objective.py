@@ -40,7 +40,7 @@ class Objective(NamedTuple):
     Attributes:
         finish: Called with the result, on the first process, when the others have ended.
         augment: What is left of the augmentation for the device; see `train`.
-        publish: Uploads the result to a repository of the hub; None: the model is uploaded.
+        push: Uploads the result to a repository of the hub; None: the model is uploaded.
     """
 
     task: TokenTask
@@ -48,7 +48,7 @@ class Objective(NamedTuple):
     collate: Callable | None = None
     evaluate: Evaluate | None = None
     finish: Callable[[Result], None] | None = None
-    publish: Callable[[Result, str], None] | None = None
+    push: Callable[[Result, str], None] | None = None
     augment: Augment | None = None
 
 
@@ -143,12 +143,12 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
         if unread := count_unreadable(settings.out):
             print(f"{unread} images could not be read and were left out: their names are in {settings.out / RECORD}.")
         if options.push_to_hub is not None:
-            (built.publish or partial(_publish, command, options))(result, options.push_to_hub)
+            (built.push or partial(_push, command, options))(result, options.push_to_hub)
             print(f"It was uploaded to https://huggingface.co/{options.push_to_hub}.")
     return result
 
 
-def _publish(command: str, options: TrainOptions, result: Result, repo_id: str) -> None:
+def _push(command: str, options: TrainOptions, result: Result, repo_id: str) -> None:
     """Upload the model that was trained."""
     made = {"img_size": options.img_size} if hasattr(result.model, "patch_embed") and options.img_size else {}
     made = getattr(result.model, "model_args", made | models.arguments(options))

@@ -58,6 +58,10 @@ class Options(LabelOptions, AugmentationOptions, MixOptions, TrainOptions):
     ratio: tuple[float, float] = option(
         (3 / 4, 4 / 3), "range of a crop's aspect ratio", above=0, ascending=True, group="Augmentation"
     )
+    crop_last: bool = option(
+        False, "flip and apply RandAugment before the crop instead of after it, as the published code does; slower",
+        group="Augmentation", rare=True,
+    )  # fmt: skip
     val_split: str = option(
         "val", "folder in --data-dir, or split of --dataset, to validate on; '' for none", group="Images"
     )
@@ -117,7 +121,7 @@ def _numbers(names: list[str] | None, count: int) -> dict[str, int] | None:
 
 
 def _training_data(train: Dataset, store: TokenLabelStore | None, options: Options, config: dict[str, Any]) -> Dataset:
-    views = transform(options, config, ratio=options.ratio)
+    views = transform(options, config, ratio=options.ratio, crop_last=options.crop_last)
     if store is None:
         train.transform = ViewImage(views)
         return train
