@@ -4,10 +4,11 @@ import pytest
 import timm
 import torch
 from families import DRIVABLE, MERGEABLE, create, images
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_tokens import TokenViT, apply_dtem_merging
+from timm_tokens import TokenViT, apply_dtem_merging, flops
 
 
 def counted(model, x):
@@ -28,14 +29,38 @@ def test_without_merging(family):
     assert model.costs((48, 48)).flops((0,) * 3, features=True) == counted(model.base, images(1))
 
 
-@pytest.mark.parametrize("metric", ["learned", "keys"])
-@pytest.mark.parametrize("family", MERGEABLE)
+LEARNED = ["vit", "naflex", "rope_mixed", "lvvit", "differential"]  # a linear map per token, whatever the family
+
+
+@pytest.mark.parametrize(("family", "metric"), [(f, "keys") for f in MERGEABLE] + [(f, "learned") for f in LEARNED])
 def test_with_merging(family, metric):
-    model = apply_dtem_merging(create(family), r=7, metric=metric).eval()
-    assert model.flops(image_size=(48, 48)) == counted(model, images(1))
-    assert model.flops(r=[7], image_size=(48, 48)) < model.flops(r=0, image_size=(48, 48))
-    model.merger.r = [3]
-    assert model.flops(image_size=(48, 48)) == counted(model, images(1))
+    model = apply_dtem_merging(create(family), r=[7, 0, 3], metric=metric).eval()
+    assert model.flops(image_size=(48, 48)) == counted(model, images(1)) < model.flops(r=0, image_size=(48, 48))
+
+
+class Repeated(nn.Module):
+    def __init__(self, module, times):
+        super().__init__()
+        self.module, self.times = module, times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.module(x)
+        return x
+
+
+def test_equal_blocks_are_counted_once_and_others_each(monkeypatch):
+    calls, count = [], flops._block_cost
+    monkeypatch.setattr(flops, "_block_cost", lambda i, *rest: calls.append(i) or count(i, *rest))
+    model = apply_dtem_merging(create("vit"), r=3).eval()
+    assert model.flops(image_size=(48, 48)) == counted(model, images(1)) and calls == [0]
+    model.base.blocks[0].mlp.fc1, model.base.blocks[0].mlp.fc2 = nn.Linear(48, 24), nn.Linear(24, 48)
+    model.base.blocks[1].mlp = Repeated(model.base.blocks[1].mlp, 1)
+    model.base.blocks[2].mlp = Repeated(model.base.blocks[2].mlp, 2)
+    assert model.flops(image_size=(48, 48)) == counted(model, images(1)) and calls == [0, 0, 1, 2]
+    twin = apply_dtem_merging(create("vit"), r=3).eval()
+    twin.merger.embed[1] = nn.Sequential(nn.Linear(48, 9), nn.Linear(9, 16))
+    assert twin.flops(image_size=(48, 48)) == counted(twin, images(1))
 
 
 def test_other_image_sizes():
@@ -57,6 +82,7 @@ def test_the_papers_numbers():
 @pytest.mark.parametrize("ratio", [1.0, 0.8, 0.63])
 def test_flops_ratio_is_reached_with_the_smallest_r(ratio):
     model = apply_dtem_merging(create("vit"), flops_ratio=ratio)
-    full = model.flops(0)
-    assert model.flops() <= ratio * full
-    assert model.merger.r == 0 or model.flops(model.merger.r - 1) > ratio * full
+    costs, r = model.costs(), model.merger.r
+    full = costs.flops((0,) * 3)
+    assert costs.flops((r,) * 3) <= ratio * full
+    assert r == 0 or costs.flops((r - 1,) * 3) > ratio * full

@@ -5,7 +5,7 @@ Counted as the papers count them, one for a multiplication with its addition (De
 GPUs, and when compiled) a small matrix product does it, which is less than 1 % of a block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import cache
 from itertools import chain, repeat
@@ -21,6 +21,7 @@ from timm_tokens.parts import TokenLabelHead, TokenMerger
 from timm_tokens.timm_types import Block, ViT
 
 M = TypeVar("M", bound=nn.Module)
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 class BlockCost(NamedTuple):
@@ -62,7 +63,14 @@ class Costs:
         self.stem = count(lambda images: blocks.embed(base, images).x, base.in_chans, *image_size)
         self.head_flops = cache(self._head_flops)
         self.prefix_alone = head is None and last_block.needs_prefix_alone(base)
-        self.blocks = [_block_cost(i, block, base.embed_dim, merger) for i, block in enumerate(base.blocks)]
+        counted: dict[Any, BlockCost] = {}  # most ViTs repeat one block, which then is counted once
+        self.blocks = []
+        for i, block in enumerate(base.blocks):
+            embed = None if merger is None or merger.embed is None else merger.embed[i]
+            key = _structure(block), embed and _structure(embed)
+            if key not in counted:
+                counted[key] = _block_cost(i, block, base.embed_dim, merger)
+            self.blocks.append(counted[key])
 
     def flops(self, schedule: Sequence[int], features: bool = False) -> int:
         """Multiply-adds for one image where block i merges schedule[i] tokens.
@@ -86,6 +94,19 @@ class Costs:
         own, classify = self.head.cls, self.base.forward_head
         cls = classify if own is None else lambda x: own(classify(x, pre_logits=True))
         return count(cls, pooled, width) + count(self.head.tokens, tokens - self.prefix, width)
+
+
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    """What decides a module's cost, to be compared: classes, shapes and plain values, and other objects themselves."""
+
+    def content(part: nn.Module) -> Iterator[tuple[str, Any]]:
+        for name, tensor in chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False)):
+            yield name, tensor.shape
+        for name in vars(part).keys() - _OF_EVERY_MODULE:
+            value = vars(part)[name]
+            yield name, repr(value) if isinstance(value, str | int | float | list | tuple | dict | None) else id(value)
+
+    return tuple((name, type(part), frozenset(content(part))) for name, part in module.named_modules())
 
 
 def _block_cost(i: int, block: Block, width: int, merger: TokenMerger | None) -> BlockCost:
