@@ -11,10 +11,13 @@ from torch import multiprocessing
 
 from timm_tokens import distributed
 
+# Processes are forked from a server that has imported these once, which takes each of them seconds otherwise.
+multiprocessing.set_forkserver_preload(["timm_tokens.cli.train.objective", "torch.distributed.fsdp"])
+
 
 def on_two(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
     """What work(rank, folder) returns on each of two processes, which import it from its module."""
-    multiprocessing.spawn(_process, (work, folder), nprocs=2)
+    multiprocessing.start_processes(_process, (work, folder), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"returned{rank}.pt") for rank in range(2)]
 
 

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from timm_tokens.cli import call
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RESULTS = {"merger.safetensors", "table.csv", "accuracy.png", "groups.png"}
 
@@ -21,6 +23,11 @@ def quickstart(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import quickstart
 
+    def small(command, **options):  # a tiny ViT in the place of the full-size one, whose speed takes seconds to measure
+        assert (command, options.pop("model"), options.pop("batch_size")) == ("bench", "deit_small_patch16_224", (8,))
+        return call(command, model="test_vit", batch_size=(1,), **options | {"rounds": 1})
+
+    monkeypatch.setattr(quickstart, "call", small)
     yield quickstart.main
     for name in ("quickstart", "_data", "_measure", "_example"):
         sys.modules.pop(name)
@@ -59,7 +66,8 @@ def test_digits(quickstart, tmp_path, capsys):
     assert rows[0]["gflops"] > rows[1]["gflops"] > rows[2]["gflops"]
     assert rows[0]["speedup"] == rows[0]["share_of_ideal"] == 1
     assert rows[0]["learned"] == rows[0]["training_free"]  # nothing merged: both are the base
-    assert "| 5 | " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 5 | " in printed and "test_vit on " in printed  # the digits' table, and the speed of a larger model
 
 
 def test_imagenet_classes_keep_the_head(quickstart, folder, tmp_path, capsys):
