@@ -172,8 +172,8 @@ def print_table(rows: Sequence[Row], images: int) -> None:
 
 def save(learned: TokenViT, rows: Sequence[Row], data: Data, args: argparse.Namespace) -> None:
     """Write merger.safetensors, table.csv, accuracy.png and groups.png."""
-    images, groups = samples(data, 4), {}
-    for row in rows[1:]:
+    images, groups = samples(data, 3), {}
+    for row in sorted({rows[1], rows[len(rows) // 2], rows[-1]}):  # the fewest, the middle and the most
         learned.merger.r = row.r
         groups[f"r = {row.r}"] = learned.token_groups(images.to(args.device)).cpu()
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)

@@ -1,9 +1,10 @@
 """Pictures of groups of patches."""
 
+import pytest
 import torch
 
 from timm_tokens.drawing import draw_groups, save
-from timm_tokens.drawing.groups import fill, outlines, pieces
+from timm_tokens.drawing.groups import fill, outlines, pieces, tint
 
 GROUPS = torch.tensor([[0, 0, 1], [2, 0, 1], [1, 2, 2]])  # 1 and 2 are split
 
@@ -16,6 +17,26 @@ def test_a_group_is_filled_with_its_mean_colour():
         torch.testing.assert_close(
             filled[0][owner == token], image[0][owner == token].mean().expand((owner == token).sum())
         )
+
+
+def test_groups_of_a_grey_image_have_a_colour_each_and_single_patches_none():
+    image, group = torch.full((1, 8, 8), 0.5), torch.arange(16).view(4, 4).clamp_max(7)  # 7 has nine patches
+    group[0, :4] = torch.tensor([0, 1, 0, 1])
+    tinted = tint(image, group)
+    assert tinted.shape == (3, 8, 8) and tinted[:, 2, 0].tolist() == pytest.approx(
+        [0.7] * 3
+    )  # patch 4 alone: grey, and light enough to see
+    found = {
+        token: {
+            tuple(c) for c in tinted[:, (group == token).repeat_interleave(2, 0).repeat_interleave(2, 1)].T.tolist()
+        }
+        for token in (0, 1, 7)
+    }
+    assert [len(each) for each in found.values()] == [1, 1, 1] and len(set.union(*found.values())) == 3
+    picture = draw_groups(torch.rand(1, 1, 8, 8), {"r": group[None]})
+    assert picture.axes[1].get_xlabel() == "6 tokens" and not picture.axes[1].texts
+    many = tint(torch.ones(1, 2, 80), torch.arange(20).repeat_interleave(2)[None].expand(2, -1))
+    assert len(many.flatten(1).unique(dim=1).T) == 20  # more than there are colours: paler ones
 
 
 def test_outlines_stand_between_different_groups_alone():

@@ -6,16 +6,19 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from timm_tokens.drawing.style import figure, show
+from timm_tokens.drawing.style import LINES, figure, show
 
 
 def draw_groups(images: Tensor, groups: Mapping[str, Tensor], first: str = "image") -> Figure:
-    """A row for each image: as it is, then its groups of patches, filled with their mean colour and outlined.
+    """A row for each image: as it is, then its groups of patches, outlined.
 
-    Where the patches of a token do not touch, it is split: the same number is written on each of its pieces.
+    Groups of a colour image are filled with their mean colour. Where the patches of a token do not touch, it is split:
+    the same number is written on each of its pieces. Groups of a grey image are tinted, each token in a colour of its
+    own, and patches that are a token by themselves stay grey.
 
     Args:
         images: (B, 1 or 3, h, w), values in [0, 1].
@@ -27,23 +30,42 @@ def draw_groups(images: Tensor, groups: Mapping[str, Tensor], first: str = "imag
     grid = picture.subplots(len(images), columns, squeeze=False)
     for axes, image in zip(grid[:, 0], images, strict=True):
         show(axes, image, first)
+    grey = images.shape[1] == 1
     for column, (title, of_all) in enumerate(groups.items(), 1):
-        for axes, image, group in zip(grid[:, column], images, of_all.cpu(), strict=True):
-            show(axes, fill(image.cpu(), group), title)
+        for axes, image, group in zip(grid[:, column], images.cpu(), of_all.cpu(), strict=True):
+            show(axes, tint(image, group) if grey else fill(image, group), title)
             axes.add_collection(LineCollection(outlines(group), colors="white", linewidths=0.9))
-            split = mark_pieces(axes, group)
+            split = 0 if grey else mark_pieces(axes, group)
             axes.set_xlabel(f"{len(group.unique())} tokens" + (f", {split} split" if split else ""), fontsize=9)
-    picture.supxlabel("pieces with the same number belong to one token", fontsize=8, color="grey")
+    same = "patches of one colour belong to one token; grey ones are tokens of their own"
+    words = same if grey else "pieces with the same number belong to one token"
+    picture.supxlabel(words, fontsize=8, color="grey")
     return picture
 
 
 def fill(image: Tensor, group: Tensor) -> Tensor:
     """Give each pixel of an image (C, h, w) the mean colour of its group of patches (rows, columns)."""
-    (rows, columns), (height, width) = group.shape, image.shape[1:]
-    y, x = torch.arange(height) * rows // height, torch.arange(width) * columns // width
-    owner = group.unique(return_inverse=True)[1][y][:, x]  # (h, w)
+    owner = _owners(image, group)
     sums = image.new_zeros(len(image), int(owner.max()) + 1).index_add_(1, owner.flatten(), image.flatten(1))
     return (sums / owner.flatten().bincount().clamp_min(1))[:, owner]
+
+
+def tint(image: Tensor, group: Tensor) -> Tensor:
+    """Colour a grey image (1, h, w) by its groups of several patches (rows, columns), the largest first: (3, h, w)."""
+    sizes, lines = group.unique(return_counts=True)[1], LINES[:-1]  # all but grey
+    order = sizes.argsort(descending=True, stable=True)
+    colors = torch.ones(len(sizes), 3)
+    for place, token in enumerate(order[sizes[order] > 1].tolist()):
+        paler = 1 - 0.5 ** (place // len(lines))
+        colors[token] = torch.tensor(to_rgb(lines[place % len(lines)])).lerp(torch.ones(3), paler)
+    return colors.T[:, _owners(image, group)] * (0.4 + 0.6 * image)
+
+
+def _owners(image: Tensor, group: Tensor) -> Tensor:
+    """The token of each pixel of an image (C, h, w), numbered from 0 in the order of the numbers in `group`: (h, w)."""
+    (rows, columns), (height, width) = group.shape, image.shape[1:]
+    y, x = torch.arange(height) * rows // height, torch.arange(width) * columns // width
+    return group.unique(return_inverse=True)[1][y][:, x]
 
 
 def outlines(group: Tensor) -> list[list[tuple[float, float]]]:
