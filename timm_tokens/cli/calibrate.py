@@ -77,7 +77,8 @@ def run(options: Options) -> tuple[int, ...]:
     chosen, others = _images(options, model)
     constant = smallest_r(model, options.flops_ratio)
     schedule = calibrate(model, chosen, options.flops_ratio, max_blocks=options.max_blocks)
-    share = model.flops(image_size=chosen.shape[-2:]) / model.flops(0, image_size=chosen.shape[-2:])
+    size = (chosen.shape[-2], chosen.shape[-1])
+    share = model.flops(image_size=size) / model.flops(0, image_size=size)
     print(f"Weights: {models.weights_of(options)}. r = {' '.join(map(str, schedule))}: {share:.1%} of the FLOPs")
     if others is not None:
         rows = tradeoff(model, others.split(options.batch_size), [constant, schedule])

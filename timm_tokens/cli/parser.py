@@ -28,8 +28,7 @@ class Parser(ArgumentParser):
     """A parser whose errors are one line, and that takes no abbreviations: an option that is added would break them."""
 
     def __init__(self, prog: str, description: str | None = None, epilog: str | None = None):
-        words = {"description": description, "epilog": epilog, "formatter_class": _HelpFormatter}
-        super().__init__(prog, allow_abbrev=False, **words)
+        super().__init__(prog, None, description, epilog, formatter_class=_HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
@@ -53,12 +52,12 @@ def parse(command: str, of: type[Options], argv: Sequence[str], description: str
             raise CommandError(f"{name.upper()} is given twice: {given[place]} and --{name} {given[name]}")
         given[name] = given.pop(place)
     given.pop("traceback", None)  # see `main`
-    path, name = given.pop("config", None), given.get("recipe")
-    if path and name:
+    path, wanted = given.pop("config", None), given.get("recipe")
+    if path and wanted:
         raise CommandError("give --config or --recipe, not both: the options of a run hold those of its recipe")
     if given.pop("list_recipes", False):
         _print_and_exit(recipes.listed(command))
-    recipe = recipes.named(command, name)
+    recipe = recipes.named(command, wanted)
     kept = read_config(path, command) if path else defaults(command, given)
     if given.pop("print_config", False):
         _print_and_exit(recipes.config(of, kept | given, recipe))
@@ -126,7 +125,7 @@ def make_parser(command: str, of: type[Options], description: str | None = None)
     words = "show where in the code an error comes from, to report a bug"
     rare.add_argument("--traceback", action="store_true", default=SUPPRESS, help=words)
     if "recipe" in hints:
-        switch = {"action": "store_true", "default": SUPPRESS}
+        switch: dict[str, Any] = {"action": "store_true", "default": SUPPRESS}
         rare.add_argument("--list-recipes", **switch, help="list the recipes of this objective and exit")
         rare.add_argument("--print-config", **switch, help="print every option with its value and source and exit")
     return parser

@@ -51,8 +51,9 @@ def config(of: type[Options], values: dict[str, Any], recipe: "Recipe | None") -
         value = values.get(each.name, default)
         if value is MISSING:
             continue
-        from_recipe = recipe is not None and each.name in recipe.options and recipe.options[each.name] == value
-        lines.append(f"{each.name}: {_yaml(value)}" + (f"  # {recipe.sources[each.name]}" if from_recipe else ""))
+        lines.append(f"{each.name}: {_yaml(value)}")
+        if recipe is not None and each.name in recipe.options and recipe.options[each.name] == value:
+            lines[-1] += f"  # {recipe.sources[each.name]}"
     return "\n".join(lines)
 
 

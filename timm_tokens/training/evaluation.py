@@ -66,7 +66,7 @@ class Fidelity:
         self.loader = part_of(dataset, batch_size, workers)
 
     @torch.no_grad()
-    def __call__(self, model: TokenViT) -> dict[str, float]:
+    def __call__(self, model: Any) -> dict[str, float]:
         logits, meter, device = classifies(model), AverageMeter(), next(model.parameters()).device
         plain = TokenViT(model.base, head=model.head).eval()
         for images, _ in self.loader:

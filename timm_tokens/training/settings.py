@@ -20,7 +20,7 @@ class Settings(Options):
         ValueError: A value is out of range.
     """
 
-    out: Path = option(help="folder for checkpoints, tables and the model")
+    out: Path = option(help="folder for checkpoints, tables and the model", metavar="FOLDER")
     epochs: int = option(100, "number of passes over the training images", at_least=1)
     steps: int | None = option(
         None, "number of optimizer steps, instead of --epochs (default: as --epochs says)", at_least=1
@@ -36,8 +36,8 @@ class Settings(Options):
         "(default: no average)", at_least=0, below=1, metavar="DECAY",
     )  # fmt: skip
     seed: int = option(0, "seed of all random numbers", at_least=0, below=2**63)
-    workers: int = option(4, "number of worker processes that load images", at_least=0, at_most=1024)
-    device: str = option("cpu", "device to compute on, such as cuda")
+    workers: int = option(4, "number of worker processes that load images", at_least=0, at_most=1024, group="Machine")
+    device: str = option("cpu", "device to compute on, such as cuda", group="Machine")
     compile: bool = option(
         False, "compile the student (torch.compile), which takes minutes at the start and is faster afterwards",
         group="Machine",

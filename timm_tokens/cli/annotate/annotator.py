@@ -68,7 +68,7 @@ class AnnotatorOptions(WeightOptions):
     num_classes: int | None = option(
         None, "number of classes of the checkpoint's classifier (default: the model's own)", at_least=1
     )
-    img_size: tuple[int, ...] | None = option(
+    img_size: tuple[int, ...] | None = option(  # type: ignore[assignment]  # here images need not be square
         None, "side of the images in pixels, or height and width (default: the model's own)",
         at_least=1, at_most=16384, aliases=("--image-size",),
     )  # fmt: skip

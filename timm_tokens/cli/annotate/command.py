@@ -34,17 +34,18 @@ class Options(AnnotatorOptions, LoadingOptions):
     """Images and labels."""
 
     dataset: str = option(
-        "", "folder with one folder of images per class, or name of a data set that timm knows (torch/cifar10)",
+        "", "folder with one folder of images per class, or name of a data set that timm knows, such as torch/cifar10; "
+        "not needed where --data-dir is the folder of images",
         positional=True,
     )  # fmt: skip
     out: Path = option(help="folder for the label store; an unfinished one is continued", positional=True)
     data_dir: Path | None = option(
         None,
-        "folder that keeps a named data set, or a folder of images (default: none)",
+        "folder that a named data set is kept in, or folder of images (default: none)",
         metavar="FOLDER",
     )
     split: str | None = option(
-        None, "split of the data set; of a folder, the folder in it (default: train, of a folder if it has one)"
+        None, "split of a named data set, or folder inside DATASET (default: train; all of DATASET if it has no train)"
     )
     shard_size: int = option(4096, "number of label maps in each file of the store", at_least=1, rare=True)
 
@@ -64,7 +65,7 @@ def run(options: Options) -> Summary:
     if options.data_dir and options.dataset and Path(options.dataset).exists():
         raise CommandError(f"DATASET {options.dataset} is a folder already: leave out --data-dir")
     with joined(options.device) as process:
-        dataset = open_dataset(options.dataset or options.data_dir, options.data_dir, options.split)
+        dataset = open_dataset(options.dataset or str(options.data_dir), options.data_dir, options.split)
         folders = (class_names(dataset) or []) if options.folder_classes else None
         annotator = make_annotator(options, process.device, folders)
         job = Job(options.out, dataset, image_names(dataset), annotator, process)

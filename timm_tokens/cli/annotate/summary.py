@@ -1,6 +1,6 @@
 """What a label store holds for a data set, and how well its maps agree with the folders."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from timm_tokens.cli.annotate.annotator import Annotator
 from timm_tokens.cli.annotate.job import Job
 from timm_tokens.cli.common.datasets import class_names, class_targets, model_classes
 from timm_tokens.data import TokenLabelStore
-from timm_tokens.ops import crop_token_labels, others_share
+from timm_tokens.ops import SparseLabels, crop_token_labels, others_share
 
 
 class Summary(NamedTuple):
@@ -65,15 +65,15 @@ def summarise(job: Job, annotated: int) -> Summary:
     mine, right, sure, others = [i for i in share if job.names[i] in store], 0, 0.0, 0.0
     for start in range(0, len(mine), 256):
         chunk = mine[start : start + 256]
-        maps = [torch.stack(part) for part in zip(*(store[job.names[i]] for i in chunk), strict=True)]
-        others += float(others_share(maps[0].movedim(1, -1), job.annotator.num_classes).mean((1, 2)).sum())
+        values, indices = (torch.stack(part) for part in zip(*(store[job.names[i]] for i in chunk), strict=True))
+        others += float(others_share(values.movedim(1, -1), job.annotator.num_classes).mean((1, 2)).sum())
         if classes is None:
             continue
         truth = classes[numbers[chunk]]
-        right += int((top_class(*maps, job.annotator.num_classes) == truth).sum())
+        right += int((top_class(values, indices, job.annotator.num_classes) == truth).sum())
         whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(chunk), 4)
-        target = crop_token_labels(*maps, whole, job.annotator.num_classes, 1).cls
-        sure += float(target.gather(1, truth[:, None]).sum())
+        target = cast(SparseLabels, crop_token_labels(values, indices, whole, job.annotator.num_classes, 1))
+        sure += float(target.cls.gather(1, truth[:, None]).sum())
     counts = (annotated, len(mine), right, sure, others)
     annotated, labelled, *sums = (sum(job.process.gather([count])) for count in counts)
     agreement, confidence, left = (x / labelled if labelled else None for x in sums)

@@ -32,14 +32,16 @@ class Options(MachineOptions):
 
     r: tuple[int, ...] = option(
         (0, 8, 12, 16),
-        "numbers of tokens to merge in each block, one table row each; a --merger is also measured as it was saved",
+        "numbers of tokens to merge in each block, one table row each; a --merger adds those it was saved with",
         at_least=0,
     )
     batch_size: tuple[int, ...] = option((16,), "batch sizes to measure", at_least=1)
     train: bool = option(False, "time training instead of inference: the base, the embeddings alone, and end to end")
     rounds: int = option(10, "number of timed rounds, after two that warm up", at_least=1)
     memory: bool = option(True, "do not measure the peak memory")
-    out: Path | None = option(None, "folder for bench.csv and bench.png (default: the table is only printed)")
+    out: Path | None = option(
+        None, "folder for bench.csv and bench.png (default: the table is only printed)", metavar="FOLDER"
+    )
 
 
 def run(options: Options) -> list[Row]:

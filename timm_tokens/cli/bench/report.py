@@ -28,7 +28,7 @@ def table(rows: Sequence[Row]) -> str:
     head = ("step", "batch", "r", "tokens", "GFLOPs", "ms", "images/s", "speed-up", "ideal", "share of ideal",
             "peak MiB")  # fmt: skip
     kinds = ("", "", "", "", ".2f", ".1f", ".1f", ".2f", ".2f", ".2f", ".0f")
-    return markdown(head, [row._replace(r=_name(row.r)) for row in rows], kinds)
+    return markdown(head, [(*row[:2], _name(row.r), *row[3:]) for row in rows], kinds)
 
 
 def _name(r: int | tuple[int, ...] | None) -> str:
@@ -41,8 +41,9 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 
     write_csv(folder / "bench.csv", Row._fields, rows)
     lines: dict[str, list[tuple[float, float]]] = {}
-    merged = [row for row in rows if isinstance(row.r, int)]
-    for row in merged:
-        lines.setdefault(f"{row.step}, batch {row.batch}", []).append((row.r, row.speed_up))
-    ideal = sorted({(row.r, row.ideal) for row in merged if row.ideal})
-    save(draw_speed(lines, ideal), folder / "bench.png")
+    ideal: set[tuple[float, float]] = set()
+    for row in rows:
+        if isinstance(row.r, int):
+            lines.setdefault(f"{row.step}, batch {row.batch}", []).append((row.r, row.speed_up))
+            ideal |= {(row.r, row.ideal)} if row.ideal else set()
+    save(draw_speed(lines, sorted(ideal)), folder / "bench.png")

@@ -70,16 +70,21 @@ def _train(
     machine: MachineOptions, forward: Callable, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
 ) -> None:
     dtype = getattr(torch, machine.dtype)
-    with torch.autocast(torch.device(machine.device).type, dtype=dtype, enabled=dtype is not torch.float32):
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not torch.float32):
         loss = nn.functional.cross_entropy(forward(images), labels)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def timed(step: Callable[[], None], device: str) -> float:
+def on_gpu(device: str | None) -> bool:
+    """Whether a device is one of CUDA's."""
+    return device is not None and device.startswith("cuda")
+
+
+def timed(step: Callable[[], None], device: str | None) -> float:
     """Seconds that a step takes, the device's work included."""
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronize = torch.cuda.synchronize if on_gpu(device) else lambda: None
     synchronize()
     start = time.perf_counter()
     step()
@@ -89,7 +94,7 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 def peak_memory(machine: MachineOptions, setting: Setting) -> float | None:
     """MiB at the most. On a GPU what torch allocated; on the CPU what a process grew by, so it takes one of its own."""
-    if machine.device.startswith("cuda"):
+    if on_gpu(machine.device):
         step = make_step(machine, setting, build(machine, setting))
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -118,7 +123,7 @@ def _high_water_mark() -> float:
 
 def describe(machine: MachineOptions) -> str:
     """What was measured, and where, in one line."""
-    where = torch.cuda.get_device_name(machine.device) if machine.device.startswith("cuda") else _processor()
+    where = torch.cuda.get_device_name(machine.device) if on_gpu(machine.device) else _processor()
     merging = f"metric {machine.metric}" if machine.merger is None else f"merger {machine.merger}"
     options = f"{machine.dtype}{', compiled' if machine.compile else ''}, {merging}"
     return (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from timm.data import ImageNetInfo, create_dataset, infer_imagenet_subset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from timm_tokens.cli.errors import CommandError
@@ -23,8 +23,8 @@ _NAMED = "or a data set of timm with its prefix, such as torch/cifar10"
 RECORD = "images.json"  # in a folder of results: which images were left out of it
 
 
-def open_dataset(data: str | Path, root: str | Path | None = None, split: str | None = None) -> Dataset:
-    """A data set of images, without a transform.
+def open_dataset(data: str | Path, root: str | Path | None = None, split: str | None = None) -> Any:
+    """A data set of images, without a transform: `Images`, or a stream of timm.
 
     Args:
         data: A folder with one folder of images per class (or that of the split in it), a tar of them, or the name of a
@@ -52,8 +52,8 @@ def _has_name(data: str) -> bool:
     return bool(name) and prefix.lower() in ("torch", "hfds", "hfids", "tfds", "wds")
 
 
-def open_split(options: ImageOptions, split: str, class_map: dict[str, int] | None = None) -> Dataset:
-    """A split of the images, without a transform; `class_map` numbers the classes, of folders only.
+def open_split(options: ImageOptions, split: str, class_map: dict[str, int] | None = None) -> Any:
+    """A split of the images, as `open_dataset` gives it; `class_map` numbers the classes, of folders only.
 
     Raises:
         CommandError: There is no such data set.
@@ -77,8 +77,8 @@ def _find(root: Path, split: str) -> Path | None:
     return next((root / name for name in (split, *names) if name and (root / name).is_dir()), None)
 
 
-def create(name: str, root: str | Path | None, split: str, **options: Any) -> Dataset:
-    """timm.data.create_dataset, whose refusals become one line.
+def create(name: str, root: str | Path | None, split: str, **options: Any) -> Any:
+    """timm.data.create_dataset as `Images`, or a stream; its refusals become one line.
 
     Raises:
         CommandError: There is no such data set, or no image in it.
@@ -99,7 +99,7 @@ def tell(notes: list[str], what: str | Path = "") -> None:
         print(f"{what}: {note}" if what else note, file=sys.stderr)
 
 
-def identity(dataset: Dataset) -> dict[str, str]:
+def identity(dataset: Any) -> dict[str, str]:
     """What tells a data set from others: where it is, and a digest of its images' names and sizes, or their number."""
     reader = source_of(dataset)
     where = str(Path(getattr(reader, "root", None) or "").resolve())
@@ -129,7 +129,7 @@ def source_of(dataset: Dataset) -> Any:
     return getattr(inner, "reader", inner)
 
 
-def model_classes(names: list[str] | None, model: nn.Module) -> Tensor | None:
+def model_classes(names: list[str] | None, model: Any) -> Tensor | None:
     """The model's class for each class of a data set: (K,) int64, or None if it can't be told.
 
     Classes named by WordNet numbers (n01440764) are ImageNet's; otherwise as many classes as the model has are taken to

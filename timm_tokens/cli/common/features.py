@@ -123,7 +123,7 @@ def named(options: FeatureOptions) -> Source:
         CommandError: There is no such checkpoint.
     """
     path, weights = options.checkpoint, models.weights_of(options)
-    about = {"model": options.model, "checkpoint": checkpoints.identity(path) if path else weights}
+    about = {"model": str(options.model), "checkpoint": checkpoints.identity(path) if path else weights}
     about |= {"merge_r": str(options.r), "in_chans": str(options.in_chans)}
     if options.merger:
         about["merger"] = f"{options.merger} {checkpoints.identity(locate(options.merger))}"
@@ -190,7 +190,7 @@ def _make(options: FeatureOptions) -> nn.Module:
 
 @torch.inference_mode()
 def _extract(
-    net: nn.Module, dataset: Dataset, transform: Callable, loading: LoadingOptions, device: str
+    net: nn.Module, dataset: Any, transform: Callable, loading: LoadingOptions, device: str
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Features (N, D) and labels (N,) on the CPU, and lines about the images that were left out."""
     features: list[Tensor] = []

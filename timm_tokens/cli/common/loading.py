@@ -31,17 +31,18 @@ class Batch(NamedTuple):
 
 
 def batches(
-    dataset: Dataset, transform: Callable, options: LoadingOptions, chosen: Sequence[int] | None = None, **more: Any
+    dataset: Any, transform: Callable, options: LoadingOptions, chosen: Sequence[int] | None = None, **more: Any
 ) -> Iterator[Batch]:
     """The images in order, or those of the numbers in `chosen`; `more` is for torch's DataLoader.
 
     A stream is read as timm reads it, and turned upright afterwards; it may leave images out with a warning of its own.
     """
-    loading = {"batch_size": options.batch_size, "num_workers": options.workers, "worker_init_fn": outlast_signals}
-    loading |= more
+    loading: dict[str, Any] = {"batch_size": options.batch_size, "num_workers": options.workers, **more}
+    loading["worker_init_fn"] = outlast_signals
     if isinstance(dataset, IterableDataset):
-        dataset.transform, count = _Upright(transform), 0
-        for images, labels in DataLoader(dataset, **loading):
+        stream: Any = dataset
+        stream.transform, count = _Upright(transform), 0
+        for images, labels in DataLoader(stream, **loading):
             yield Batch(list(range(count, count + len(labels))), images, labels.tolist(), {})
             count += len(labels)
         return

@@ -115,7 +115,7 @@ def make_backbone(options: ModelOptions, **kwargs: Any) -> nn.Module:
         return make_model(options, num_classes=0, **kwargs)
 
 
-def merged(model: nn.Module, r: int, metric: str | None = None, default: str = "learned") -> TokenViT:
+def merged(model: nn.Module, r: int | Sequence[int], metric: str | None = None, default: str = "learned") -> TokenViT:
     """The model with r tokens merged in each block.
 
     Args:
@@ -158,7 +158,7 @@ def check_r(model: TokenViT, r: int | Sequence[int], option: str = "--r") -> Non
             )
 
 
-def with_merger(model: nn.Module, weights: str, r: int | None = None) -> TokenViT:
+def with_merger(model: nn.Module, weights: str, r: int | Sequence[int] | None = None) -> TokenViT:
     """The model with a trained merger, which replaces one of its own; r None: as the merger was saved.
 
     Raises:

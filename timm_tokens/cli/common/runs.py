@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from timm_tokens.cli.commands import COMMANDS, module_of
 from timm_tokens.cli.common import checkpoints
@@ -53,7 +53,8 @@ def load_run(folder: Path) -> Trained:
     found, module = load(folder), module_of(command)
     if found is None:
         raise CommandError(f"the run in {folder} has no checkpoint yet")
-    options = replace(build(module.Options, kept), pretrained=False, checkpoint=None, checkpoint_key=None)
+    options: Any = build(module.Options, kept)
+    options = replace(options, pretrained=False, checkpoint=None, checkpoint_key=None)
     weights, size = str(found.path), options.img_size
     about = {"model": options.model, "checkpoint": checkpoints.identity(found.path), "merge_r": "0"}
     if hasattr(module, "make_task"):

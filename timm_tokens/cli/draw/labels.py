@@ -87,7 +87,8 @@ def run(options: Options) -> Drawn:
         raise CommandError("--aa is for a randomly drawn crop: leave --crop and --flip out")
     view = _drawn(photo, options.aa, options.seed) if drawing else _cropped(photo, crop or _WHOLE, flip)
     whole_map = crop_maps(torch.tensor([_WHOLE]))[0]
-    whole = _targets(label, whole_map, classes, tuple(label.values.shape[1:]))
+    rows, columns = label.values.shape[1:]
+    whole = _targets(label, whole_map, classes, (rows, columns))
     drawn = Drawn(whole, _targets(label, view.map, classes, (options.size,) * 2), view.map)
     _draw(options.out, photo, view, drawn, names)
     return drawn

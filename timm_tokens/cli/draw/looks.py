@@ -1,7 +1,7 @@
 """What a model's tokens look at: read from a copy of the model, so that the model itself stays as it is."""
 
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,10 @@ def looks(model: TokenViT, images: Tensor, block: int = -1) -> Looks:
     Raises:
         ValueError: If the block's attention has no weights to read.
     """
-    model = deepcopy(model).eval()
-    model.merger = None
-    read = _record_attention(model.base.blocks[block])
-    tokens = model(images, tokens=True)
+    net: Any = deepcopy(model).eval()
+    net.merger = None
+    read = _record_attention(net.base.blocks[block])
+    tokens = net(images, tokens=True)
     if not read:
         raise ValueError(f"the attention of {type(model.base.blocks[block]).__name__} gives no weights to draw")
     prefix, n = model.num_prefix_tokens, tokens.patches.shape[1]
@@ -44,7 +44,7 @@ def looks(model: TokenViT, images: Tensor, block: int = -1) -> Looks:
     attention = read[-1].mean(dim=1)[:, :, prefix : prefix + n].unflatten(2, grid)  # (B, N + A, H, W)
     pooled = None
     if tokens.pooled is not None:
-        pool = model.aux.pool
+        pool = net.aux.pool
         weights = pool.weights(pool.normed(tokens.patches.transpose(1, 2).unflatten(2, grid)))
         pooled = (weights.mean(dim=1) if pool.per_channel else weights).unflatten(2, grid)
     kinds = [tokens.cls[:, None], tokens.aux_cls, tokens.pooled]
@@ -60,6 +60,7 @@ def looks(model: TokenViT, images: Tensor, block: int = -1) -> Looks:
 def _record_attention(block: nn.Module) -> list[Tensor]:
     """A list that gets the block's attention weights (B, heads, N, N), where timm drops some of them in training."""
     read: list[Tensor] = []
+    module: Any
     for module in block.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False

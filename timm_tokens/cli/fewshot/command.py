@@ -107,10 +107,10 @@ def run(options: Options) -> list[Comparison]:
 
 def _open(options: Options) -> tuple[Source, Dataset]:
     """The model and the images, of which a list of them is part."""
-    source = named(options)
+    source, folder = named(options), options.data_dir or Path()
     if options.split_file is None:
-        return source, open_dataset(options.dataset or options.data_dir, options.data_dir, split="")
-    dataset = open_split_file(options.split_file, options.data_dir)
+        return source, open_dataset(options.dataset or folder, options.data_dir, split="")
+    dataset = open_split_file(options.split_file, folder)
     digest = hashlib.sha256(options.split_file.read_bytes()).hexdigest()  # another list may give them other classes
     return source._replace(about=source.about | {"split_file": digest}), dataset
 
@@ -119,8 +119,8 @@ def _compare(x: Tensor, labels: Tensor, shots: int, options: Options) -> list[Co
     """Every number of shots starts from the seed, so that leaving one out does not change the others."""
     what = {"ways": options.ways, "queries": options.queries, "episodes": options.episodes}
     esfr = ESFR(options.nets, options.dropout, support_weight=options.support_weight)
-    own = {"temperature": options.bd_temperature, "normalized": options.bd_normalized}
-    chosen = {name: partial(bd_cspn, **own) if name == "bd_cspn" else CLASSIFIERS[name] for name in options.classifiers}
+    rectified = partial(bd_cspn, temperature=options.bd_temperature, normalized=options.bd_normalized)
+    chosen = {name: rectified if name == "bd_cspn" else CLASSIFIERS[name] for name in options.classifiers}
     return compare(
         x, labels, shots=shots, esfr=esfr, generator=torch.Generator().manual_seed(options.seed),
         progress=partial(tqdm, desc=f"{shots}-shot", unit="block"), classifiers=chosen, **what,

@@ -41,13 +41,13 @@ class Options(RunOptions, FeatureOptions, SplitOptions, LoadingOptions):
         at_least=1,
     )  # fmt: skip
     protocol: str = option(
-        "fast", "fast: features of centre crops, computed once, whose results published ones can't be compared with; "
-        "else the linear evaluation of this paper, on crops that are augmented in each epoch",
+        "fast", "fast: features of centre crops are computed once; its results can't be compared with published ones; "
+        "otherwise: the linear evaluation of the paper of this name, on crops that are augmented anew in each epoch",
         choices=("fast", *PROTOCOLS),
     )  # fmt: skip
     lrs: tuple[float, ...] | None = option(
-        None, "learning rates of the linear classifier to try, all at once (default: 0.001 to 3, or the protocol's, "
-        "which scale with --batch-size)", above=0,
+        None, "learning rates of the linear classifier, which are all tried at once (default: 0.001 to 3, or the "
+        "protocol's, scaled with --batch-size)", above=0,
     )  # fmt: skip
     epochs: int | None = option(
         None, "number of passes over the training images or their features (default: 100)", at_least=1

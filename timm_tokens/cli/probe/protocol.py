@@ -55,9 +55,10 @@ def evaluate(source: Source, splits: tuple[Dataset, Dataset], options: Any, devi
     protocol, net = PROTOCOLS[options.protocol], source.make()
     check_weights(net)
     net = net.to(device).eval().requires_grad_(False)
-    if not all(isinstance(images, Images) for images in splits):
+    train, val = splits
+    if not (isinstance(train, Images) and isinstance(val, Images)):
         raise CommandError(f"--protocol {options.protocol} needs images by index, not a stream")
-    train, val = (images.without(unreadable(images, options.workers)) for images in splits)
+    train, val = (images.without(unreadable(images, options.workers)) for images in (train, val))
     config = input_config(net, source.img_size)
     train.transform = input_transform(config, is_training=True, scale=(0.08, 1.0), hflip=0.5, color_jitter=None)
     val.transform = input_transform(config)

@@ -1,5 +1,7 @@
 """What the prototypes of MTE make of images."""
 
+from typing import Any
+
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -21,8 +23,9 @@ def nmi_by_tokens(trained: Trained, dataset: Dataset, loading: LoadingOptions, d
     task = trained.task
     if task is None or task.student.prototypes is None:
         return None
-    task.criterion.baseline.tau_teacher = task.temperatures[1]
-    teacher, baseline = task.teacher.to(device).eval(), task.criterion.baseline.to(device)
+    baseline: Any = task.criterion.baseline
+    baseline.tau_teacher = task.temperatures[1]
+    teacher, baseline = task.teacher.to(device).eval(), baseline.to(device)
     transform = eval_transform(task.product, trained.source.img_size)
     rows, labels = [], []
     for batch in tqdm(batches(dataset, transform, loading), desc="prototypes", unit="batch"):

@@ -41,7 +41,7 @@ def crop_sides(options: CropOptions, backbone: nn.Module) -> tuple[int, int]:
         CommandError: A ViT can't cut them into whole patches.
     """
     stem = getattr(plain(backbone), "patch_embed", None)
-    patch = stem.patch_size[0] if hasattr(stem, "patch_size") else 1
+    patch = getattr(stem, "patch_size", (1,))[0]
     size = options.img_size or resolve_model_data_config(backbone)["input_size"][-1]
     local = options.local_size or max(1, round(size * 96 / 224 / patch)) * patch
     check_size(backbone, size)

@@ -57,12 +57,12 @@ class MergeOptions(base.Options):
         choices=("embeddings", "all"),
     )  # fmt: skip
     r: tuple[int, ...] | None = option(
-        None, "tokens to merge in each block while training; of two numbers, each step draws one between them "
+        None, "tokens to merge in each block while training; given two numbers, each step draws one between them "
         "(default: 16 for 196 patches and 12 blocks, and in proportion for other models)", at_least=1,
     )  # fmt: skip
     eval_r: int | None = option(
-        None, "tokens that each block of the trained model merges, until its r is set (default: three quarters of "
-        "the default of --r, or as --merger)", at_least=0,
+        None, "tokens to merge in each block of the trained model, whose r can be set later (default: three quarters "
+        "of the default of --r, or the number in --merger)", at_least=0,
     )  # fmt: skip
     table_r: tuple[int, ...] | None = option(
         None, "tokens to merge in each block for the table at the end (default: a half, three quarters and all of "
@@ -133,10 +133,11 @@ def build(options: Options) -> Objective:
         model,
         target=options.target,
         train=options.train,
-        r=r[0] if len(r) == 1 else r,
+        r=r[0] if len(r) == 1 else (r[0], r[1]),
         mixup=mixer(options, model.num_classes, options.smoothing),
     )
-    evaluate, val = None, None
+    evaluate: Accuracy | Fidelity | None = None
+    val = None
     if options.val_split:
         val = readable(open_split(options, options.val_split, class_map=numbers), options, options.val_split)
         val.transform = input_transform(config)
@@ -168,7 +169,8 @@ def usual_r(model: TokenViT, share: float) -> int:
 
 def make_product(options: Options, state: dict[str, Any]) -> TokenViT:
     """What a run trained, from its checkpoint's state, without a classifier."""
-    weights, settings = state.get("state_dict_ema", state["state_dict"]), {}
+    weights = state.get("state_dict_ema", state["state_dict"])
+    settings: dict[str, Any] = {}
     if options.merger is not None:
         settings = {"embed_dim": len(weights["merger.embed.0.weight"])}
     model = _model(replace(options, pretrained=False, checkpoint=None, checkpoint_key=None, merger=None, **settings))
@@ -183,20 +185,21 @@ def _class_numbers(images: Dataset, model: nn.Module) -> dict[str, int] | None:
     """The model's number of each class of the images; None if it does not classify, or others than theirs."""
     names = class_names(images)
     numbers = model_classes(names, model) if classifies(model) else None
-    return None if numbers is None else dict(zip(names, numbers.tolist(), strict=True))
+    return None if numbers is None else dict(zip(names or (), numbers.tolist(), strict=True))
 
 
 def _finish(options: Options, val: Dataset | None, labelled: bool, result: Result) -> None:
     """Write the merger, and the table of what it does."""
+    model: Any = result.model
     rows: list[Tradeoff] = []
     if val is not None:
         loader = DataLoader(as_images(val), options.batch_size, num_workers=options.workers)
-        rs = options.table_r or tuple(sorted({usual_r(result.model, share) for share in (0.5, 0.75, 1.0)}))
-        rows = tradeoff(result.model, loader, rs, labelled=labelled)
+        rs = options.table_r or tuple(sorted({usual_r(model, share) for share in (0.5, 0.75, 1.0)}))
+        rows = tradeoff(model, loader, rs, labelled=labelled)
         write_csv(options.out / TABLE, Tradeoff._fields, rows)
         print(table(rows))
     notes = {"data": str(options.data_dir), "table": [row._asdict() for row in rows]}
-    path = save_merger(result.model, options.out / NAME, dtype=torch.float16, notes=notes)
+    path = save_merger(model, options.out / NAME, dtype=torch.float16, notes=notes)
     print(f'The merger is in {path}: timm_tokens.apply_dtem_merging(vit, weights="{options.out}").')
 
 

@@ -45,8 +45,8 @@ class TeacherOptions(base.Options):
     distance: str = option("smooth_l1", "distance between morphed tokens", choices=tuple(DISTANCES))
     normalize_target: bool = option(False, "give morphed targets mean 0 and variance 1 over their channels", rare=True)
     grouping: str = option(
-        "matching", "what is morphed together: what the teacher finds alike, by bipartite matching or k-means, or "
-        "super-pixels of the image", choices=GROUPINGS, rare=True,
+        "matching", "how patches are grouped for morphing: by the similarity of the teacher's tokens, with bipartite "
+        "matching or k-means, or by the super-pixels of the image", choices=GROUPINGS, rare=True,
     )  # fmt: skip
     draws: int = option(2, "number of random morphings in each step", at_least=1)
     max_rounds: int = option(14, "largest number of matching rounds in a morphing", at_least=1)

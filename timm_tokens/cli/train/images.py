@@ -1,8 +1,7 @@
 """The images that a run is trained and validated on: those that can be read, checked once before it starts."""
 
 from pathlib import Path
-
-from torch.utils.data import Dataset
+from typing import Any
 
 from timm_tokens.cli.common.datasets import RECORD, identity, tell
 from timm_tokens.cli.errors import CommandError
@@ -12,7 +11,7 @@ from timm_tokens.files import read_json, write_json
 from timm_tokens.training import Settings
 
 
-def readable(images: Dataset, settings: Settings, split: str) -> Dataset:
+def readable(images: Any, settings: Settings, split: str) -> Images:
     """The images that can be read; the others are named, and noted in the run's folder.
 
     Each process checks its share, and all leave out the same. A run that is resumed takes what it noted, as long as

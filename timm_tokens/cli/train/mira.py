@@ -48,7 +48,7 @@ class ClusterOptions(base.Options):
         (0.99, 1.0), "momentum of the teacher's average at the start and at the end", at_least=0, at_most=1
     )
     publish: str = option(
-        "student", "network that comes out: the student, or its moving average, which the paper's code evaluates",
+        "student", "network to save: the student, or the teacher, its moving average, which the paper's code evaluates",
         choices=("student", "teacher"), rare=True,
     )  # fmt: skip
 

@@ -153,13 +153,15 @@ def make_task(options: Options) -> MTETask:
     """The task alone, which needs no images."""
     same = {name: getattr(options, name) for name in SAME}
     momentum = None if options.teacher_momentum is None else (options.teacher_momentum, 1.0)
-    shape = {"num_prototypes": options.prototypes, "hidden": options.head_hidden}
-    return MTETask(_model(options), options.loss, momentum=momentum, **shape, **same)
+    return MTETask(
+        _model(options), options.loss, momentum=momentum, num_prototypes=options.prototypes, hidden=options.head_hidden,
+        **same,
+    )  # fmt: skip
 
 
 def _model(options: Options) -> nn.Module:
     """The model with its auxiliary tokens: a ViT that takes crops of any size, or anything else with pooled ones."""
-    model = make_student(options, make_backbone)
+    model: Any = make_student(options, make_backbone)
     asked = {name: value for name in TOKENS + POOL if (value := getattr(options, name)) is not None}
     if getattr(model, "aux", None) is not None:  # vit_small_mte and the like bring theirs
         _check_made_with(asked, model.aux, options.model)

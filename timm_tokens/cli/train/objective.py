@@ -63,8 +63,8 @@ class TrainOptions(ModelOptions, ImageOptions, DeviceOptions, Settings):
     )
     model: str = option(help="name of a model in timm or in this package")
     run_dir: Path | None = option(
-        None, "folder of a run of timm-tokens train, whose model and weights to start from, at any --img-size "
-        "(default: none)", flag="--run", metavar="FOLDER",
+        None, "folder of an earlier run, to start from its model and weights, at any --img-size "
+        "(default: none)", flag="--run", metavar="FOLDER", group="Model",
     )  # fmt: skip
     pretrained: bool = option(False, "start from timm's pretrained weights")
     checkpoint: Path | None = option(
@@ -120,8 +120,8 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
     with joined(options.device) as process:
         options = replace(options, device=process.device)
         settings = Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})
-        if getattr(options, "knn_every", None) is not None:
-            settings = replace(settings, eval_every=options.knn_every)
+        if (every := getattr(options, "knn_every", None)) is not None:
+            settings = replace(settings, eval_every=every)
         if process.rank == 0 and settings.lr_base_size is not None:
             scaled, images = settings.scaled(process.world), settings.batch_size * settings.accumulate * process.world
             print(
@@ -131,8 +131,10 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
         built = build(options)
         if process.rank == 0:
             _note(command, options)
-        given = {"collate": built.collate, "evaluate": built.evaluate, "augment": built.augment}
-        result = train(built.task, built.dataset, settings, **given)
+        result = train(
+            built.task, built.dataset, settings,
+            collate=built.collate, evaluate=built.evaluate, augment=built.augment,
+        )  # fmt: skip
         process.wait()
     if process.rank == 0:
         if options.plot:
@@ -182,6 +184,7 @@ def _note(command: str, options: TrainOptions) -> None:
     if not running:
         write_config(options.out, command, options)
     elif options.resume and path.is_file():
-        free = {*FREE, "plot", "data_dir", "push_to_hub"}
-        kept = read_config(path, command), config_of(command, options)
-        check_same(options.out, *({k: v for k, v in each.items() if k not in {*free, "command"}} for each in kept))
+        free = {*FREE, "plot", "data_dir", "push_to_hub", "command"}
+        both = read_config(path, command), config_of(command, options)
+        kept, given = ({k: v for k, v in each.items() if k not in free} for each in both)
+        check_same(options.out, kept, given)

@@ -1,10 +1,9 @@
-"""k-NN accuracy and NMI while a run trains without labels: its options, and what it needs of the images."""
+"""k-NN accuracy and NMI during pre-training: the options, and the evaluation that they ask for."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.utils.data import Dataset
 
 from timm_tokens import options as base
 from timm_tokens.cli.common.datasets import class_names, open_split
@@ -20,8 +19,8 @@ class OnlineOptions(base.Options):
     """Validation."""
 
     knn_every: int | None = option(
-        None, "epochs between measurements of k-NN accuracy and NMI, for which the training and validation images must "
-        "lie in folders of their classes (default: nothing is measured)", at_least=1,
+        None, "epochs between measurements of k-NN accuracy and NMI, which need images in class folders for training "
+        "and validation (default: nothing is measured)", at_least=1,
     )  # fmt: skip
     knn: int = option(20, "number of nearest neighbours for --knn-every", at_least=1)
     val_split: str = option(
@@ -29,17 +28,18 @@ class OnlineOptions(base.Options):
     )
 
 
-def neighbours(train: Dataset, options: Any, model: nn.Module, size: Any = None) -> Neighbours | None:
-    """What measures a model on these training images, which can be read, and on those of the validation split.
+def neighbours(train: Images, options: Any, model: nn.Module, size: Any = None) -> Neighbours | None:
+    """The k-NN evaluation that --knn-every asks for, None without it.
 
     Args:
-        train: The images that it is trained on; their own transform is not used.
-        options: Those of the run, OnlineOptions and TrainOptions.
-        model: What is trained.
-        size: Side of the images, or height and width; None: the model's own.
+        train: The training images, all of which can be read; their own transform is not used.
+        options: The options of the run: OnlineOptions and TrainOptions.
+        model: The model that is trained.
+        size: Side of the images in pixels, or (height, width); None: the model's own.
 
     Raises:
-        CommandError: The images have no classes, or those of the two splits differ.
+        CommandError: The images have no classes, or the two splits have different ones.
+        OSError, ValueError: The validation images can't be read.
     """
     if options.knn_every is None:
         return None
@@ -51,7 +51,6 @@ def neighbours(train: Dataset, options: Any, model: nn.Module, size: Any = None)
     val = readable(open_split(options, options.val_split), options, options.val_split)
     if class_names(val) != names:
         raise CommandError(f"--knn-every needs the same classes in --train-split and --val-split {options.val_split}")
-    splits = [images.select(range(len(images))) for images in (train, val)]
-    for images in splits:
-        images.transform = input_transform(input_config(model, size))
-    return Neighbours(*splits, options.knn, options.batch_size, options.workers)
+    known, scored = (images.select(range(len(images))) for images in (train, val))
+    known.transform = scored.transform = input_transform(input_config(model, size))
+    return Neighbours(known, scored, options.knn, options.batch_size, options.workers)

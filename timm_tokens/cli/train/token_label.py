@@ -87,7 +87,7 @@ def build(options: Options) -> Objective:
     count = options.num_classes or (store is not None and store.num_classes) or len(names or ())
     if not count:
         raise CommandError("neither the labels nor the images say how many classes there are: give --num-classes")
-    if store is not None:
+    if options.labels is not None:
         store = TokenLabelStore(options.labels, count)  # .pt files don't say how many
     numbers = _numbers(names, count)
     if numbers is not None:
@@ -97,9 +97,10 @@ def build(options: Options) -> Objective:
         model = token_label_head(model)
     config = input_config(model, options.img_size)
     loss = TokenLabelLoss(options.dense_weight, options.cls_weight, options.ground_truth, options.smoothing)
-    classes = None if store is None else count
-    mix = {"mix": options.mix, "even_boxes": options.even_boxes, "mixup": mixer(options, count)}
-    task = TokenLabelTask(model, loss, num_classes=classes, **mix)
+    task = TokenLabelTask(
+        model, loss, num_classes=None if store is None else count,
+        mix=options.mix, even_boxes=options.even_boxes, mixup=mixer(options, count),
+    )  # fmt: skip
     evaluate = None
     train = readable(train, options, options.train_split)
     if options.val_split:
@@ -120,7 +121,7 @@ def _numbers(names: list[str] | None, count: int) -> dict[str, int] | None:
     return numbers
 
 
-def _training_data(train: Dataset, store: TokenLabelStore | None, options: Options, config: dict[str, Any]) -> Dataset:
+def _training_data(train: Images, store: TokenLabelStore | None, options: Options, config: dict[str, Any]) -> Dataset:
     views = transform(options, config, ratio=options.ratio, crop_last=options.crop_last)
     if store is None:
         train.transform = ViewImage(views)
