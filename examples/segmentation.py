@@ -8,8 +8,8 @@ queries, one per class, attend to the patches. They are trained once, on the fea
 is frozen, and mIoU is measured on val/ for each r: merged by the attention's keys, and by embeddings that were trained
 through the frozen decoder with the task's own loss. For the r that they were trained with, three other schedules with
 the same FLOPs are measured, too: later blocks merge more, every second block merges, and what `calibrate` finds with
-training images. The mask transformer also reads the merged tokens themselves, with
-the logarithm of their sizes as a bias, which makes it cheaper too.
+training images. The mask transformer also reads the merged tokens themselves, with the logarithm of their sizes as a
+bias, which makes it cheaper, too.
 
 DIR has images/train, masks/train, images/val and masks/val: a mask is a PNG of the image's name whose pixels are class
 numbers, 255 where nothing is known. Digits take about three minutes on two cores. --hold-out reports on the last fifth
@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from _data import digits
 from _example import averaging_vit, fit, make_parser, normalised, run_example
 from _scenes import VOID, Scenes, scatter_digits, scene_folders
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from _segmenter import Segmenter, decoder_loss, full_size, patches, to_grid
+from torch import Tensor
 from tqdm import tqdm
 
 import timm_tokens
@@ -37,49 +36,6 @@ from timm_tokens import TokenViT, drawing
 from timm_tokens.cli.common.models import make_model
 from timm_tokens.cli.options import ModelOptions
 from timm_tokens.tables import markdown, write_csv
-
-
-class MaskDecoder(nn.Module):
-    """Segmenter's mask transformer: one query per class attends to the patches; masks are their products.
-
-    Args:
-        in_dim: C, dimension of the patches.
-        num_classes: K.
-        dim: Dimension of the decoder's tokens.
-        depth: Number of blocks.
-    """
-
-    def __init__(self, in_dim: int, num_classes: int, dim: int = 96, depth: int = 2, num_heads: int = 3):
-        super().__init__()
-        self.project = nn.Linear(in_dim, dim)
-        self.queries = nn.Parameter(0.02 * torch.randn(1, num_classes, dim))
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
-        self.norm, self.mask_norm = nn.LayerNorm(dim), nn.LayerNorm(num_classes)
-        self.patch, self.mask = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
-
-    def forward(self, patches: Tensor, size: Tensor | None = None) -> Tensor:
-        """Logits (B, M, K) of tokens (B, M, C) that stand for `size` (B, M) patches each, one if None."""
-        x = torch.cat([self.project(patches), self.queries.expand(len(patches), -1, -1)], dim=1)  # (B, M + K, dim)
-        bias = None
-        if size is not None:
-            bias = F.pad(size.log(), (0, self.queries.shape[1]))[:, None, None]  # (B, 1, 1, M + K)
-        for block in self.blocks:
-            x = block(x, attn_mask=bias)
-        patches, queries = self.norm(x).split([patches.shape[1], self.queries.shape[1]], dim=1)
-        masks = F.normalize(self.patch(patches), dim=-1) @ F.normalize(self.mask(queries), dim=-1).mT
-        return self.mask_norm(masks)
-
-
-class Segmenter(nn.Module):
-    """A ViT with both decoders."""
-
-    def __init__(self, vit: nn.Module, num_classes: int):
-        super().__init__()
-        self.vit, self.num_classes = vit, num_classes
-        self.decoders = nn.ModuleDict({
-            "linear": nn.Linear(vit.embed_dim, num_classes),
-            "mask": MaskDecoder(vit.embed_dim, num_classes),
-        })  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -214,23 +170,6 @@ def batches(scenes: Scenes, batch_size: int, steps: int) -> Iterator[tuple[Tenso
         yield normalised(scenes.images[rows]), scenes.masks[rows].long()
 
 
-def patches(vit: nn.Module, images: Tensor) -> Tensor:
-    """Features (B, N, C) of the plain ViT's patches."""
-    return vit.forward_features(images)[:, vit.num_prefix_tokens :]
-
-
-def decoder_loss(model: Segmenter, features: Tensor, masks: Tensor) -> Tensor:
-    """The mean cross-entropy of both decoders on features (B, N, C) of the full grid, for masks (B, H, W)."""
-    logits = [full_size(model.vit, decoder(features), masks.shape[1:]) for decoder in model.decoders.values()]
-    return sum(F.cross_entropy(x, masks, ignore_index=VOID) for x in logits) / len(logits)
-
-
-def full_size(vit: nn.Module, logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits of patches (B, N, K) as logits of pixels (B, K, height, width)."""
-    grid = vit.patch_embed.grid_size
-    return F.interpolate(logits.mT.unflatten(2, grid), size, mode="bilinear")
-
-
 @torch.inference_mode()
 def report(model: Segmenter, vit: TokenViT, val: Scenes, r: str, metric: str) -> Row:
     k, seconds = model.num_classes, []
@@ -251,11 +190,6 @@ def report(model: Segmenter, vit: TokenViT, val: Scenes, r: str, metric: str) ->
     scores = {name: 100 * mean_iou(c) for name, c in confusion.items()}
     ms = 1000 * sorted(seconds)[len(seconds) // 2]
     return Row(r, merged.patches.shape[1] + vit.num_prefix_tokens, vit.flops() / 1e9, metric, **scores, ms=ms)
-
-
-def to_grid(x: Tensor, groups: Tensor) -> Tensor:
-    """Rows of tokens (B, M, K) for the patches of `groups` (B, H, W): (B, N, K)."""
-    return x.gather(1, groups.flatten(1)[..., None].expand(-1, -1, x.shape[2]))
 
 
 def mean_iou(confusion: Tensor) -> float:

@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def example(monkeypatch):
     """A loader of examples by name, with their helpers beside them."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = ("segmentation", "captioning", "_scenes", "_data", "_example")
+    names = ("segmentation", "captioning", "_segmenter", "_scenes", "_data", "_example")
     for name in names:
         sys.modules.pop(name, None)
     yield importlib.import_module
@@ -35,7 +35,7 @@ def test_mean_iou_by_hand(example):
 def test_a_token_of_size_two_decodes_as_the_same_token_twice(example):
     x = torch.randn(1, 5, 8)
     twice, size = torch.cat([x[:, :1], x], dim=1), torch.tensor([[2.0, 1, 1, 1, 1]])
-    decoder = example("segmentation").MaskDecoder(8, num_classes=3, dim=12).eval()
+    decoder = example("_segmenter").MaskDecoder(8, num_classes=3, dim=12).eval()
     torch.testing.assert_close(decoder(x, size), decoder(twice)[:, 1:])
     writer = example("captioning").Decoder(dim=12).eval()
     tokens, text = torch.randn(1, 5, 12), torch.tensor([[10, 3]])
