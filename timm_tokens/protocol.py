@@ -168,7 +168,7 @@ class TimmProtocol(nn.Module):
 
     @property
     def set_distilled_training(self) -> Callable[..., None]:
-        """Of distilled bases: let both heads' logits out in training, as timm's distillation wants them. A ValueError
+        """For distilled bases: return both heads' logits in training, as timm's distillation wants them. A ValueError
         with a token-label head, which adds to one set of logits."""
         return partial(_set_distilled, self.base.set_distilled_training, self.head)
 

@@ -100,7 +100,7 @@ def load_shard(path: Path, digest: str | None = None) -> Shard:
 
 
 def directory_digest(path: Path) -> str:
-    """Of all that is in a shard but its maps: header, names and checksums."""
+    """Digest of everything in a shard but its maps: header, names and checksums."""
     return _digest(path, load_file(path))
 
 

@@ -52,7 +52,7 @@ class Annotator(NamedTuple):
         return LabelMap(*(x.permute(0, 3, 1, 2).cpu() for x in (values.half(), indices.int())))
 
     def digest(self) -> str:
-        """Of the weights: the same wherever they were read from, and on every device."""
+        """Digest of the weights, the same wherever they were read from and on every device."""
         found = hashlib.sha256()
         for name, value in self.model.state_dict().items():
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
