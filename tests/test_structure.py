@@ -22,6 +22,7 @@ ALLOWED = {  # what may import what, inside the package
     "editing": {"ops"},
     "hooks": set(),
     "tracing": set(),
+    "meta_copy": set(),
     "keys": {"hooks"},
     "pooling": {"ops"},
     "parts": {"parts", "ops", "blocks", "hooks", "keys"},
@@ -45,6 +46,7 @@ ALLOWED = {  # what may import what, inside the package
         "blocks",
         "classification",
         "flops",
+        "meta_copy",
         "protocol",
         "tracing",
         "hooks",
@@ -73,7 +75,7 @@ ALLOWED = {  # what may import what, inside the package
     "calibration": {"flops", "losses", "merger_file", "ops", "outputs", "replay", "vit"},
     "tasks": {
         "tasks",
-        "flops",
+        "meta_copy",
         "vit",
         "wrap",
         "outputs",
@@ -143,4 +145,4 @@ def test_files_and_functions_stay_short():
     functions = [(count, name, file) for file, text in files.items() for count, name in lengths(ast.parse(text))]
     assert {str(file): count for file, count in lines.items() if count > 250} == {}
     assert [function for function in functions if function[0] > 45] == []
-    assert statistics.median(lines.values()) <= 92 and statistics.median(count for count, *_ in functions) <= 8
+    assert statistics.median(lines.values()) <= 90 and statistics.median(count for count, *_ in functions) <= 8

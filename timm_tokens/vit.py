@@ -12,8 +12,9 @@ from timm_tokens.classification import check_call, class_logits, dense_logits
 from timm_tokens.driver import encode, limited
 from timm_tokens.editing import patch_edit
 from timm_tokens.features import MergedTokens, Tokens
-from timm_tokens.flops import Costs, on_meta, schedule_of
+from timm_tokens.flops import Costs, schedule_of
 from timm_tokens.forward_type import Box, Forward, Mask, typed
+from timm_tokens.meta_copy import meta_copy
 from timm_tokens.ops import mix_tokens
 from timm_tokens.ops.schedule import token_counts
 from timm_tokens.parts import AuxTokens, DenseLogits, TokenLabelHead, TokenMerger
@@ -205,7 +206,7 @@ class TokenViT(TimmProtocol):
 
     def costs(self, image_size: tuple[int, int] | None = None) -> Costs:
         """What the model's pieces cost for one image, to count the FLOPs of many schedules; arguments as in `flops`."""
-        twin = on_meta(self)
+        twin = meta_copy(self)
         return Costs(twin.base, twin.merger, twin.head, image_size or self.image_size)
 
     def token_counts(self, r: Any = None, image_size: tuple[int, int] | None = None) -> list[int]:

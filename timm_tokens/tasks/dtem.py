@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from timm_tokens.flops import is_quantized
 from timm_tokens.losses import DistillLoss
+from timm_tokens.meta_copy import is_quantized
 from timm_tokens.ops.finite import check_weights
 from timm_tokens.outputs import classifies, outputs
 from timm_tokens.tasks.mixing import check_mixup, mix_neighbours

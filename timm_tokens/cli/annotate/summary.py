@@ -36,8 +36,8 @@ class Summary(NamedTuple):
 
 def describe(summary: Summary, annotator: Annotator) -> str:
     """A line about a summary, and a second one where the maps say little."""
-    rows, columns = annotator.grid
-    line = f"{summary.labelled} of {summary.images} images have a map of {rows} x {columns} cells, "
+    cells = " x ".join(map(str, annotator.grid))
+    line = f"{summary.labelled} of {summary.images} images have a map of {cells} cells, "
     line += f"{summary.annotated} of them new; "
     if summary.agreement is None:
         line += "their folders are not the model's classes, so agreement can't be told"
@@ -56,8 +56,9 @@ def describe(summary: Summary, annotator: Annotator) -> str:
 def summarise(job: Job, annotated: int) -> Summary:
     """Read the maps back, each process its share, and count."""
     store, targets, classes = TokenLabelStore(job.out), class_targets(job.dataset), None
+    count = job.annotator.num_classes
     if targets is not None and job.annotator.kept is not None:  # in the folders' order
-        classes = torch.arange(job.annotator.num_classes)
+        classes = torch.arange(count)
     elif targets is not None:
         classes = model_classes(class_names(job.dataset), job.annotator.model)
     numbers = torch.tensor(targets or [])
@@ -66,28 +67,21 @@ def summarise(job: Job, annotated: int) -> Summary:
     for start in range(0, len(mine), 256):
         chunk = mine[start : start + 256]
         values, indices = (torch.stack(part) for part in zip(*(store[job.names[i]] for i in chunk), strict=True))
-        others += float(others_share(values.movedim(1, -1), job.annotator.num_classes).mean((1, 2)).sum())
+        others += float(others_share(values.movedim(1, -1), count).mean((1, 2)).sum())
         if classes is None:
             continue
         truth = classes[numbers[chunk]]
-        right += int((top_class(values, indices, job.annotator.num_classes) == truth).sum())
+        right += int((top_class(values, indices, count) == truth).sum())
         whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(chunk), 4)
-        target = cast(SparseLabels, crop_token_labels(values, indices, whole, job.annotator.num_classes, 1))
+        target = cast(SparseLabels, crop_token_labels(values, indices, whole, count, 1))
         sure += float(target.cls.gather(1, truth[:, None]).sum())
-    counts = (annotated, len(mine), right, sure, others)
-    annotated, labelled, *sums = (sum(job.process.gather([count])) for count in counts)
+    annotated, labelled, *sums = (sum(job.process.gather([x])) for x in (annotated, len(mine), right, sure, others))
     agreement, confidence, left = (x / labelled if labelled else None for x in sums)
-    if classes is None:
-        agreement = confidence = None
-    return Summary(len(job.names), annotated, labelled, agreement, confidence, left)
+    told = (None, None) if classes is None else (agreement, confidence)
+    return Summary(len(job.names), annotated, labelled, *told, left)
 
 
 def top_class(values: Tensor, indices: Tensor, num_classes: int) -> Tensor:
-    """The class (B,) with the largest mean probability over a map's cells, of the classes that are kept.
-
-    Args:
-        values, indices: (B, top, H, W), as in `LabelMap`.
-        num_classes: K.
-    """
+    """The class (B,) with the largest mean probability over the cells of label maps, two tensors (B, top, H, W)."""
     votes = values.float().softmax(1).flatten(1)
     return votes.new_zeros(len(votes), num_classes).scatter_add_(1, indices.flatten(1).long(), votes).argmax(1)
