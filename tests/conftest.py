@@ -12,6 +12,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests on one worker, so that what they share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.option.dist == "load" else None
+
+
 @pytest.fixture
 def golden():
     """A loader of tests/golden/<name>.safetensors as a dict of tensors (see the README there for their origin)."""

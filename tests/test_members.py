@@ -35,7 +35,7 @@ def masks(count):
 @torch.no_grad()
 def test_attention_masks_are_honoured_where_nothing_merges():
     x = images()
-    for family in DRIVABLE:
+    for i, family in enumerate(DRIVABLE):
         base = create(family)
         models = [TokenViT(base), add_aux_tokens(base, 2, 0)]
         models += [apply_dtem_merging(base, r=0)] if family in MERGEABLE else []
@@ -43,7 +43,7 @@ def test_attention_masks_are_honoured_where_nothing_merges():
         causal = torch.ones(count, count, dtype=torch.bool).tril()
         for model in models:
             model.eval().set_grad_checkpointing(model is not models[0])
-            for mask in masks(count):
+            for mask in masks(count)[i % 3 :: 1 if family == "vit" else 3]:  # each kind with a third of the families
                 features = base.forward_features(x, attn_mask=mask)
                 assert not torch.allclose(features, base.forward_features(x), atol=1e-3), family
                 close(model.forward_features(x, mask), features)

@@ -42,7 +42,8 @@ def pixels(image):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of torch's ending workers
-def test_is_an_error_and_no_other_image(folder, tmp_path):
+def test_is_an_error_and_no_other_image(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # not 5 s for each
     message = r"^image 'a/4\.png' can't be read: it is empty, or of no format that Pillow knows$"
     for workers in (0, 2):
         for dataset in (ImageDataset(str(folder), transform=pixels), open_folder(folder)):
