@@ -57,9 +57,7 @@ class Fidelity:
     the mean cosine of class token and un-merged patches ("cosine").
 
     Args:
-        dataset: Indexed, (image, anything), with the transform of validation.
-        batch_size: Images in each batch.
-        workers: Processes that load images.
+        dataset, batch_size, workers: As for `Accuracy`; the classes are not used.
     """
 
     def __init__(self, dataset: Any, batch_size: int = 64, workers: int = 0):
