@@ -49,6 +49,15 @@ class Repeated(nn.Module):
         return x
 
 
+class LowRank(nn.Module):
+    def __init__(self, rank):
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(48, rank)), nn.Parameter(torch.randn(rank, 48))
+
+    def forward(self, x):
+        return x @ self.down @ self.up
+
+
 def test_equal_blocks_are_counted_once_and_others_each(monkeypatch):
     calls, count = [], flops._block_cost
     monkeypatch.setattr(flops, "_block_cost", lambda i, *rest: calls.append(i) or count(i, *rest))
@@ -59,6 +68,8 @@ def test_equal_blocks_are_counted_once_and_others_each(monkeypatch):
     model.base.blocks[2].mlp = Repeated(model.base.blocks[2].mlp, 2)
     assert model.flops(image_size=(48, 48)) == counted(model, images(1)) and calls == [0, 0, 1, 2]
     twin = apply_dtem_merging(create("vit"), r=3).eval()
+    for i, block in enumerate(twin.base.blocks):
+        block.mlp = LowRank(4 + i)
     twin.merger.embed[1] = nn.Sequential(nn.Linear(48, 9), nn.Linear(9, 16))
     assert twin.flops(image_size=(48, 48)) == counted(twin, images(1))
 
