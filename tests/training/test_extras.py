@@ -103,6 +103,8 @@ def test_who_waits_for_whom(monkeypatch, capsys, tmp_path):
         "loader 20 images/s (2 workers), steps 10 images/s: the loader waits for the steps, which wait 0% of the time"
     )
     assert pace.Pace(8, 0).line() is None
+    monkeypatch.setattr(pace, "world_size", lambda: 3)
+    assert watched(load=1.0, step=0.1).startswith("loader 6 images/s (2 workers), steps 240 images/s")  # of all
     monkeypatch.undo()
     run(tmp_path)
     assert capsys.readouterr().out.count("images/s (no workers), steps") == 1
