@@ -9,7 +9,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
+from families import MERGEABLE
 from references import Dropping, ToMe, in_turns, ratio
+
+from timm_tokens.cli.bench.dropping import dropping
 
 
 @torch.no_grad()
@@ -24,6 +27,16 @@ def test_dropping_nothing_is_the_model_itself_and_dropping_something_is_not():
     base, images = tiny.base(depth=3), tiny.images()
     torch.testing.assert_close(Dropping(base, (0, 0, 0))(images), base(images), atol=1e-5, rtol=1e-5)
     assert (Dropping(base, (2, 5, 3))(images) - base(images)).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_the_commands_row_of_dropped_tokens_is_the_same_model():
+    base, images = tiny.base(depth=3), tiny.images()
+    expected = Dropping(base, (2, 5, 3))(images)
+    torch.testing.assert_close(dropping(base, (2, 5, 3)).eval()(images), expected, atol=1e-5, rtol=1e-5)
+    for make in MERGEABLE.values():
+        net = dropping(make().eval(), (2, 5, 3)).eval()
+        assert net(torch.randn(2, 3, 48, 48)).isfinite().all() and net.flops() < net.flops(0)
 
 
 def test_calls_are_made_in_turns():

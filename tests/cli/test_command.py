@@ -81,19 +81,22 @@ def test_bench_writes_what_it_prints(tmp_path, capsys):
     printed = capsys.readouterr().out
     with (tmp_path / "bench.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["batch"], row["r"]) for row in rows] == [
-        ("2", ""),
-        ("2", "0"),
-        ("2", "8"),
-        ("1", ""),
-        ("1", "0"),
-        ("1", "8"),
-    ]
+    shown = [("forward", ""), ("forward", "0"), ("forward", "8"), ("dropped", "8")]
+    assert [(row["batch"], row["step"], row["r"]) for row in rows] == [(b, *line) for b in "21" for line in shown]
+    assert rows[3]["tokens"] == "53" and float(rows[3]["ideal"]) > float(rows[2]["ideal"])  # it compares none
     assert rows[2]["tokens"] == "53" and float(rows[2]["ideal"]) > 1.2 and float(rows[0]["speed_up"]) == 1
     for row in rows:
         assert f"| {float(row['images_per_second']):.1f} |" in printed
         assert float(row["share"]) == pytest.approx(float(row["speed_up"]) / float(row["ideal"]))
     assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_bench_says_where_fewer_tokens_merge_than_asked_for(capsys):
+    line = "bench test_vit --img-size 64 --r 1 8 --batch-size 1 --rounds 1 --no-memory --no-dropped --device cpu"
+    assert main(line.split()) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("r = ")]
+    depth = len(timm.create_model("test_vit").blocks)
+    assert len(notes) == 1 and notes[0].startswith(f"r = 8 asks for {8 * depth} tokens in all, of which 15 merge: ")
 
 
 def test_bench_of_training_steps_trains_what_it_says():

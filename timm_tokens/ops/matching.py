@@ -97,20 +97,18 @@ def bipartite_match(metric: Tensor, r: int, num_prefix_tokens: int = 1, numbers:
         raise ValueError(f"metric must have shape (B, N, E), got {tuple(metric.shape)}")
     if r < 0 or num_prefix_tokens < 0:
         raise ValueError(f"r and num_prefix_tokens must not be negative, got r={r}, {num_prefix_tokens=}")
-    b, n = metric.shape[:2]
+    b, n, _ = metric.shape
     r = mergeable(r, n, num_prefix_tokens)
     even, odd = split_positions(num_prefix_tokens)
-    numbers = torch.arange(b * n, device=metric.device) if numbers is None else numbers[: b * n]
-    rows = numbers.view(b, n)
-    prefix, evens, odds = rows[:, :num_prefix_tokens], rows[:, even::2], rows[:, odd::2]
-    first_odd = num_prefix_tokens + evens.shape[1] - r
-    if not r:
-        return Matching(torch.cat([prefix, evens, odds], dim=1), rows[:, :0], first_odd)
-    best, partner = cosine_similarity(metric, slice(even, None, 2), slice(odd, None, 2)).max(dim=-1)
-    ranked = _rank(best)
-    gone, stay = evens.gather(1, ranked).split_with_sizes((r, evens.shape[1] - r), 1)
-    into = partner.gather(1, ranked[:, :r])
-    return Matching(torch.cat([prefix, stay.sort(dim=-1).values, odds, gone], dim=1), into, first_odd)
+    rows = (torch.arange(b * n, device=metric.device) if numbers is None else numbers[: b * n]).view(b, n)
+    stay, odds, gone = rows[:, even::2], rows[:, odd::2], rows[:, :0]
+    left, into = stay.shape[1] - r, gone
+    if r:
+        best, partner = cosine_similarity(metric, slice(even, None, 2), slice(odd, None, 2)).max(-1)
+        ranked = _rank(best)
+        gone, stay = stay.gather(1, ranked).split_with_sizes((r, left), 1)
+        into, stay = partner.gather(1, ranked)[:, :r], stay.sort(1)[0]
+    return Matching(torch.cat([rows[:, :num_prefix_tokens], stay, odds, gone], 1), into, num_prefix_tokens + left)
 
 
 def _rank(scores: Tensor) -> Tensor:
@@ -159,23 +157,29 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     """
     rows, into, first_odd = matching
     left = rows.shape[1] - into.shape[1]
-    # Sums are divided in the end, to have few operations, which take most of the time at batch size 1. Sizes are
-    # float32, and so are the sums of tokens in half precision, which could not hold them.
-    total = take_rows(x.float() if size is None else x * size.unsqueeze(2), rows)
-    new_size = torch.ones(rows.shape, device=x.device) if size is None else size.take(rows)
-    _add_rows(total[:, first_odd:left], into, total[:, left:])
-    new_size[:, first_odd:left].scatter_add_(1, into, new_size[:, left:])
-    new_size = new_size[:, :left]
-    return (total[:, :left] / new_size.unsqueeze(2)).to(x.dtype), new_size
-
-
-def _add_rows(x: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Add rows (B, R, C) to those of x (B, M, C) that index (B, R) says, in place."""
-    if not torch.compiler.is_compiling():
-        x.scatter_add_(1, index.unsqueeze(2).expand(rows.shape), rows)
-        return
-    # A small product: inductor of torch 2.6 scatters wrong sums (and it exports no baddbmm).
-    x += torch.bmm(x.new_zeros(*x.shape[:2], index.shape[1]).scatter(1, index.unsqueeze(1), 1.0), rows)
+    # At batch size 1 each operation counts, and at larger ones the memory that it goes through: sums are made in place,
+    # and divided in the end. Sizes are float32, and so are the sums of tokens in half precision, which could not hold
+    # them.
+    total = take_rows(x, rows)
+    total = total.float() if total.element_size() < 4 else total
+    if size is None:
+        sizes = torch.ones(rows.shape, device=x.device)
+    else:
+        sizes = size.take(rows)
+        total *= sizes.unsqueeze(2)
+        sizes = sizes.clone() if total.requires_grad else sizes  # autograd keeps the factors
+    total, moved, sizes, weights = total[:, :left], total[:, left:], sizes[:, :left], sizes[:, left:]
+    if torch.compiler.is_compiling():
+        # a small product: inductor of torch 2.6 scatters wrong sums, and ONNX is slow at changing slices in place
+        to = into + first_odd
+        total = total + torch.bmm(
+            total.new_zeros(x.shape[0], left, to.shape[1]).scatter(1, to.unsqueeze(1), 1.0), moved
+        )
+        sizes = sizes.scatter_add(1, to, weights)
+    else:
+        total[:, first_odd:].scatter_add_(1, into.unsqueeze(2).expand(moved.shape), moved)
+        sizes[:, first_odd:].scatter_add_(1, into, weights)
+    return (total / sizes.unsqueeze(2)).to(x.dtype), sizes
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:

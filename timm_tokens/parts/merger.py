@@ -17,10 +17,10 @@ METRICS = ("learned", "keys")
 
 
 class Merged(NamedTuple):
-    """Tokens after a merge: x (B, N, C), size (B, N), how many are active, and what was merged."""
+    """Tokens after a merge: x (B, N, C), size (B, N) or None for 1, how many are active, and what was merged."""
 
     x: Tensor
-    size: Tensor
+    size: Tensor | None
     effective: int
     matching: Matching | RelaxedMatching
 
@@ -189,12 +189,13 @@ class TokenMerger(nn.Module):
     @property
     def relaxed(self) -> bool:
         """Whether tokens hand over parts of themselves instead of being merged outright."""
-        return self.training and self.embed is not None
+        return self.training and self.metric == "learned"
 
     def compared_by(self, index: int, block: Block, y: Tensor) -> Tensor:
         """What the tokens of block `index` are compared by: (B, N, E), given y (B, N, C) that its attention reads."""
+        embed = self.embed
         # an attribute takes half the time that ModuleList takes to find an index
-        metric: Tensor = keys.mean_keys(block.attn, y) if self.embed is None else getattr(self.embed, str(index))(y)
+        metric: Tensor = keys.mean_keys(block.attn, y) if embed is None else getattr(embed, str(index))(y)
         return metric
 
 

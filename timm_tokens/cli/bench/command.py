@@ -5,7 +5,7 @@
 
 Every round times each setting once, the base first, and the speed-up is the median of the ratios within the rounds: a
 machine that is slower for a while is slower for both. "ideal" is the ratio of the FLOPs, and "share of ideal" is the
-speed-up over it.
+speed-up over it. A row "dropped" is the speed of dropping as many tokens unseen, which no choice of tokens can beat.
 """
 
 import statistics
@@ -38,6 +38,9 @@ class Options(MachineOptions):
     batch_size: tuple[int, ...] = option((16,), "batch sizes to measure", at_least=1)
     train: bool = option(False, "time training instead of inference: the base, the embeddings alone, and end to end")
     rounds: int = option(10, "number of timed rounds, after two that warm up", at_least=1)
+    dropped: bool = option(
+        True, "do not time dropping as many tokens without looking at them, which no choice of tokens can beat in speed"
+    )
     memory: bool = option(True, "do not measure the peak memory")
     out: Path | None = option(
         None, "folder for bench.csv and bench.png (default: the table is only printed)", metavar="FOLDER"
@@ -63,7 +66,7 @@ def run(options: Options) -> list[Row]:
     print(describe(options))
     rows: list[Row] = []
     for batch in options.batch_size:
-        rows += _measure(options, list(settings(_counts(options), batch, options.train)))
+        rows += _measure(options, list(settings(_counts(options), batch, options.train, options.dropped)))
     print(table(rows))
     if options.out is not None:
         write_config(options.out, "bench", options)
@@ -79,12 +82,11 @@ def _counts(options: Options) -> list[int | tuple[int, ...]]:
     return [*options.r] if saved in options.r else [saved if isinstance(saved, int) else tuple(saved), *options.r]
 
 
-def settings(r: Sequence[int | tuple[int, ...]], batch: int, train: bool) -> Iterator[Setting]:
-    """The base first, then every r; in training each r in both ways."""
+def settings(r: Sequence[int | tuple[int, ...]], batch: int, train: bool, dropped: bool = False) -> Iterator[Setting]:
+    """The base first, then every r: in training in both ways, otherwise merged, and (dropped) with as many dropped."""
     yield Setting("full" if train else "forward", batch, None)
-    for value in r:
-        for step in ("modular", "end-to-end") if train else ("forward",):
-            yield Setting(step, batch, value)
+    steps = ("modular", "end-to-end") if train else ("forward", "dropped") if dropped else ("forward",)
+    yield from (Setting(step, batch, value) for value in r for step in steps if value or step != "dropped")
 
 
 def _measure(options: Options, chosen: list[Setting]) -> list[Row]:
@@ -96,8 +98,24 @@ def _measure(options: Options, chosen: list[Setting]) -> list[Row]:
             elapsed = timed(step, options.device)
             if count >= 0:
                 seconds[i].append(elapsed)
-    peaks = [peak_memory(options, setting) if options.memory else None for setting in chosen]
+    measured = [options.memory and setting.step != "dropped" for setting in chosen]
+    peaks = [peak_memory(options, setting) if yes else None for setting, yes in zip(chosen, measured, strict=True)]
+    if chosen[0].batch == options.batch_size[0]:
+        _note_limits(models)
     return [_row(*values, seconds[0]) for values in zip(chosen, models, seconds, peaks, strict=True)]
+
+
+def _note_limits(models: Sequence[nn.Module]) -> None:
+    """Say where fewer tokens merge than r asks for."""
+    nets = {str(net.merger.r): net for net in models if isinstance(net, TokenViT) and net.merger is not None}
+    for r, net in nets.items():
+        counts, asked = net.token_counts(), sum(net.merger.schedule)
+        merged = counts[0] - counts[-1]
+        if merged < asked:
+            print(
+                f"r = {r} asks for {asked} tokens in all, of which {merged} merge: "
+                "a block merges at most half of its tokens after the prefix"
+            )
 
 
 def _row(setting: Setting, model: nn.Module, seconds: list[float], peak: float | None, base: list[float]) -> Row:
@@ -105,7 +123,7 @@ def _row(setting: Setting, model: nn.Module, seconds: list[float], peak: float |
     full = net.costs().flops((0,) * len(net.base.blocks), features=True)  # what the plain model computes
     flops = full if setting.r is None else net.flops()
     speed_up = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
-    ideal = full / flops if setting.step == "forward" else None  # a relaxed step removes no tokens
+    ideal = full / flops if setting.step in ("forward", "dropped") else None  # a relaxed step removes no tokens
     tokens = net.token_counts()[-1]
     median = statistics.median(seconds)
     share = None if ideal is None else speed_up / ideal

@@ -7,12 +7,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from timm_tokens.cli.bench.dropping import dropping
 from timm_tokens.cli.common import models
 from timm_tokens.cli.options import DTYPES, DeviceOptions, MergerOptions, ModelOptions
 from timm_tokens.data import input_config
@@ -22,7 +23,7 @@ from timm_tokens.options import option
 class Setting(NamedTuple):
     """What is timed: the base (r None) or the merged model, evaluating or in a training step."""
 
-    step: str  # "forward", "full", "modular" or "end-to-end"
+    step: str  # "forward", "dropped", "full", "modular" or "end-to-end"
     batch: int
     r: int | tuple[int, ...] | None
 
@@ -39,9 +40,12 @@ class MachineOptions(ModelOptions, MergerOptions, DeviceOptions):
 
 
 def build(machine: MachineOptions, setting: Setting) -> nn.Module:
-    """The model of a setting: the base, or merging r tokens per block, on the machine's device."""
+    """The model of a setting: the base, or merging or dropping r tokens per block, on the machine's device."""
     model = models.plain(models.make_model(machine))
-    if setting.r is not None:
+    evaluating = setting.step in ("forward", "dropped")
+    if setting.step == "dropped":
+        model = dropping(model, cast(Any, setting.r))
+    elif setting.r is not None:
         if machine.merger is None:
             model = models.merged(model, setting.r, machine.metric)
         else:
@@ -49,16 +53,16 @@ def build(machine: MachineOptions, setting: Setting) -> nn.Module:
                 warnings.simplefilter("ignore", UserWarning)
                 model = models.with_merger(model, machine.merger, setting.r)
         model.freeze_base(setting.step == "modular")
-    if setting.step == "forward":
+    if evaluating:
         model = model.to(getattr(torch, machine.dtype))
-    return model.to(machine.device).train(setting.step != "forward")
+    return model.to(machine.device).train(not evaluating)
 
 
 def make_step(machine: MachineOptions, setting: Setting, model: Any) -> Callable[[], None]:
     """The work to time: a forward pass, or a whole optimisation step."""
     images = torch.randn(setting.batch, *input_config(model, machine.img_size)["input_size"])
     forward = torch.compile(model) if machine.compile else model
-    if setting.step == "forward":
+    if not model.training:
         images = images.to(machine.device, getattr(torch, machine.dtype))
         return torch.inference_mode()(lambda: forward(images))
     images, labels = images.to(machine.device), torch.randint(model.num_classes, (setting.batch,)).to(machine.device)
