@@ -88,10 +88,15 @@ def test_two_processes_are_one(objective, two, tmp_path):
 def test_compiled_it_trains_and_logs_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     changes = dict(steps=2, aux=(0, 1))
+    torch._dynamo.utils.counters.clear()
+    graphs, end = [], MTETask.end_step
+    counts = torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(MTETask, "end_step", lambda task: graphs.append(counts["unique_graphs"]) or end(task))
     expected = run("dino", tmp_path / "plain", **changes).get_task_state()
     found = run("dino", tmp_path / "compiled", compile=True, **changes).get_task_state()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=name)
+    assert graphs[:2] == [0, 0] and 0 < graphs[2] == graphs[3]  # none is compiled after the first step
     rows = [read(tmp_path / name / "steps.csv")[0] for name in ("compiled", "plain")]
     assert rows[0] == pytest.approx(rows[1], rel=1e-4) and rows[0]["gradient/pooled0"] > 0
 
