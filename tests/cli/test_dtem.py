@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,21 @@ def test_calibrate(calibrated, vit):
     assert model.merger.r == schedule and model.merger.metric == "keys"
     assert 0.6 < model.flops() / model.flops(0) <= 0.7
     assert json.loads((out / "options.json").read_text())["flops_ratio"] == 0.7
+
+
+def test_train_after_calibration(calibrated, images, weights, tmp_path):
+    """With the schedule of a merger by keys, which has no embeddings to start from."""
+    schedule, out = calibrated
+    given = dict(checkpoint=weights, data_dir=images, merger=str(out), steps=1, batch_size=4, table_r=(4,), lr=0.01)
+    result = call("train dtem", out=tmp_path / "run", embed_dim=16, **QUICK, **given)
+    assert result.model.merger.metric == "learned" and result.model.merger.embed_dim == 16
+    assert result.model.merger.r == schedule == tuple(read_merger(tmp_path / "run").config["r"])
+    assert [row["r"] for row in rows(tmp_path / "run/merging.csv")] == ["0", *["4", " ".join(map(str, schedule))] * 2]
+    options = dtem.Options(out=tmp_path / "again", **QUICK, **given | {"merger": str(tmp_path / "run")})
+    task = dtem.build(options).task  # goes on from the trained ones, with their schedule
+    task.start_step(0, 1, 1)
+    assert task.product.merger.r == schedule
+    assert dtem.build(replace(options, r=(2,))).task._range == (2, 2)
 
 
 def test_calibrate_a_trained_merger(trained, images, weights, tmp_path, capsys):

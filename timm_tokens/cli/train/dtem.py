@@ -58,7 +58,8 @@ class MergeOptions(base.Options):
     )  # fmt: skip
     r: tuple[int, ...] | None = option(
         None, "tokens to merge in each block while training; given two numbers, each step draws one between them "
-        "(default: 16 for 196 patches and 12 blocks, and in proportion for other models)", at_least=1,
+        "(default: the schedule of --merger if it was calibrated, else 16 for 196 patches and 12 blocks, and in "
+        "proportion for other models)", at_least=1,
     )  # fmt: skip
     eval_r: int | None = option(
         None, "tokens to merge in each block of the trained model, whose r can be set later (default: three quarters "
@@ -69,8 +70,8 @@ class MergeOptions(base.Options):
         "the default of --r)", at_least=0,
     )  # fmt: skip
     merger: str | None = option(
-        None, "trained merger to start from: a file, the folder of a run, or hf-hub:user/name (default: none)",
-        metavar="FILE",
+        None, "merger to start from: a file, the folder of a run or of a calibration, or hf-hub:user/name; of one that "
+        "compares keys, which has no embeddings, the schedule is taken (default: none)", metavar="FILE",
     )  # fmt: skip
     embed_dim: int | None = option(
         None, "dimension of the embeddings (default: that of an attention head, twice that from 1024 channels on)",
@@ -128,12 +129,11 @@ def build(options: Options) -> Objective:
     train = readable(train, options, options.train_split)
     config = input_config(model, options.img_size)
     train.transform = ViewImage(transform(options, config, interpolation=config["interpolation"]))
-    r = options.r or (usual_r(model, 1.0),)
     task = DTEMTask(
         model,
         target=options.target,
         train=options.train,
-        r=r[0] if len(r) == 1 else (r[0], r[1]),
+        r=_trained_r(options, model),
         mixup=mixer(options, model.num_classes, options.smoothing),
     )
     evaluate: Accuracy | Fidelity | None = None
@@ -152,7 +152,10 @@ def _model(options: Options) -> TokenViT:
     settings = {name: getattr(options, name) for name in ("embed_dim", "candidates", "tau1", "tau2")}
     model = make_student(options)
     if not (isinstance(model, TokenViT) and model.merger is not None):
-        model = apply_dtem_merging(model, options.eval_r, weights=options.merger, **settings)
+        by_keys = options.merger is not None and read_merger(options.merger).config["metric"] == "keys"
+        model = apply_dtem_merging(model, options.eval_r, weights=options.merger, **({} if by_keys else settings))
+        if by_keys:
+            model = apply_dtem_merging(model.base, model.merger.r, **settings)  # the same until it is trained
         if options.eval_r is None and options.merger is None:
             model.merger.r = usual_r(model, 0.75)
         return model
@@ -160,6 +163,18 @@ def _model(options: Options) -> TokenViT:
         raise CommandError(f"{options.model} brings a merger of its own: name its base instead, or leave out --merger")
     model.merger.r = model.merger.r if options.eval_r is None else options.eval_r
     return model
+
+
+def _trained_r(options: Options, model: TokenViT) -> int | tuple[int, int] | None:
+    """What `DTEMTask` trains with: a number, a range, or None for a calibrated schedule, which the merger has."""
+    if options.r is None:
+        return None if _calibrated(model) else usual_r(model, 1.0)
+    return options.r[0] if len(options.r) == 1 else (options.r[0], options.r[1])
+
+
+def _calibrated(model: TokenViT) -> bool:
+    """Whether blocks merge numbers of tokens that differ."""
+    return not isinstance(model.merger.r, int)
 
 
 def usual_r(model: TokenViT, share: float) -> int:
@@ -194,7 +209,8 @@ def _finish(options: Options, val: Dataset | None, labelled: bool, result: Resul
     rows: list[Tradeoff] = []
     if val is not None:
         loader = DataLoader(as_images(val), options.batch_size, num_workers=options.workers)
-        rs = options.table_r or tuple(sorted({usual_r(model, share) for share in (0.5, 0.75, 1.0)}))
+        rs: list[Any] = list(options.table_r or sorted({usual_r(model, share) for share in (0.5, 0.75, 1.0)}))
+        rs += [model.merger.r] if _calibrated(model) else []
         rows = tradeoff(model, loader, rs, labelled=labelled)
         write_csv(options.out / TABLE, Tradeoff._fields, rows)
         print(table(rows))
