@@ -42,15 +42,15 @@ def scatter_digits(digits: Tensor, labels: Tensor, count: int, side: int, genera
 def digit_rows(
     digits: Tensor, labels: Tensor, count: int, length: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Images (count, 1, 32, 16 * length) of uint8, each a row of digits, and the digits (count, length)."""
+    """Images (count, 1, 24, 16 * length) of uint8, each a row of digits at different heights, and the digits (count,
+    length)."""
     which = torch.randint(len(digits), (count, length), generator=generator)
-    glyphs = F.interpolate(digits[which].flatten(0, 1)[:, None], (16, 16), mode="bilinear")[:, 0]
-    images = torch.zeros(count, 32, 16 * length)
-    for row, glyph in enumerate(glyphs.unflatten(0, (count, length))):
-        for column, one in enumerate(glyph):
-            top = _draw(0, 17, generator)
-            images[row, top : top + 16, 16 * column : 16 * column + 16] = one
-    noise = 0.1 * torch.randn(images.shape, generator=generator)
+    glyphs = F.interpolate(digits[which].flatten(0, 1)[:, None], (16, 16), mode="bilinear").unflatten(0, which.shape)
+    top = torch.randint(0, 9, which.shape, generator=generator)
+    rows = (top[..., None] + torch.arange(16))[..., None].expand(-1, -1, -1, 16)
+    columns = torch.zeros(count, length, 24, 16).scatter(2, rows, glyphs[:, :, 0])
+    images = columns.transpose(1, 2).flatten(2)
+    noise = 0.05 * torch.randn(images.shape, generator=generator)
     return (images + noise).clamp(0, 1).mul(255).byte()[:, None], labels[which]
 
 

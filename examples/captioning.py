@@ -2,11 +2,11 @@
 
     python examples/captioning.py            # rows of handwritten digits: nothing to download
 
-A small ViT reads an image with a row of five digits, and a decoder writes them down one after the other, attending to
+A small ViT reads an image with a row of four digits, and a decoder writes them down one after the other, attending to
 what `model(images, tokens="merged")` gives: fewer tokens, and how many patches each stands for. The logarithm of that
 number is added to the attention. ViT and decoder are trained together without merging; then they are frozen, and for
 each r the report has the share of rows that are read without a mistake, with keys and with embeddings that were trained
-through the frozen decoder, and the time that the decoder takes. It takes about three minutes on two cores.
+through the frozen decoder, and the time that the decoder takes. It takes about three minutes on one core.
 """
 
 import argparse
@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from _data import digits
 from _example import averaging_vit, fit, make_parser, normalised, run_example
 from _scenes import digit_rows
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 import timm_tokens
 from timm_tokens import TokenViT
 from timm_tokens.tables import markdown, write_csv
 
-LENGTH, START = 5, 10  # digits in a row; the token that a caption starts with
+LENGTH, START = 4, 10  # digits in a row; the token that a caption starts with
 
 
 class DecoderBlock(nn.Module):
@@ -94,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, "captioning", steps=700)
-    parser.add_argument("--r", type=int, nargs="+", default=[8, 16, 20, 24], help="tokens to merge in each block")
+    parser = make_parser(__doc__, "captioning", steps=1000, lr=2e-3)
+    parser.add_argument("--r", type=int, nargs="+", default=[8, 12, 16, 20], help="tokens to merge in each block")
     parser.add_argument("--merge-steps", type=int, default=100, help="number of steps that train the embeddings")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     return parser.parse_args(argv)
@@ -105,8 +106,9 @@ def run(args: argparse.Namespace) -> list[Row]:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     train, val = ((*part, generator) for part in digits(8))
-    vit = averaging_vit((32, 16 * LENGTH), 4, in_chans=1, dim=96, depth=6, num_heads=3)
+    vit = averaging_vit((24, 16 * LENGTH), 4, in_chans=1, dim=96, depth=4, num_heads=3)
     decoder = Decoder()
+    start_aligned(vit, decoder)
     keys = timm_tokens.apply_dtem_merging(vit, r=0, metric="keys")
     everything = [*vit.parameters(), *decoder.parameters()]
     train_on(train, keys, decoder, everything, args.steps, args, "the ViT and the decoder")
@@ -123,6 +125,18 @@ def run(args: argparse.Namespace) -> list[Row]:
             rows.append(report(model, decoder.eval(), images, truth, r, metric))
     save(rows, args.out)
     return rows
+
+
+@torch.no_grad()
+def start_aligned(vit: nn.Module, decoder: Decoder) -> None:
+    """Let positions in the image and in the text start as sines and cosines of the same places.
+
+    With random ones the decoder takes several times as many steps to find out where its digit stands.
+    """
+    rows, columns = vit.patch_embed.grid_size
+    places = 0.5 * build_sincos2d_pos_embed((rows, columns), vit.embed_dim, temperature=30.0)  # (rows * columns, C)
+    vit.pos_embed.copy_(places)
+    decoder.places.copy_(places.unflatten(0, (rows, LENGTH, -1)).mean((0, 2)))
 
 
 def train_on(

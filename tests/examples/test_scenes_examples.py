@@ -92,6 +92,15 @@ def test_segmentation_measures_every_r(example, tmp_path, monkeypatch):
     assert (tmp_path / "miou.png").stat().st_size > 1000
 
 
+def test_rows_of_digits(example):
+    digits, labels = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)]), torch.tensor([4, 7])
+    images, text = example("_scenes").digit_rows(digits, labels, 20, 3, torch.Generator().manual_seed(0))
+    bright = images[:, 0].unflatten(2, (3, 16)) > 127  # (20, 24, 3, 16)
+    assert images.shape == (20, 1, 24, 48) and bright.sum((1, 3)).eq(torch.where(text == 4, 256, 0)).all()
+    heights = bright[:, :, :, 0].int().argmax(1)[text == 4]
+    assert heights.min() == 0 and heights.max() == 8
+
+
 def test_captioning_measures_every_r(example, tmp_path, monkeypatch):
     captioning = example("captioning")
     rows_of = captioning.digit_rows
@@ -100,7 +109,7 @@ def test_captioning_measures_every_r(example, tmp_path, monkeypatch):
     assert captioning.main(options) == 0
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["r"], row["tokens"]) for row in rows] == [("0", "160"), ("0", "160"), ("16", "64"), ("16", "64")]
+    assert [(row["r"], row["tokens"]) for row in rows] == [("0", "96"), ("0", "96"), ("16", "32"), ("16", "32")]
 
 
 def test_a_missing_folder_is_named(example, tmp_path, capsys):
