@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         print("\nThe digits' ViT is too small to gain speed. What merging gives a full-size one on this machine:\n")
         call(
             "bench", model="deit_small_patch16_224", r=(8, 12, 16), batch_size=(8,), rounds=args.speed_rounds,
-            memory=False, device=args.device,
+            memory=False, dropped=False, device=args.device,
         )  # fmt: skip
 
 
