@@ -243,3 +243,13 @@ def test_a_file_of_yesterday():
     model = apply_dtem_merging(base(), weights=path)
     assert model.merger.r == (2, 5) and model.merger.embed_dim == 8 and saved.notes["logits"]
     torch.testing.assert_close(model(images(1)), torch.tensor(saved.notes["logits"]), atol=1e-5, rtol=1e-5)
+
+
+def test_the_merger_of_the_releases():
+    """It fits timm's ViT-Tiny; these weights are others, which it says."""
+    path = Path(__file__).parents[1] / "mergers" / "vit_tiny_patch16_224.safetensors"
+    with pytest.warns(UserWarning, match=r"on other weights of vit_tiny_patch16_224"):
+        model = apply_dtem_merging(timm.create_model("vit_tiny_patch16_224"), weights=path).eval()
+    assert model.merger.metric == "learned" and model.token_counts()[-1] == 38
+    assert model.flops() / model.flops(0) == pytest.approx(0.648, abs=0.001)
+    assert path.stat().st_size < 400_000
