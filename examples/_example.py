@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -39,14 +40,15 @@ def positive(text: str) -> int:
 
 
 def make_parser(
-    doc: str | None, name: str, *, steps: int | None = None, batch_size: int = 32, lr: float | None = 1e-3
+    doc: str | None, name: str, *, steps: int | None = None, batch_size: int | None = 32, lr: float | None = 1e-3
 ) -> argparse.ArgumentParser:
     """A parser with the options of every example; its help shows defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=_HelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("output") / name, help="folder for the results")
     words = "number of training steps" + (" (default: by the data)" if steps is None else "")
     parser.add_argument("--steps", type=positive, default=steps, help=words)
-    parser.add_argument("--batch-size", type=positive, default=batch_size, help="number of images in each step")
+    words = "number of images in each step" + (" (default: by the data)" if batch_size is None else "")
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help=words)
     parser.add_argument(
         "--lr", type=float, default=lr, help="learning rate" + (" (default: by the data)" if lr is None else "")
     )
@@ -59,6 +61,17 @@ def averaging_vit(img_size: Any, patch_size: int, in_chans: int, dim: int, depth
         img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=dim, depth=depth, num_heads=num_heads,
         num_classes=0, class_token=False, global_pool="avg", fc_norm=False,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def start_positions(vit: nn.Module) -> Tensor:
+    """Let the position embedding start as sines and cosines, and return it, (patches, C).
+
+    A small ViT that has to find things learns that several times as fast as from random positions.
+    """
+    positions = 0.5 * build_sincos2d_pos_embed(vit.patch_embed.grid_size, vit.embed_dim, temperature=30.0)
+    vit.pos_embed.copy_(positions)
+    return positions
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def scatter_digits(digits: Tensor, labels: Tensor, count: int, side: int, genera
     images, masks = torch.zeros(count, side, side), torch.zeros(count, side, side, dtype=torch.uint8)
     for image, mask in zip(images, masks, strict=True):
         for _ in range(_draw(3, 7, generator)):
-            which, size = _draw(0, len(digits), generator), _draw(side // 5, side // 3, generator)
+            which, size = _draw(0, len(digits), generator), side // 3
             top, left = (_draw(0, side - size, generator) for _ in range(2))
             ink = F.interpolate(digits[which, None, None], (size, size), mode="bilinear")[0, 0]
             place = (slice(top, top + size), slice(left, left + size))

@@ -19,9 +19,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from _data import digits
-from _example import averaging_vit, fit, make_parser, normalised, run_example
+from _example import averaging_vit, fit, make_parser, normalised, run_example, start_positions
 from _scenes import digit_rows
-from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 import timm_tokens
@@ -129,14 +128,9 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 @torch.no_grad()
 def start_aligned(vit: nn.Module, decoder: Decoder) -> None:
-    """Let positions in the image and in the text start as sines and cosines of the same places.
-
-    With random ones the decoder takes several times as many steps to find out where its digit stands.
-    """
-    rows, columns = vit.patch_embed.grid_size
-    places = 0.5 * build_sincos2d_pos_embed((rows, columns), vit.embed_dim, temperature=30.0)  # (rows * columns, C)
-    vit.pos_embed.copy_(places)
-    decoder.places.copy_(places.unflatten(0, (rows, LENGTH, -1)).mean((0, 2)))
+    """Let positions in the image and in the text start as those of the same places, which the decoder has to match."""
+    rows = vit.patch_embed.grid_size[0]
+    decoder.places.copy_(start_positions(vit).unflatten(0, (rows, LENGTH, -1)).mean((0, 2)))
 
 
 def train_on(

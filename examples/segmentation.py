@@ -12,7 +12,7 @@ training images. The mask transformer also reads the merged tokens themselves, w
 bias, which makes it cheaper, too.
 
 DIR has images/train, masks/train, images/val and masks/val: a mask is a PNG of the image's name whose pixels are class
-numbers, 255 where nothing is known. Digits take about three minutes on two cores. --hold-out reports on the last fifth
+numbers, 255 where nothing is known. Digits take about ten minutes on one core. --hold-out reports on the last fifth
 of train/ instead of val/: use it to choose settings.
 """
 
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 from _data import digits
-from _example import averaging_vit, fit, make_parser, normalised, run_example
+from _example import averaging_vit, fit, make_parser, normalised, run_example, start_positions
 from _scenes import VOID, Scenes, scatter_digits, scene_folders
 from _segmenter import Segmenter, decoder_loss, full_size, patches, to_grid
 from torch import Tensor
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, "segmentation", batch_size=8)
+    parser = make_parser(__doc__, "segmentation", batch_size=None, lr=None)
     parser.add_argument("--data-dir", type=Path, help="folder with images/ and masks/ (default: scattered digits)")
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="any timm ViT, with --data-dir")
     parser.add_argument("--checkpoint", type=Path, help="weights of the ViT (default: timm's pretrained ones)")
@@ -89,12 +89,12 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def alternatives(vit: TokenViT, r: int, images: Tensor | None) -> dict[str, tuple[int, ...]]:
-    """Schedules of the FLOPs of r in each block, by name; without images to calibrate by, two of them."""
+    """Schedules of the FLOPs of r in each block, by name: those that save as much, and, with images, a calibrated one."""
     depth, costs, patches = len(vit.base.blocks), vit.costs(), vit.base.patch_embed.num_patches
     goal = costs.flops([r] * depth, True)
 
-    def smallest(schedule: Callable[[int], tuple[int, ...]]) -> tuple[int, ...]:
-        return next(found for n in range(patches) if costs.flops(found := schedule(n), True) <= goal)
+    def smallest(schedule: Callable[[int], tuple[int, ...]]) -> tuple[int, ...] | None:
+        return next((found for n in range(patches) if costs.flops(found := schedule(n), True) <= goal), None)
 
     found = {
         "late": smallest(lambda n: timm_tokens.ops.schedule((n, 1.0), depth)),
@@ -103,7 +103,7 @@ def alternatives(vit: TokenViT, r: int, images: Tensor | None) -> dict[str, tupl
     if images is not None:
         share = goal / costs.flops([0] * depth, True)
         found["calibrated"] = timm_tokens.calibrate(vit, images, share)
-    return {f"{name}, as {r}": schedule for name, schedule in found.items()}
+    return {f"{name}, as {r}": schedule for name, schedule in found.items() if schedule is not None}
 
 
 def digits_job(args: argparse.Namespace) -> tuple[Scenes, Scenes, Segmenter]:
@@ -113,11 +113,13 @@ def digits_job(args: argparse.Namespace) -> tuple[Scenes, Scenes, Segmenter]:
     if args.hold_out:
         held = len(glyphs) // 5
         val_glyphs, val_labels, glyphs, labels = glyphs[:held], labels[:held], glyphs[held:], labels[held:]
-    train = scatter_digits(glyphs, labels, 3000, 64, generator)
-    val = scatter_digits(val_glyphs, val_labels, 200, 64, generator)
-    vit = averaging_vit(64, 4, in_chans=1, dim=96, depth=6, num_heads=3)
+    train = scatter_digits(glyphs, labels, 3000, 48, generator)
+    val = scatter_digits(val_glyphs, val_labels, 200, 48, generator)
+    vit = averaging_vit(48, 4, in_chans=1, dim=96, depth=4, num_heads=3)
+    start_positions(vit)
     model = Segmenter(vit, num_classes=11)
-    steps = args.steps or 500
+    steps = args.steps or 1500
+    args.batch_size, args.lr = args.batch_size or 32, args.lr or 2e-3
 
     def loss(images: Tensor, masks: Tensor) -> Tensor:
         return decoder_loss(model, patches(vit, images), masks)
@@ -128,6 +130,7 @@ def digits_job(args: argparse.Namespace) -> tuple[Scenes, Scenes, Segmenter]:
 
 def folder_job(args: argparse.Namespace) -> tuple[Scenes, Scenes, Segmenter]:
     """The user's ViT, frozen, with decoders trained on its features."""
+    args.batch_size, args.lr = args.batch_size or 8, args.lr or 1e-3
     train, val = scene_folders(args.data_dir, args.hold_out)
     size = tuple(train.images.shape[-2:])
     given = ModelOptions(model=args.model, checkpoint=args.checkpoint, pretrained=args.checkpoint is None)
