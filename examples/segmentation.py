@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def alternatives(vit: TokenViT, r: int, images: Tensor | None) -> dict[str, tuple[int, ...]]:
-    """Schedules of the FLOPs of r in each block, by name: those that save as much, and, with images, a calibrated one."""
+    """Schedules of the FLOPs of r in each block, by name; those that can't save as much are left out."""
     depth, costs, patches = len(vit.base.blocks), vit.costs(), vit.base.patch_embed.num_patches
     goal = costs.flops([r] * depth, True)
 
