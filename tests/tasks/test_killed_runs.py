@@ -5,15 +5,12 @@ import csv
 import pytest
 import timm
 import torch
+from killing import Killed
 from tiny import base
 
 from timm_tokens.data import Crop, MultiCrop
 from timm_tokens.tasks import DTMTask, MIRATask
 from timm_tokens.training import Settings, train
-
-
-class Killed(Exception):
-    pass
 
 
 class Images(torch.utils.data.Dataset):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from gloo import on_two
+from killing import Killed, dies_before
 from timm.models import VisionTransformer
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
@@ -32,10 +33,6 @@ class Noise(Dataset):
         return self.transform(to_pil_image(image) if self.augment else image), 0
 
 
-class Killed(Exception):
-    pass
-
-
 def run(objective, out, kill=None, drop_path=0.0, aux=(2, 1), **changes):
     torch.manual_seed(0)
     shape = dict(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=0, dynamic_img_size=True)
@@ -43,15 +40,7 @@ def run(objective, out, kill=None, drop_path=0.0, aux=(2, 1), **changes):
     name, data = objective.partition(",")[0], Noise(objective)
     shape = dict(num_prototypes=8, hidden=16, width=8, batch_norm="norm" in objective)
     task = MTETask(model, name, **shape, queue_size=16, mask_prob=0.7)
-    if kill is not None:
-        before = task.before_optimizer
-
-        def die():
-            if task.step == kill:
-                raise Killed
-            before()
-
-        task.before_optimizer = die
+    dies_before(task, kill)
     options = dict(out=out, epochs=2, batch_size=4, workers=0, log_every=1, save_every=2, warmup_epochs=0)
     options |= dict(weight_decay_end=0.4, clip_grad=0.5, clip_mode="parameter", seed=1)
     # AdamW would step by the rounding errors that are all the gradient of some biases; and batch norm over a few tokens

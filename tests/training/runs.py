@@ -3,6 +3,7 @@
 import math
 
 import torch
+from killing import dies_before
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -53,10 +54,6 @@ class Follow(TokenTask):
         update_teacher(self.teacher, self.student, self.momentum)
 
 
-class Killed(Exception):
-    pass
-
-
 def settings(out, **changes):
     defaults = dict(out=out, epochs=3, batch_size=4, lr=0.05, workers=0, log_every=2, save_every=3, warmup_epochs=1)
     return Settings(**defaults | changes)
@@ -64,16 +61,7 @@ def settings(out, **changes):
 
 def run(out, task=None, kill=None, dataset=None, evaluate=None, **changes):
     """Train; with `kill` the process dies, so to say, before that step's optimizer."""
-    task = task or Follow()
-    if kill is not None:
-        before = task.before_optimizer
-
-        def die():
-            if task.step == kill:
-                raise Killed
-            before()
-
-        task.before_optimizer = die
+    task = dies_before(task or Follow(), kill)
     return train(task, dataset or Points(), settings(out, **changes), evaluate=evaluate), task
 
 

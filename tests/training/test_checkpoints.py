@@ -4,7 +4,8 @@ import errno
 
 import pytest
 import torch
-from runs import Follow, Killed, Points, run, settings
+from killing import Killed
+from runs import Follow, Points, run, settings
 from safetensors.torch import load_file
 from torch import nn
 

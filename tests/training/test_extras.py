@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import Follow, Killed, run
+from killing import Killed
+from runs import Follow, run
 
 from timm_tokens.training import compiling, logs, pace
 from timm_tokens.training.history import read

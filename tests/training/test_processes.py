@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from gloo import on_two
+from killing import Killed
 from PIL import Image
-from runs import Follow, Killed, Points, run
+from runs import Follow, Points, run
 from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import nn

@@ -3,7 +3,8 @@
 import pytest
 import timm
 import torch
-from runs import Follow, Killed, run
+from killing import Killed
+from runs import Follow, run
 
 from timm_tokens.tasks import MIRATask, MTETask, TokenLabelTask
 from timm_tokens.training.history import read

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from gloo import on_two
+from killing import Killed, dies_before
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
@@ -57,23 +58,10 @@ class Batch(Dataset):
 GOES_ON = dict(batch_size=4, opt="adamw", ema=0.5, steps=3, evaluate=lambda model: size(model))
 
 
-class Killed(Exception):
-    pass
-
-
 def run(name, out, kill=None, evaluate=None, **changes):
     """Train for two steps; with `kill` the process dies, so to say, before that step's optimizer."""
     torch.manual_seed(0)
-    task = (TASKS | MORE)[name]()
-    if kill is not None:
-        before = task.before_optimizer
-
-        def die():
-            if task.step == kill:
-                raise Killed
-            before()
-
-        task.before_optimizer = die
+    task = dies_before((TASKS | MORE)[name](), kill)
     options = dict(out=out, steps=2, batch_size=8, workers=0, log_every=1, save_every=1, warmup_epochs=0)
     options |= dict(opt="sgd", lr=0.05)  # whose steps show the size of the gradients
     return train(task, Batch(name), Settings(**options | changes), evaluate=evaluate), task
