@@ -45,5 +45,6 @@ def test_python_blocks_run(page, offline):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_are_there_after_the_import(page):
-    for name in re.findall(r"(?<!::: )\btimm_tokens((?:\.[A-Za-z_]\w*)+)", page.read_text()):
+    for name in re.findall(r"\btimm_tokens((?:\.[A-Za-z_]\w*)+)", page.read_text()):
+        name = name.replace(".schedule.schedule", ".schedule")  # the function, which hides its module
         assert reduce(getattr, name[1:].split("."), timm_tokens), name

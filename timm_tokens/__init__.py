@@ -6,7 +6,22 @@ Importing this registers the package's models with timm.
 from timm_tokens.startup import prints_help_alone
 
 if not prints_help_alone():
-    from timm_tokens import data, dense, fewshot, losses, models, ops, parts, probing, tasks, tradeoff, training
+    from timm_tokens import (
+        checkpoint_file,
+        data,
+        dense,
+        fewshot,
+        filling,
+        losses,
+        models,
+        ops,
+        parts,
+        probing,
+        tasks,
+        tradeoff,
+        training,
+        weights,
+    )
     from timm_tokens.calibration import calibrate
     from timm_tokens.hub import push_merger_to_hub
     from timm_tokens.merger_file import save_merger
@@ -25,9 +40,11 @@ __all__ = [
     "add_aux_tokens",
     "apply_dtem_merging",
     "calibrate",
+    "checkpoint_file",
     "data",
     "dense",
     "fewshot",
+    "filling",
     "losses",
     "models",
     "ops",
@@ -39,4 +56,5 @@ __all__ = [
     "token_label_head",
     "tradeoff",
     "training",
+    "weights",
 ]
