@@ -51,6 +51,6 @@ def test_the_gpus_benchmark_runs(capsys, train):
     words = ["test_vit", "--device", "cpu", "--batch-size", "2", "--r", "8", "--modes", "eager", "--rounds", "1"]
     gpu.main([*words, "--train"] if train else words)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| test_vit")]
-    assert [row[4] for row in rows] == ["base", "dropped", "mask", "channel", "no weights"]
+    assert [row[4] for row in rows] == ["base", "dropped", "ToMe", "mask", "channel", "no weights"]
     assert all(float(row[5]) > 0 and float(row[6]) > 0 for row in rows)
-    assert "flash_attention" in rows[3][-1]
+    assert "flash" in rows[4][-1]

@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from timm_tokens.ops.attention import LearnableBias, size_bias
+from timm_tokens.ops.attention import LearnableBias, aligned, size_bias
 
 
 def attention(bias, **options):
@@ -43,3 +43,13 @@ def test_everywhere_else_it_is_a_tensor():
     bias = torch.randn(1, 1, 1, 5, requires_grad=True).as_subclass(LearnableBias)
     assert type(torch.zeros(1, 2, 5, 5) + bias) is torch.Tensor
     assert torch.equal(torch.zeros(1, 1, 1, 5) + bias, bias.as_subclass(torch.Tensor))
+
+
+def test_a_bias_on_a_gpu_has_padded_rows():
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    bias = torch.randn(2, 1, 1, 37)
+    rows = aligned(bias.as_subclass(OnGPU), torch.bfloat16)
+    assert rows.stride() == (40, 40, 40, 1) and torch.equal(rows.as_subclass(torch.Tensor), bias.bfloat16())
+    assert aligned(bias, torch.bfloat16).is_contiguous()

@@ -105,6 +105,16 @@ def test_half_precision_keeps_float32_sizes_and_matching(dtype):
     torch.testing.assert_close(merged.float(), merge(matching, x)[0], atol=3e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_holds_the_sums_of_large_tokens(dtype):
+    x, size = torch.randn(2, 41, 8) * 300, torch.randint(1, 400, (2, 41)).float()
+    matching = bipartite_match(torch.randn(2, 41, 4), 20)
+    wanted, sizes = merge(matching, x, size)
+    merged, half_sizes = merge(matching, x.to(dtype), size)
+    assert merged.dtype == dtype and torch.equal(sizes, half_sizes)
+    torch.testing.assert_close(merged.float(), wanted, atol=1000 * torch.finfo(dtype).eps, rtol=0)
+
+
 def test_compiles_to_one_graph():
     def step(metric, x):
         return merge(bipartite_match(metric, 4), x)

@@ -24,6 +24,19 @@ def size_bias(size: Tensor, eps: float = 1e-6) -> Tensor:
     return size.log().unsqueeze(1).unsqueeze(1)
 
 
+def aligned(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias (..., N) in the type that attention reads it in, on a GPU with rows that begin at multiples of 8 numbers.
+
+    cuDNN's attention, which torch takes in half precision on newer GPUs, is up to twice as fast for it.
+    """
+    if not bias.is_cuda:
+        return bias.to(dtype)
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    n = bias.shape[-1]
+    return bias.new_zeros(*bias.shape[:-1], n + -n % 8, dtype=dtype)[..., :n].copy_(bias)
+
+
 class LearnableBias(Tensor):
     """A bias on keys (B, 1, 1, N) that gets a gradient without the scores being kept.
 

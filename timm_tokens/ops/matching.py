@@ -143,7 +143,7 @@ def flat_rows(index: Tensor, n: int) -> Tensor:
 def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Merge tokens by their size-weighted mean; sizes add up.
 
-    A GPU adds several tokens to one in any order, unless torch.use_deterministic_algorithms(True) is set.
+    A GPU adds several float32 tokens to one in any order, unless torch.use_deterministic_algorithms(True) is set.
 
     Args:
         matching: From `bipartite_match`.
@@ -157,29 +157,33 @@ def merge(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Te
     """
     rows, into, first_odd = matching
     left = rows.shape[1] - into.shape[1]
-    # At batch size 1 each operation counts, and at larger ones the memory that it goes through: sums are made in place,
-    # and divided in the end. Sizes are float32, and so are the sums of tokens in half precision, which could not hold
-    # them.
-    total = take_rows(x, rows)
-    total = total.float() if total.element_size() < 4 else total
-    if size is None:
-        sizes = torch.ones(rows.shape, device=x.device)
-    else:
-        sizes = size.take(rows)
-        total *= sizes.unsqueeze(2)
-        sizes = sizes.clone() if total.requires_grad else sizes  # autograd keeps the factors
-    total, moved, sizes, weights = total[:, :left], total[:, left:], sizes[:, :left], sizes[:, left:]
-    if torch.compiler.is_compiling():
-        # a small product: inductor of torch 2.6 scatters wrong sums, and ONNX is slow at changing slices in place
-        to = into + first_odd
-        total = total + torch.bmm(
-            total.new_zeros(x.shape[0], left, to.shape[1]).scatter(1, to.unsqueeze(1), 1.0), moved
-        )
-        sizes = sizes.scatter_add(1, to, weights)
-    else:
-        total[:, first_odd:].scatter_add_(1, into.unsqueeze(2).expand(moved.shape), moved)
-        sizes[:, first_odd:].scatter_add_(1, into, weights)
-    return (total / sizes.unsqueeze(2)).to(x.dtype), sizes
+    x = take_rows(x, rows)
+    sizes = torch.ones(rows.shape, device=x.device) if size is None else size.take(rows)
+    if torch.compiler.is_compiling() or x.element_size() < 4:
+        return _merge_by_product(x, sizes, into + first_odd)
+    # at batch size 1 each operation counts, and at larger ones the memory that it goes through: sums are made in place,
+    # and divided in the end
+    if size is not None:
+        x *= sizes.unsqueeze(2)
+        sizes = sizes.clone() if x.requires_grad else sizes  # autograd keeps the factors
+    x, moved, sizes, weights = x[:, :left], x[:, left:], sizes[:, :left], sizes[:, left:]
+    x[:, first_odd:].scatter_add_(1, into.unsqueeze(2).expand(moved.shape), moved)
+    sizes[:, first_odd:].scatter_add_(1, into, weights)
+    return x / sizes.unsqueeze(2), sizes
+
+
+def _merge_by_product(x: Tensor, sizes: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens x (B, N, C) of sizes (B, N), of which the last go to the others that `to` (B, R) names, as one product.
+
+    Compiled, this is two passes over the tokens (inductor of torch 2.6 scatters wrong sums, and ONNX is slow at
+    changing slices in place). In half precision it is added up in float32 without a copy of all tokens.
+    """
+    left = x.shape[1] - to.shape[1]
+    kept, weights = sizes[:, :left], sizes[:, left:]
+    sizes = kept.scatter_add(1, to, weights)
+    shares = (weights / sizes.gather(1, to)).to(x.dtype).unsqueeze(1)
+    given = torch.bmm(x.new_zeros(x.shape[0], left, to.shape[1]).scatter(1, to.unsqueeze(1), shares), x[:, left:])
+    return torch.addcmul(given, x[:, :left], (kept / sizes).to(x.dtype).unsqueeze(2)), sizes
 
 
 def unmerge(matching: Matching, x: Tensor) -> Tensor:

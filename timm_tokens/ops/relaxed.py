@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from timm_tokens.ops.matching import cosine_similarity, mergeable, take
 from timm_tokens.ops.ranges import check_counts, check_positive
@@ -55,14 +57,43 @@ def relaxed_top_k(scores: Tensor, k: int, *, tau1: float = 0.1, tau2: float = 0.
     logits = values / (tau1 * tau2)
     within = logits.softmax(dim=-1)  # (B, |A|, candidates)
     row = logits.logsumexp(dim=-1)  # (B, |A|)
-    eps = torch.finfo(row.dtype).eps
-    chosen = torch.zeros_like(row)
-    for _ in range(k):
-        p = row.softmax(dim=-1)
-        chosen = chosen + p
-        row = row + (1 - p).clamp(min=eps).log() / tau2
+    chosen: Tensor = _Choices.apply(row, k, tau2)
     chosen = chosen / ((chosen.detach() - 1).clamp(min=0) + 1)  # no row gives more than itself away
     return torch.zeros_like(scores, dtype=row.dtype).scatter(-1, index, chosen.unsqueeze(-1) * within)
+
+
+class _Choices(Function):
+    """How much each row is chosen in k soft choices, one after the other, of which each weakens what it chooses.
+
+    (B, |A|) logits -> (B, |A|) float32. The loop is the longest part of a training step on a GPU, where the time goes
+    by the number of operations; this gradient takes a third of those that autograd would.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, k: int, tau2: float) -> Tensor:
+        chosen = torch.zeros_like(row)
+        choices = []
+        for _ in range(k):
+            p = row.softmax(dim=-1)
+            chosen += p
+            row = row.add((1 - p).clamp_(min=torch.finfo(p.dtype).eps).log_(), alpha=1 / tau2)
+            choices.append(p)
+        ctx.tau2 = tau2
+        ctx.save_for_backward(*choices)
+        return chosen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        on_row = torch.zeros_like(grad)  # the gradient on the logits that a choice leaves
+        if ctx.saved_tensors:
+            choices = torch.stack(ctx.saved_tensors)
+            rest = 1 - choices
+            slopes = (-1 / ctx.tau2 / rest).where(rest >= torch.finfo(rest.dtype).eps, 0)
+            for p, slope in zip(reversed(choices.unbind()), reversed(slopes.unbind()), strict=True):
+                on_p = torch.addcmul(grad, on_row, slope)
+                on_row = on_row.addcmul(p, on_p - (p * on_p).sum(dim=-1, keepdim=True))
+        return on_row, None, None
 
 
 def relaxed_match(
@@ -86,7 +117,11 @@ def relaxed_match(
 def relaxed_apply(
     assignment: Tensor, x: Tensor, size: Tensor, effective: int, num_prefix_tokens: int
 ) -> tuple[Tensor, Tensor, RelaxedMatching]:
-    """Hand the assigned parts over and sort the tokens that took part by size, the largest first."""
+    """Hand the assigned parts over and sort the tokens that took part by size, the largest first.
+
+    Tokens of equal size, and most of those that gave nothing are, come in the order that torch.sort leaves them in: a
+    stable order would be the same on every device, but not that of the published training.
+    """
     p, n = num_prefix_tokens, x.shape[1]
     prefix, (xa, xb), rest = _split(x, p, effective)
     size_prefix, (size_a, size_b), size_rest = _split(size, p, effective)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from timm_tokens import blocks, keys
 from timm_tokens.ops import bipartite_match, merge, schedule, size_bias
-from timm_tokens.ops.attention import LearnableBias
+from timm_tokens.ops.attention import LearnableBias, aligned
 from timm_tokens.ops.matching import Matching, mergeable, take
 from timm_tokens.ops.relaxed import RelaxedMatching, relaxed_apply, relaxed_match, relaxed_unmerge
 from timm_tokens.timm_types import Block, ViT
@@ -176,7 +176,7 @@ class TokenMerger(nn.Module):
         if not self.prop_attn:
             return None
         if not self.relaxed:
-            return size_bias(size, eps=0).to(dtype)
+            return aligned(size_bias(size, eps=0), dtype)
         bias = size_bias(size).to(dtype)
         fused = bias.requires_grad and bias.device.type == "cpu" and not torch.compiler.is_compiling()
         return bias.as_subclass(LearnableBias) if fused else bias
