@@ -36,7 +36,7 @@ class Work:
 
 
 class Pace:
-    """Watches the batches of a run, all but the first, which comes with costs of its own.
+    """Watches the batches and steps of a run, all but the first, which come with costs of their own, such as compiling.
 
     The time of a step is that of its Python code: where a GPU is behind it, the code waits for it now and then, when it
     reads the losses. So the rates are right where the steps are what takes long.
@@ -53,15 +53,15 @@ class Pace:
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches."""
-        before, began = None, perf_counter()
-        for batch in batches:
-            came = perf_counter()
-            if before is not None:
-                self.waited += came - began
-                self.stepped += began - before
+        came = done = 0.0
+        for count, batch in enumerate(batches):
+            before, came = came, perf_counter()
+            if count > 1:
+                self.waited += came - done
+                self.stepped += done - before
                 self.steps += 1
             yield batch
-            before, began = came, perf_counter()
+            done = perf_counter()
 
     def line(self) -> str | None:
         """What was measured, in words; None if there was nothing to measure yet."""
