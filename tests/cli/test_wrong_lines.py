@@ -5,6 +5,7 @@ one value that can't be meant.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -199,3 +200,12 @@ def test_a_full_disk_under_stdout(words, monkeypatch):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-m", "timm_tokens", *words], stdout=full, stderr=-1, text=True)
     assert done.returncode == 2 and done.stderr.endswith("error: can't print: No space left on device\n")
+
+
+def test_a_reader_that_has_enough():
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "timm_tokens", "train", "mte", "--recipe", "dino", "--print-config"]
+    done = subprocess.run(command, stdout=writes, stderr=-1, text=True)
+    os.close(writes)
+    assert done.returncode == 141 and not done.stderr  # as a shell sees it of `yes | head`

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = " ".join(str(error).split())  # messages that pass on another library's may have several
         print(f"timm-tokens{f' {command}' if command else ''}: error: {line}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return 141  # what a shell sees of other programs whose reader leaves: 128 + SIGPIPE
     return 0
 
 

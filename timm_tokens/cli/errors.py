@@ -35,11 +35,14 @@ def flush() -> None:
 
     Raises:
         CommandError: It can't be written; what is left of it is dropped.
+        BrokenPipeError: Whoever read it, such as `head`, has enough.
     """
     try:
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
         raise CommandError(f"can't print: {error.strerror}") from error
 
 
