@@ -65,34 +65,31 @@ def relaxed_top_k(scores: Tensor, k: int, *, tau1: float = 0.1, tau2: float = 0.
 class _Choices(Function):
     """How much each row is chosen in k soft choices, one after the other, of which each weakens what it chooses.
 
-    (B, |A|) logits -> (B, |A|) float32. The loop is the longest part of a training step on a GPU, where the time goes
-    by the number of operations; this gradient takes a third of those that autograd would.
+    (B, |A|) logits -> (B, |A|) float32. The loop is much of a training step on a GPU, where the time goes by the number
+    of operations: 5 a choice forward and 3 backward, where autograd takes 15.
     """
 
     @staticmethod
     def forward(ctx: Any, row: Tensor, k: int, tau2: float) -> Tensor:
-        chosen = torch.zeros_like(row)
-        choices = []
+        choices = [torch.zeros_like(row)]
         for _ in range(k):
-            p = row.softmax(dim=-1)
-            chosen += p
-            row = row.add((1 - p).clamp_(min=torch.finfo(p.dtype).eps).log_(), alpha=1 / tau2)
-            choices.append(p)
+            choices.append(row.softmax(dim=-1))
+            row = row.add((1 - choices[-1]).clamp_(min=torch.finfo(row.dtype).eps).log_(), alpha=1 / tau2)
+        stacked = torch.stack(choices)
         ctx.tau2 = tau2
-        ctx.save_for_backward(*choices)
-        return chosen
+        ctx.save_for_backward(stacked)
+        return stacked.sum(dim=0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (choices,) = ctx.saved_tensors
+        rest = 1 - choices
+        slopes = (-1 / ctx.tau2 / rest).where(rest >= torch.finfo(rest.dtype).eps, 0)
         on_row = torch.zeros_like(grad)  # the gradient on the logits that a choice leaves
-        if ctx.saved_tensors:
-            choices = torch.stack(ctx.saved_tensors)
-            rest = 1 - choices
-            slopes = (-1 / ctx.tau2 / rest).where(rest >= torch.finfo(rest.dtype).eps, 0)
-            for p, slope in zip(reversed(choices.unbind()), reversed(slopes.unbind()), strict=True):
-                on_p = torch.addcmul(grad, on_row, slope)
-                on_row = on_row.addcmul(p, on_p - (p * on_p).sum(dim=-1, keepdim=True))
+        for p, slope in zip(reversed(choices[1:].unbind()), reversed(slopes[1:].unbind()), strict=True):
+            on_p = torch.addcmul(grad, on_row, slope)
+            on_row = on_row + torch.ops.aten._softmax_backward_data(on_p, p, -1, p.dtype)
         return on_row, None, None
 
 
