@@ -355,7 +355,7 @@ def test_backbones_without_class_tokens(name, num_pooled):
         (lambda: MTETask(vit(num_classes=10)), "has a classifier for 10 classes.*reset_classifier"),
         (lambda: make(aux_target="none"), "got 'none'"),
         (lambda: make("ibot", patch_center="none"), "patch_center must be 'masked' or 'all', got 'none'"),
-        (lambda: make("ibot", crop_by_crop=True), "crop_by_crop is for batch norm, which iBOT's heads do without"),
+        (lambda: make("ibot", crop_by_crop=True), "crop_by_crop is for DINO and MoBY, and iBOT encodes"),
         (lambda: make(heads="each"), "heads must be 'kind' or 'shared', got 'each'"),
         (
             lambda: MTETask(PooledTokens(timm.create_model("test_efficientnet", num_classes=0)), "ibot"),

@@ -72,7 +72,7 @@ def make_student(
         ValueError: If heads is unknown, or crops are to be encoded one by one for iBOT.
     """
     if crop_by_crop and objective == "ibot":
-        raise ValueError("crop_by_crop is for batch norm, which iBOT's heads do without: leave it out")
+        raise ValueError("crop_by_crop is for DINO and MoBY, and iBOT encodes its masked crops together: leave it out")
     if heads not in ("kind", "shared"):
         raise ValueError(f"heads must be 'kind' or 'shared', got {heads!r}")
     base: Any = backbone.base
