@@ -33,7 +33,7 @@ KINDS = {  # what is trained, and settings that shall not change it
     "ibot": dict(accumulate=2, batch_size=2, clip_grad=0.1, clip_mode="parameter"),
     "moby": dict(clip_grad=0.01, clip_mode="value"),
     "mira": dict(momentum=0.5),
-    "dtm": dict(opt="adamw", lr=0.001, ema=0.9),
+    "dtm": dict(opt="adamw", lr=0.001, ema=0.9, steps=3),  # an average begins with the third
     "token-label, drop path": dict(layer_decay=0.5),
     "dtem": dict(weight_decay_end=0.4),
     "dtem, all": dict(lr=0.001),
