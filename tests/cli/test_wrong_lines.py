@@ -205,7 +205,7 @@ def test_a_full_disk_under_stdout(words, monkeypatch):
 def test_a_reader_that_has_enough():
     reads, writes = os.pipe()
     os.close(reads)
-    command = [sys.executable, "-m", "timm_tokens", "train", "mte", "--recipe", "dino", "--print-config"]
+    command = [sys.executable, "-m", "timm_tokens", "train", "dtem", "--list-recipes"]
     done = subprocess.run(command, stdout=writes, stderr=-1, text=True)
     os.close(writes)
     assert done.returncode == 141 and not done.stderr  # as a shell sees it of `yes | head`

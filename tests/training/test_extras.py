@@ -94,7 +94,7 @@ def test_who_waits_for_whom(monkeypatch, capsys, tmp_path):
         watch.work.done += torch.tensor([[8 * load, 8.0]])  # each of the two workers
         for count, _ in enumerate(watch.watch(batches(max(0, load / 2 - step)))):
             clock.now += step if count else 100.0  # the first compiles
-        return watch.line()
+        return watch.first_line()
 
     assert watched(load=1.0, step=0.1) == (
         "loader 2 images/s (2 workers), steps 80 images/s: the steps wait for the loader, 80% of the time: more "
@@ -103,7 +103,7 @@ def test_who_waits_for_whom(monkeypatch, capsys, tmp_path):
     assert watched(load=0.1, step=0.8) == (
         "loader 20 images/s (2 workers), steps 10 images/s: the loader waits for the steps, which wait 0% of the time"
     )
-    assert pace.Pace(8, 0).line() is None
+    assert pace.Pace(8, 0).first_line() is None
     monkeypatch.setattr(pace, "world_size", lambda: 3)
     assert watched(load=1.0, step=0.1).startswith("loader 6 images/s (2 workers), steps 240 images/s")  # of all
     monkeypatch.undo()

@@ -199,7 +199,7 @@ class _Run:
                 checkpoints.export(self.settings.out / checkpoints.BEST, model)
         if rank() == 0:
             self.bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items() if "/" not in name))
-            if done - self.start <= self.plan.steps_per_epoch and (line := self.pace.line()):  # the first of this start
+            if line := self.pace.first_line():
                 self.bar.write(line)
 
     def _stopped(self, number: int) -> Stopped:

@@ -49,7 +49,7 @@ class Pace:
     def __init__(self, images: int, workers: int):
         self.images, self.workers, self.work = images, workers, Work(workers)
         self.waited = self.stepped = 0.0
-        self.steps = 0
+        self.steps, self.told = 0, False
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches."""
@@ -63,10 +63,11 @@ class Pace:
             yield batch
             done = perf_counter()
 
-    def line(self) -> str | None:
-        """What was measured, in words; None if there was nothing to measure yet."""
-        if not self.steps:
+    def first_line(self) -> str | None:
+        """What was measured, in words; None if there was nothing to measure yet, or if it was told before."""
+        if not self.steps or self.told:
             return None
+        self.told = True
         loader, step = (x * world_size() for x in (self.work.rate(), self.steps * self.images / self.stepped))
         share = self.waited / (self.waited + self.stepped)
         who = f"the loader waits for the steps, which wait {share:.0%} of the time"
