@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
 
 from timm_tokens.ops import relaxed_merge, relaxed_top_k
-from timm_tokens.ops.relaxed import relaxed_apply, relaxed_match, relaxed_unmerge
+from timm_tokens.ops.relaxed import _Choices, relaxed_apply, relaxed_match, relaxed_unmerge
 
 
 def slow_top_k(scores, k, tau1, tau2, candidates):
@@ -126,3 +127,10 @@ def test_compiles_to_one_graph():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(compiled(x, size), step(x, size), strict=True):
         torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("k", [0, 1, 4])
+def test_the_gradient_of_choices_and_its_own(k):
+    row = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda row: _Choices.apply(row, k, 0.5), row)
+    assert gradgradcheck(lambda row: _Choices.apply(row, k, 0.5), row)

@@ -183,6 +183,7 @@ def _merge_by_product(x: Tensor, sizes: Tensor, to: Tensor) -> tuple[Tensor, Ten
     sizes = kept.scatter_add(1, to, weights)
     shares = (weights / sizes.gather(1, to)).to(x.dtype).unsqueeze(1)
     given = torch.bmm(x.new_zeros(x.shape[0], left, to.shape[1]).scatter(1, to.unsqueeze(1), shares), x[:, left:])
+    given = given.to(x.dtype)  # autocast may have another
     x, share = x[:, :left], (kept / sizes).to(x.dtype).unsqueeze(2)
     if torch.compiler.is_compiling():  # torch 2.6 can't export addcmul of shapes that are not known
         return given + x * share, sizes

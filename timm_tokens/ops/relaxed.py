@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from timm_tokens.ops.matching import cosine_similarity, mergeable, take
 from timm_tokens.ops.ranges import check_counts, check_positive
@@ -57,38 +56,37 @@ def relaxed_top_k(scores: Tensor, k: int, *, tau1: float = 0.1, tau2: float = 0.
     logits = values / (tau1 * tau2)
     within = logits.softmax(dim=-1)  # (B, |A|, candidates)
     row = logits.logsumexp(dim=-1)  # (B, |A|)
-    chosen: Tensor = _Choices.apply(row, k, tau2)
+    chosen: Tensor = _Choices.apply(row, k, tau2).sum(dim=0)
     chosen = chosen / ((chosen.detach() - 1).clamp(min=0) + 1)  # no row gives more than itself away
     return torch.zeros_like(scores, dtype=row.dtype).scatter(-1, index, chosen.unsqueeze(-1) * within)
 
 
 class _Choices(Function):
-    """How much each row is chosen in k soft choices, one after the other, of which each weakens what it chooses.
+    """k soft choices of a row, one after the other, of which each weakens what it chooses.
 
-    (B, |A|) logits -> (B, |A|) float32. The loop is much of a training step on a GPU, where the time goes by the number
-    of operations: 5 a choice forward and 3 backward, where autograd takes 15.
+    (B, |A|) logits -> (k, B, |A|) probabilities. The loop is much of a training step on a GPU, where the time goes by
+    the number of operations: 5 a choice forward and 3 backward, where autograd takes 15.
     """
 
     @staticmethod
     def forward(ctx: Any, row: Tensor, k: int, tau2: float) -> Tensor:
-        choices = [torch.zeros_like(row)]
+        choices = []
         for _ in range(k):
             choices.append(row.softmax(dim=-1))
             row = row.add((1 - choices[-1]).clamp_(min=torch.finfo(row.dtype).eps).log_(), alpha=1 / tau2)
-        stacked = torch.stack(choices)
+        stacked = torch.stack(choices) if k else row.new_empty(0, *row.shape)
         ctx.tau2 = tau2
         ctx.save_for_backward(stacked)
-        return stacked.sum(dim=0)
+        return stacked
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (choices,) = ctx.saved_tensors
         rest = 1 - choices
         slopes = (-1 / ctx.tau2 / rest).where(rest >= torch.finfo(rest.dtype).eps, 0)
-        on_row = torch.zeros_like(grad)  # the gradient on the logits that a choice leaves
-        for p, slope in zip(reversed(choices[1:].unbind()), reversed(slopes[1:].unbind()), strict=True):
-            on_p = torch.addcmul(grad, on_row, slope)
+        on_row = choices.new_zeros(choices.shape[1:])  # the gradient on the logits that a choice leaves
+        for p, slope, on_p in zip(*(reversed(x.unbind()) for x in (choices, slopes, grad)), strict=True):
+            on_p = torch.addcmul(on_p, on_row, slope)
             on_row = on_row + torch.ops.aten._softmax_backward_data(on_p, p, -1, p.dtype)
         return on_row, None, None
 
