@@ -83,11 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
     print(f"{machine()}, bfloat16, {'training steps' if args.train else 'forward passes'}\n")
-    print(
-        "| model | batch | r | mode | which | images/s | speed-up | of ideal | kernels | attention |\n"
-        + "|---" * 10
-        + "|"
-    )
+    columns = ("model", "batch", "r", "mode", "which", "images/s", "speed-up", "of ideal", "kernels", "attention")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, batch, r, mode in product(args.models, args.batch_size, args.r, args.modes):
         models = compared(name, r, args.device)
         images = torch.randn(batch, *models["base"].default_cfg["input_size"], device=args.device)
