@@ -71,7 +71,7 @@ ALLOWED = {  # what may import what, inside the package
     "filling": {"loading"},
     "peers": {"distributed", "stopping"},
     "replay": {"classification", "blocks", "driver", "features", "outputs", "vit"},
-    "tradeoff": {"classification", "driver", "features", "merger_file", "outputs", "parts", "tables", "vit"},
+    "tradeoff": {"classification", "driver", "features", "flops", "merger_file", "outputs", "parts", "tables", "vit"},
     "calibration": {"flops", "losses", "merger_file", "ops", "outputs", "replay", "vit"},
     "tasks": {
         "tasks",

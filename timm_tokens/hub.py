@@ -206,8 +206,9 @@ model.merger.r = 8  # tokens to merge in each block: fewer for accuracy, more fo
 
 def _costs(model: Any) -> list[dict[str, Any]]:
     """Tokens left and GFLOPs of an image, without merging and as the merger is set."""
-    settings = {"0": 0, "as saved": model.merger.r}
-    return [{"r": name, "GFLOPs": f"{model.flops(r) / 1e9:.2f}"} for name, r in settings.items()]
+    costs, schedule = model.costs(), model.merger.schedule
+    settings = {"0": (0,) * len(schedule), "as saved": schedule}
+    return [{"r": name, "GFLOPs": f"{costs.flops(counts) / 1e9:.2f}"} for name, counts in settings.items()]
 
 
 def _table(rows: Rows) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from timm_tokens import features
 from timm_tokens.classification import class_logits
 from timm_tokens.driver import encode
+from timm_tokens.flops import Costs, schedule_of
 from timm_tokens.merger_file import merger_of
 from timm_tokens.outputs import classifies
 from timm_tokens.parts import TokenMerger
@@ -83,7 +84,9 @@ def tradeoff(
         merger.r = was
     if not ways[0].images:
         raise ValueError("there are no images to measure with")
-    return [way.row(tuple(images.shape[-2:])) for way in ways]
+    size = (images.shape[-2], images.shape[-1])
+    costs = {net: net.costs(size) for net in {way.net for way in ways}}
+    return [way.row(costs[way.net], size) for way in ways]
 
 
 def _mergers(model: TokenViT, merger: TokenMerger) -> dict[str, TokenViT]:
@@ -123,16 +126,17 @@ class _Way:
         self.seconds += time.perf_counter() - start
         return logits, features.tokens_of(self.net.base, stream, trace, self.net.has_class_token)
 
-    def row(self, image_size: tuple[int, int]) -> Tradeoff:
+    def row(self, costs: Costs, image_size: tuple[int, int]) -> Tradeoff:
         """What was measured."""
 
         def percent(count: int | None) -> float | None:
             return None if count is None else 100 * count / self.images
 
         r = self.r if isinstance(self.r, int) else " ".join(map(str, self.r))
+        flops = costs.flops(schedule_of(self.merger, len(self.net.base.blocks), self.r))
         return Tradeoff(
             self.name, str(r), self.net.token_counts(self.r, image_size)[-1],
-            self.net.flops(self.r, image_size) / 1e9, self.images / self.seconds,
+            flops / 1e9, self.images / self.seconds,
             percent(self.correct), percent(self.agreeing), self.cls_cosine / self.images,
             self.patch_cosine / self.images,
         )  # fmt: skip
