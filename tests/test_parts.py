@@ -395,7 +395,7 @@ def test_registered_models(name):
 @torch.no_grad()
 def test_compiled_whole():
     torch._dynamo.reset()
-    model, x = create_with_parts().eval(), torch.randn(2, 3, 160, 160)
+    model, x = create_with_parts(depth=3).eval(), torch.randn(2, 3, 160, 160)
     close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     mask = torch.rand(2, 100) < 0.5

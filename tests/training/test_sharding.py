@@ -55,14 +55,14 @@ class Batch(Dataset):
         return one, target
 
 
-GOES_ON = dict(batch_size=4, opt="adamw", ema=0.5, steps=3, evaluate=lambda model: size(model))
+GOES_ON = dict(batch_size=4, opt="adamw", ema=0.5, steps=3, save_every=1, evaluate=lambda model: size(model))
 
 
 def run(name, out, kill=None, evaluate=None, **changes):
     """Train for two steps; with `kill` the process dies, so to say, before that step's optimizer."""
     torch.manual_seed(0)
     task = dies_before((TASKS | MORE)[name](), kill)
-    options = dict(out=out, steps=2, batch_size=8, workers=0, log_every=1, save_every=1, warmup_epochs=0)
+    options = dict(out=out, steps=2, batch_size=8, workers=0, log_every=1, warmup_epochs=0)
     options |= dict(opt="sgd", lr=0.05)  # whose steps show the size of the gradients
     return train(task, Batch(name), Settings(**options | changes), evaluate=evaluate), task
 
