@@ -25,8 +25,9 @@ def _counted(model, x):
 @pytest.mark.parametrize("family", DRIVABLE)
 def test_without_merging(family):
     model = TokenViT(create(family)).eval()
-    assert model.flops(image_size=(48, 48)) == counted(model, images(1))
-    assert model.costs((48, 48)).flops((0,) * 3, features=True) == counted(model.base, images(1))
+    costs = model.costs((48, 48))
+    assert costs.flops((0,) * 3) == counted(model, images(1))
+    assert costs.flops((0,) * 3, features=True) == counted(model.base, images(1))
 
 
 LEARNED = ["vit", "naflex", "rope_mixed", "lvvit", "differential"]  # a linear map per token, whatever the family
@@ -35,7 +36,8 @@ LEARNED = ["vit", "naflex", "rope_mixed", "lvvit", "differential"]  # a linear m
 @pytest.mark.parametrize(("family", "metric"), [(f, "keys") for f in MERGEABLE] + [(f, "learned") for f in LEARNED])
 def test_with_merging(family, metric):
     model = apply_dtem_merging(create(family), r=[7, 0, 3], metric=metric).eval()
-    assert model.flops(image_size=(48, 48)) == counted(model, images(1)) < model.flops(r=0, image_size=(48, 48))
+    costs = model.costs((48, 48))
+    assert costs.flops(model.merger.schedule) == counted(model, images(1)) < costs.flops((0,) * 3)
 
 
 class Repeated(nn.Module):
