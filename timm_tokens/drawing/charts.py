@@ -21,8 +21,8 @@ def draw_accuracy(points: Series, labels: Sequence[str], ylabel: str = "accuracy
     _lines(axes, points)
     for i, label in enumerate(labels):
         highest = max((series[i] for series in points.values()), key=lambda point: point[1])
-        axes.annotate(label, highest, (0, 7), textcoords="offset points", ha="center", fontsize=8)
-    axes.margins(x=0.1, y=0.15)
+        axes.annotate(label, highest, (-4, 5), textcoords="offset points", ha="right", fontsize=8)
+    axes.margins(x=0.14, y=0.15)
     _finish(axes)
     return picture
 
