@@ -66,38 +66,25 @@ def kind(hint: Any) -> Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What dataclasses of options inherit: their values are converted and checked as one is made.
+    """What dataclasses of options inherit: as one is made, its values are converted to the types of its fields (text to
+    paths, lists to tuples), and checked.
 
     Raises:
-        ValueError: A value is of the wrong type or out of range.
+        ValueError: A value is of the wrong type or out of range; names the field, the value, and what is allowed.
     """
 
     def __post_init__(self) -> None:
-        settle(self)
+        hints = get_type_hints(type(self))
+        for each in fields(self):
+            value = getattr(self, each.name)
+            nothing = each.metadata.get("rest") and not value  # what follows on the command line may be nothing
+            value = () if nothing else _converted(each.name, kind(hints[each.name]), value)
+            _check(each, value)
+            object.__setattr__(self, each.name, value)  # the dataclass is frozen
 
 
-def settle(options: Any) -> None:
-    """Convert the values of a dataclass of options to the types of its fields (text to paths, lists to tuples), and
-    check them.
-
-    Raises:
-        ValueError: Names the field, the value, and what is allowed.
-    """
-    hints = get_type_hints(type(options))
-    for each in fields(options):
-        value = getattr(options, each.name)
-        nothing = each.metadata.get("rest") and not value  # what follows on the command line may be nothing
-        value = () if nothing else converted(each.name, kind(hints[each.name]), value)
-        check(each, value)
-        object.__setattr__(options, each.name, value)  # the dataclass may be frozen
-
-
-def converted(name: str, kind: Kind, value: Any) -> Any:
-    """The value as a field of this kind holds it.
-
-    Raises:
-        ValueError: It can't be one.
-    """
+def _converted(name: str, kind: Kind, value: Any) -> Any:
+    """The value as a field of this kind holds it."""
     if value is None and kind.optional:
         return None
     if kind.count is None:
@@ -123,17 +110,13 @@ def _one(name: str, wanted: type, value: Any) -> Any:
     return value
 
 
-def check(field: Field, value: Any) -> None:
-    """Refuse a value that is out of the field's range, or none of its choices.
-
-    Raises:
-        ValueError: Names the field, the value, and what is allowed.
-    """
+def _check(field: Field, value: Any) -> None:
+    """Refuse a value that is out of the field's range, or none of its choices."""
     choices = field.metadata.get("choices")
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, int | float) and not isinstance(item, bool) and not _within(field.metadata, item):
             most = f" and at most {_LARGEST}" if item > _LARGEST and isinstance(item, int) else ""
-            raise ValueError(f"{field.name} must be {bounds(field.metadata)}{most}, got {item}")
+            raise ValueError(f"{field.name} must be {_bounds(field.metadata)}{most}, got {item}")
         if choices is not None and item is not None and item not in choices:
             raise ValueError(f"{field.name} must be one of {', '.join(map(str, choices))}, got {item!r}")
     if field.metadata.get("ascending") and value is not None and list(value) != sorted(value):
@@ -152,7 +135,7 @@ def _within(metadata: Any, value: float) -> bool:
     return all(test(value, metadata[name]) for name, test in _TESTS.items() if metadata.get(name) is not None)
 
 
-def bounds(metadata: Any) -> str:
+def _bounds(metadata: Any) -> str:
     """The range of a field in words, such as "at least 0 and below 1"."""
     said = [f"{name.replace('_', ' ')} {metadata[name]:g}" for name in _TESTS if metadata.get(name) is not None]
     return " and ".join(said) or f"a finite number, up to {_LARGEST}"

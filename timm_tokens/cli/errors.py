@@ -25,7 +25,7 @@ def explained(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     except CommandError:
         raise
     except Exception as error:
-        if not mendable(error):
+        if not isinstance(error, _mendable()):
             raise
         raise CommandError(_in_options(_message(error), flags or {})) from error
 
@@ -46,13 +46,12 @@ def flush() -> None:
         raise CommandError(f"can't print: {error.strerror}") from error
 
 
-def mendable(error: Exception) -> bool:
-    """Whether the user can correct an error: errors of the operating system, values, types and sizes that do not fit, a
-    loss that is not finite, too little memory. timm and torch raise all of these; other errors are bugs."""
-    from safetensors import SafetensorError
+def _mendable() -> tuple[type[Exception], ...]:
+    """Errors that the user can correct: of the operating system, values, types and sizes that do not fit, a loss that
+    is not finite, too little memory. timm and torch raise all of these; other errors are bugs."""
+    from safetensors import SafetensorError  # not above: `--help` does without it
 
-    kinds = (OSError, ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError, AssertionError)
-    return isinstance(error, (*kinds, SafetensorError))
+    return OSError, ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError, AssertionError, SafetensorError
 
 
 def _message(error: Exception) -> str:
