@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from timm_tokens import options as base
 from timm_tokens import seeding
 from timm_tokens.calibration import calibrate
 from timm_tokens.cli.common import checks, models
@@ -34,19 +33,13 @@ from timm_tokens.wrap import smallest_r
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetOptions(base.Options):
-    """Budget."""
+class Options(WeightOptions, MergerOptions, ImageOptions, LoadingOptions):
+    """Calibration."""
 
     flops_ratio: float = option(0.6, "largest share of the FLOPs of the model without merging", above=0, at_most=1)
     max_blocks: int | None = option(
         None, "largest number of blocks that merge; fewer are faster at batch size 1 (default: no limit)", at_least=1
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(BudgetOptions, WeightOptions, MergerOptions, ImageOptions, LoadingOptions):
-    """Calibration."""
-
     model: str = option(help="name of a ViT in timm, or of a model of this package")
     metric: str | None = option(
         None, "what tokens are compared by, without --merger (default: as in the model, else keys)",

@@ -99,13 +99,3 @@ class MergerOptions(Options):
         None, "trained merger: a file, the folder of a run of train dtem or calibrate, or hf-hub:user/name "
         "(default: none)", metavar="FILE",
     )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergingOptions(MergerOptions):
-    """Token merging."""
-
-    r: int = option(
-        0, "tokens to merge in each block; with --merger, 0 keeps the number it was saved with", at_least=0,
-        aliases=("--merge-r",),
-    )  # fmt: skip

@@ -19,13 +19,14 @@ from timm_tokens.cli.common import checkpoints, models
 from timm_tokens.cli.common.datasets import class_names, identity, tell
 from timm_tokens.cli.common.loading import batches
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.options import LoadingOptions, MergingOptions, WeightOptions
+from timm_tokens.cli.options import LoadingOptions, MergerOptions, WeightOptions
 from timm_tokens.data import Images, input_config, input_transform
 from timm_tokens.data.reading import file_name
 from timm_tokens.digests import is_whole, save_tensors
 from timm_tokens.files import replacing
 from timm_tokens.merger_file import locate
 from timm_tokens.ops.finite import check_weights
+from timm_tokens.options import option
 
 
 class Features(NamedTuple):
@@ -112,8 +113,13 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureOptions(WeightOptions, MergingOptions):
+class FeatureOptions(WeightOptions, MergerOptions):
     """Model."""
+
+    r: int = option(
+        0, "tokens to merge in each block; with --merger, 0 keeps the number it was saved with", at_least=0,
+        aliases=("--merge-r",), group="Token merging",
+    )  # fmt: skip
 
 
 def named(options: FeatureOptions) -> Source:

@@ -95,9 +95,7 @@ class Options(MergeOptions, AugmentationOptions, MixOptions, TrainOptions, Weigh
     batch_size: int = changed(TrainOptions, "batch_size", 32)
     weight_decay: float = changed(TrainOptions, "weight_decay", 1e-4)
     clip_grad: float | None = changed(TrainOptions, "clip_grad", 5.0)
-    val_split: str = option(
-        "val", "folder in --data-dir, or split of --dataset, to measure on; '' for none", group="Images"
-    )
+    val_split: str = option("val", "folder in --data-dir, or split of --dataset, to measure on; '' for none")
 
     def __post_init__(self) -> None:
         super().__post_init__()

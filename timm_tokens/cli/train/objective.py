@@ -22,7 +22,7 @@ from timm_tokens.cli.common import checks, models
 from timm_tokens.cli.common.datasets import RECORD
 from timm_tokens.cli.common.processes import joined
 from timm_tokens.cli.config import CONFIG, config_of, read_config, write_config
-from timm_tokens.cli.options import DeviceOptions, ImageOptions, ModelOptions
+from timm_tokens.cli.options import DeviceOptions, ModelOptions, SplitOptions
 from timm_tokens.cli.train.images import count_unreadable
 from timm_tokens.hub import check_repository, push_model_to_hub
 from timm_tokens.options import option
@@ -53,7 +53,7 @@ class Objective(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(ModelOptions, ImageOptions, DeviceOptions, Settings):
+class TrainOptions(ModelOptions, SplitOptions, DeviceOptions, Settings):
     """What all objectives have."""
 
     recipe: str | None = option(
@@ -72,9 +72,6 @@ class TrainOptions(ModelOptions, ImageOptions, DeviceOptions, Settings):
         metavar="FILE",
     )  # fmt: skip
     data_dir: Path = option(help="folder with train/<class>/ and val/<class>/", metavar="FOLDER")
-    train_split: str = option(
-        "train", "folder in --data-dir, or split of --dataset, with the training images", group="Images"
-    )
     drop_path: float | None = option(
         None, "rate of stochastic depth (default: the model's own)", at_least=0, below=1, rare=True
     )

@@ -24,8 +24,9 @@ class OnlineOptions(base.Options):
     )  # fmt: skip
     knn: int = option(20, "number of nearest neighbours for --knn-every", at_least=1)
     val_split: str = option(
-        "val", "folder in --data-dir, or split of --dataset, with the validation images for --knn-every"
-    )
+        "val", "folder in --data-dir, or split of --dataset, with the validation images for --knn-every",
+        group="Validation",
+    )  # fmt: skip
 
 
 def neighbours(train: Images, options: Any, model: nn.Module, size: Any = None) -> Neighbours | None:

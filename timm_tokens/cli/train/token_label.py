@@ -62,9 +62,7 @@ class Options(LabelOptions, AugmentationOptions, MixOptions, TrainOptions):
         False, "flip and apply RandAugment before the crop instead of after it, as the published code does; slower",
         group="Augmentation", rare=True,
     )  # fmt: skip
-    val_split: str = option(
-        "val", "folder in --data-dir, or split of --dataset, to validate on; '' for none", group="Images"
-    )
+    val_split: str = option("val", "folder in --data-dir, or split of --dataset, to validate on; '' for none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
