@@ -58,11 +58,6 @@ def run(options: Options) -> tuple[int, ...]:
 
     Returns:
         The schedule.
-
-    Raises:
-        CommandError: Something is missing or does not fit.
-        TypeError: The model can't be driven.
-        ValueError: What `calibrate` refuses.
     """
     options = replace(options, device=checks.device(options.device))
     checks.folder(options.out)

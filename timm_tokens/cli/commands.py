@@ -76,11 +76,7 @@ def _run(command: str, argv: list[str]) -> None:
 
 
 def module_of(command: str) -> ModuleType:
-    """The module of a command.
-
-    Raises:
-        CommandError: There is no such command.
-    """
+    """The module of a command."""
     if command not in COMMANDS:
         raise CommandError(f"there is no command {command!r}: choose from {', '.join(COMMANDS)}")
     return import_module(f"timm_tokens.cli.{command.replace(' ', '.').replace('-', '_')}")

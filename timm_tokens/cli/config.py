@@ -13,11 +13,7 @@ CONFIG = "options.json"  # of a run, in its folder
 
 
 def read_config(path: Path, command: str | None = None) -> dict[str, Any]:
-    """The options that an earlier run of the command wrote down, or one of any command, whose name is then among them.
-
-    Raises:
-        CommandError: There is no such file, or it is of another command.
-    """
+    """The options that an earlier run of the command wrote down; of any command without one, its name among them."""
     with explained():
         data = path.read_bytes()
     try:
@@ -42,11 +38,7 @@ def write_config(folder: Path, command: str, options: Options) -> None:
 
 
 def defaults(command: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What a recipe, and an earlier run whose model is trained further, say of the options that are not given.
-
-    Raises:
-        CommandError: There is no such recipe or run, or the run has not ended.
-    """
+    """What a recipe, and an earlier run whose model is trained further, say of the options that are not given."""
     recipe, run = recipes.named(command, given.get("recipe")), {}
     if command.startswith("train ") and given.get("run_dir"):
         run = _model_of(Path(given["run_dir"]))

@@ -1,4 +1,8 @@
-"""What the user has to change: the one place that knows which errors are such, and how the command words them."""
+"""What the user has to change: the one place that knows which errors are such, and how the command words them.
+
+All functions of the command refuse what the user can change, by a CommandError or by what the library raises; so their
+docstrings name other errors alone.
+"""
 
 import os
 import re

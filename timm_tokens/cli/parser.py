@@ -37,11 +37,7 @@ class Parser(ArgumentParser):
 
 
 def parse(command: str, of: type[Options], argv: Sequence[str], description: str | None = None) -> Options:
-    """The options that a command line gives, those of a file that `--config` names included.
-
-    Raises:
-        CommandError: An option is missing, unknown or out of range.
-    """
+    """The options that a command line gives, those of a file that `--config` names included."""
     rest = next((each.name for each in fields(of) if each.metadata.get("rest")), None)
     given = vars(make_parser(command, of, description).parse_intermixed_args(argv[:1] if rest else argv))
     if rest:
@@ -70,11 +66,7 @@ def _print_and_exit(text: str) -> NoReturn:
 
 
 def build(of: type[Options], values: dict[str, Any]) -> Options:
-    """A dataclass of options from what is given; the other options have their defaults.
-
-    Raises:
-        CommandError: One is missing, unknown or out of range.
-    """
+    """A dataclass of options from what is given; the other options have their defaults."""
     known = {each.name: each for each in fields(of)}
     for name in values.keys() - known.keys():
         raise CommandError(f"there is no option {name!r}: there are {', '.join(sorted(known))}")

@@ -11,11 +11,7 @@ if TYPE_CHECKING:
 
 
 def named(command: str, name: str | None) -> "Recipe | None":
-    """The recipe of this name, None without a name.
-
-    Raises:
-        CommandError: There is none.
-    """
+    """The recipe of this name, None without a name."""
     if name is None:
         return None
     from timm_tokens.recipes import load  # not above: it needs yaml, which takes time to import

@@ -31,9 +31,6 @@ def run(options: Options) -> dict[str, Any]:
 
     Returns:
         The script's global variables.
-
-    Raises:
-        CommandError: If there is no such file.
     """
     script = options.script
     if not script.is_file():
@@ -51,11 +48,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def with_merger(arguments: list[str]) -> list[str]:
-    """A script's arguments, where `--model NAME ... --merger FILE` becomes what makes such a model by timm's options.
-
-    Raises:
-        CommandError: There is no --model, or nothing after --merger.
-    """
+    """A script's arguments; `--model NAME ... --merger FILE` becomes what makes such a model by timm's options."""
     if "--merger" not in arguments:
         return arguments
     place = arguments.index("--merger")

@@ -83,10 +83,6 @@ def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | 
     """Make the model, and try it on one image, so that what it can't do is known before anything is written.
 
     With `folders`, maps are made of the classes that these are named after, and not of all the model's.
-
-    Raises:
-        CommandError: The model can't be made, does not take this size or has too few classes.
-        TypeError: It has no spatial map.
     """
     model: Any = _make(options)
     config = _config(model, options.img_size)

@@ -54,10 +54,6 @@ def run(options: Options) -> Summary:
     """Annotate the images that have no map yet, and print a summary.
 
     Called by several processes of one group, each takes its share, and all return the same.
-
-    Raises:
-        CommandError: Something is missing or does not fit.
-        RuntimeError, TypeError, ValueError: The model or the label store can't be used.
     """
     checks.folder(options.out)
     if not (options.dataset or options.data_dir):

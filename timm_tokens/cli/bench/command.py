@@ -52,10 +52,6 @@ def run(options: Options) -> list[Row]:
 
     Returns:
         The table's rows, for each batch size the base's first.
-
-    Raises:
-        CommandError: The model can't be made, or the device is not there.
-        TypeError: The model can't be driven.
     """
     options = replace(options, device=checks.device(options.device))
     if options.out is not None:

@@ -13,9 +13,6 @@ from timm_tokens.weights import read_weights
 def load(model: nn.Module, path: Path, key: str | None = None, *, classifier: bool = False) -> None:
     """Load a checkpoint that has every weight of the model; a classifier of other classes is left out, unless
     `classifier` wants it to fit, too.
-
-    Raises:
-        OSError, ValueError: There is no such file, it has no weights that fit, or several and no key.
     """
     _fill(model, read_weights(path, model, key), path, classifier)
 
@@ -29,11 +26,7 @@ def identity(path: Path) -> str:
 
 
 def load_merged(model: TokenViT, path: Path, key: str | None = None) -> None:
-    """Load a checkpoint of the plain ViT or of the whole TokenViT, whose classifier is of no matter here.
-
-    Raises:
-        OSError, ValueError: As `load`.
-    """
+    """Load a checkpoint of the plain ViT or of the whole TokenViT, whose classifier is of no matter here."""
     weights = read_weights(path, model, key)
     if model.merger is not None and model.merger.embed is None:
         weights = {name: value for name, value in weights.items() if not name.startswith("merger.")}
@@ -43,12 +36,7 @@ def load_merged(model: TokenViT, path: Path, key: str | None = None) -> None:
 
 
 def load_whole(model: TokenViT, path: Path, key: str | None = None) -> None:
-    """Load a checkpoint of the whole TokenViT.
-
-    Raises:
-        CommandError: It holds the base alone.
-        OSError, ValueError: As `load`.
-    """
+    """Load a checkpoint of the whole TokenViT."""
     weights = read_weights(path, model, key)
     if not _whole(weights):
         raise CommandError(f"{path} holds a plain model, not one with the parts that are to be drawn")

@@ -10,11 +10,7 @@ from timm_tokens.cli.errors import CommandError
 
 
 def device(name: str | None) -> str:
-    """The device to compute on: a GPU if there is one and none is named.
-
-    Raises:
-        CommandError: There is no such device.
-    """
+    """The device to compute on: a GPU if there is one and none is named."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -25,11 +21,7 @@ def device(name: str | None) -> str:
 
 
 def folder(path: Path) -> None:
-    """Refuse a folder of results that can't be made or written to, before any work is done for it.
-
-    Raises:
-        CommandError: There is a file of this name, or it can't be written to.
-    """
+    """Refuse a folder of results that can't be made or written to, before any work is done for it."""
     if path.exists() and not path.is_dir():
         raise CommandError(f"--out {path} is a file: give a folder")
     _try(next(above for above in (path, *path.absolute().parents) if above.exists()), path)
@@ -44,10 +36,6 @@ def _try(folder: Path, path: Path) -> None:
 
 
 def plot(wanted: bool, remedy: str = "or leave --plot out") -> None:
-    """Refuse to draw without matplotlib, before an hour of work and not after it.
-
-    Raises:
-        CommandError: It is not installed.
-    """
+    """Refuse to draw without matplotlib, before an hour of work and not after it."""
     if wanted and find_spec("matplotlib") is None:
         raise CommandError(f"the plot takes matplotlib: pip install 'timm-tokens[viz]', {remedy}")

@@ -31,10 +31,6 @@ def open_dataset(data: str | Path, root: str | Path | None = None, split: str | 
             data set in timm, such as "torch/cifar10", "hfds/cifar10".
         root: Where a data set with a name is kept.
         split: Which split; of a folder, the folder in it. None: "train", if the folder has one; "": all of a folder.
-
-    Raises:
-        CommandError: There is no such data set, or no such split.
-        OSError, ValueError: The folder has no images.
     """
     if Path(data).exists():
         found = _find(Path(data), "train" if split is None else split)
@@ -53,12 +49,7 @@ def _has_name(data: str) -> bool:
 
 
 def open_split(options: ImageOptions, split: str, class_map: dict[str, int] | None = None) -> Any:
-    """A split of the images, as `open_dataset` gives it; `class_map` numbers the classes, of folders only.
-
-    Raises:
-        CommandError: There is no such data set.
-        OSError, ValueError: The folder has no images.
-    """
+    """A split of the images, as `open_dataset` gives it; `class_map` numbers the classes, of folders only."""
     if options.data_dir is None:
         raise CommandError("--data-dir is missing: a folder with train/<class>/ and val/<class>/")
     if _has_name(options.dataset):
@@ -78,11 +69,7 @@ def _find(root: Path, split: str) -> Path | None:
 
 
 def create(name: str, root: str | Path | None, split: str, **options: Any) -> Any:
-    """timm.data.create_dataset as `Images`, or a stream; its refusals become one line.
-
-    Raises:
-        CommandError: There is no such data set, or no image in it.
-    """
+    """timm.data.create_dataset as `Images`, or a stream; its refusals become one line."""
     what = " in ".join(str(part) for part in (name, root) if part)
     try:
         dataset = create_dataset(name, None if root is None else str(root), split=split, search_split=False, **options)

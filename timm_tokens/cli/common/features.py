@@ -43,11 +43,7 @@ class Features(NamedTuple):
 
 
 def load_features(path: Path) -> Features:
-    """Reads `features` (N, D) and `labels` (N,) from a file of safetensors, NumPy (.npz) or torch (.pt, .pth).
-
-    Raises:
-        CommandError: There is no such file, or it holds something else.
-    """
+    """Reads `features` (N, D) and `labels` (N,) from a file of safetensors, NumPy (.npz) or torch (.pt, .pth)."""
     if not path.is_file():
         raise CommandError(f"no feature file {path}: check the path, or make one with --model and --data-dir")
     read, kind = _READERS.get(path.suffix, (_read_safetensors, "safetensors"))
@@ -123,11 +119,7 @@ class FeatureOptions(WeightOptions, MergerOptions):
 
 
 def named(options: FeatureOptions) -> Source:
-    """A model of timm by its name.
-
-    Raises:
-        CommandError: There is no such checkpoint.
-    """
+    """A model of timm by its name."""
     path, weights = options.checkpoint, models.weights_of(options)
     about = {"model": str(options.model), "checkpoint": checkpoints.identity(path) if path else weights}
     about |= {"merge_r": str(options.r), "in_chans": str(options.in_chans)}
@@ -151,10 +143,6 @@ def cached_features(
         source: The model that gives the features.
         loading: How to load the images.
         device: Where to compute.
-
-    Raises:
-        CommandError: The model can't be made.
-        ValueError: Its weights, or features, are not finite; or no image can be read.
     """
     metadata = source.about | {"img_size": str(source.img_size)} | identity(dataset)
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:12]

@@ -17,11 +17,7 @@ from timm_tokens.wrap import apply_dtem_merging
 
 
 def create(name: str | None, **kwargs: Any) -> nn.Module:
-    """timm.create_model, whose refusals become one line.
-
-    Raises:
-        CommandError: If timm doesn't know the name, or can't make it so.
-    """
+    """timm.create_model, whose refusals become one line."""
     if name is None:
         raise CommandError("--model is missing: the name of a model in timm")
     known = timm.is_model(name) or ":" in name  # "hf-hub:..." and "local-dir:..." are for timm to judge
@@ -44,9 +40,6 @@ def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
 
     Args:
         kwargs: For timm.create_model: num_classes, and what the command needs; the options come first.
-
-    Raises:
-        CommandError: There is no such model or checkpoint, or they don't fit.
     """
     name, path = options.model, options.checkpoint
     kwargs |= {"pretrained": options.pretrained and path is None} | arguments(options)
@@ -70,11 +63,7 @@ def arguments(options: ModelOptions) -> dict[str, Any]:
 
 
 def weights_of(options: WeightOptions) -> str:
-    """Where the weights come from, in words, for commands that measure or use what a model has learned.
-
-    Raises:
-        CommandError: The options do not say, or say two things.
-    """
+    """Where the weights come from, in words, for commands that measure or use what a model has learned."""
     if options.random:
         if options.pretrained or options.checkpoint:
             raise CommandError("--random is for a model without --pretrained and --checkpoint: leave them out")
@@ -92,21 +81,13 @@ def weights_of(options: WeightOptions) -> str:
 
 
 def by_timm(options: WeightOptions) -> bool:
-    """Whether timm is to load the weights.
-
-    Raises:
-        CommandError: As `weights_of`.
-    """
+    """Whether timm is to load the weights."""
     weights_of(options)
     return options.checkpoint is None and not options.random
 
 
 def make_backbone(options: ModelOptions, **kwargs: Any) -> nn.Module:
-    """The model without a classifier; a ViT so that it takes crops of all sizes.
-
-    Raises:
-        CommandError: As `make_model`.
-    """
+    """The model without a classifier; a ViT so that it takes crops of all sizes."""
     try:
         return make_model(options, num_classes=0, dynamic_img_size=True, **kwargs)
     except CommandError as error:
@@ -120,10 +101,6 @@ def merged(model: nn.Module, r: int | Sequence[int], metric: str | None = None, 
 
     Args:
         metric: What tokens are compared by; None: as the model's own merger does, or `default` if it has none.
-
-    Raises:
-        CommandError: A block can't merge so many.
-        TypeError: The model can't be driven.
     """
     if isinstance(model, TokenViT) and model.merger is not None and metric in (None, model.merger.metric):
         model.merger.r = r
@@ -145,11 +122,7 @@ def most_r(model: TokenViT) -> int:
 
 
 def check_r(model: TokenViT, r: int | Sequence[int], option: str = "--r") -> None:
-    """Refuse more tokens to merge than the first block can, which must be a slip.
-
-    Raises:
-        CommandError: Names the option.
-    """
+    """Refuse more tokens to merge than the first block can, which must be a slip."""
     for each in (r,) if isinstance(r, int) else r:
         if each > most_r(model):
             raise CommandError(
@@ -159,11 +132,7 @@ def check_r(model: TokenViT, r: int | Sequence[int], option: str = "--r") -> Non
 
 
 def with_merger(model: nn.Module, weights: str, r: int | Sequence[int] | None = None) -> TokenViT:
-    """The model with a trained merger, which replaces one of its own; r None: as the merger was saved.
-
-    Raises:
-        OSError, ValueError: There is no such merger, or it does not fit.
-    """
+    """The model with a trained merger, which replaces one of its own; r None: as the merger was saved."""
     if not isinstance(model, TokenViT) or model.merger is None:
         return apply_dtem_merging(model, r, weights=weights)
     merger = apply_dtem_merging(model.base, r, weights=weights).merger
@@ -176,11 +145,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def check_size(model: nn.Module, size: int, option: str = "--img-size") -> None:
-    """Refuse a side of images that a ViT can't cut into whole patches.
-
-    Raises:
-        CommandError: Names the option.
-    """
+    """Refuse a side of images that a ViT can't cut into whole patches."""
     try:
         model_input.check_size(model, size, size)
     except ValueError as error:

@@ -36,9 +36,6 @@ def joined(name: str | None) -> Iterator[Process]:
 
     Args:
         name: The device's; None: a GPU if there is one. With several processes each takes the one of its number.
-
-    Raises:
-        CommandError: There is no such device.
     """
     device = checks.device(name)
     if dist.is_available() and dist.is_initialized():  # by the caller, whose group it stays

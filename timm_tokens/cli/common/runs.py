@@ -39,9 +39,6 @@ def load_run(folder: Path) -> Trained:
 
     Args:
         folder: `--out` of `timm-tokens train`; its images may be gone.
-
-    Raises:
-        CommandError: There is no such run, or its checkpoint can't be read.
     """
     path = folder / CONFIG
     if not path.is_file():

@@ -41,10 +41,6 @@ def run(options: Options) -> Looks:
 
     Returns:
         What it shows, for a batch of one.
-
-    Raises:
-        CommandError: Something is missing or doesn't fit; then nothing is written.
-        ValueError: The attention has no weights to draw.
     """
     check_picture(options.out)
     photo, block = open_photo(options.image), options.block

@@ -55,10 +55,6 @@ def run(options: Options) -> list[Panel]:
 
     Returns:
         What it shows, one panel per block.
-
-    Raises:
-        CommandError: Something is missing or doesn't fit; then nothing is written.
-        TypeError: The model can't be driven.
     """
     check_picture(options.out)
     photo, device = open_photo(options.image), checks.device(options.device)

@@ -72,12 +72,7 @@ class Options(PictureOptions):
 
 
 def run(options: Options) -> Drawn:
-    """Write the picture.
-
-    Raises:
-        CommandError: Something is missing or doesn't fit; then nothing is written.
-        OSError, ValueError: The labels can't be read.
-    """
+    """Write the picture."""
     check_picture(options.out)
     photo, crop, flip = open_photo(options.image), options.crop, options.flip
     label, classes = _label(options)

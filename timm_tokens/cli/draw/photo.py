@@ -25,11 +25,7 @@ class PictureOptions(Options):
 
 
 def open_photo(path: Path) -> Image.Image:
-    """An image file in RGB, upright.
-
-    Raises:
-        CommandError: If there is none, or it can't be read.
-    """
+    """An image file in RGB, upright."""
     if not path.is_file():
         raise CommandError(f"{path} is a folder, not an image" if path.is_dir() else f"no image {path}")
     try:
@@ -39,11 +35,7 @@ def open_photo(path: Path) -> Image.Image:
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a name that a picture can't be written by, before any work is done for it.
-
-    Raises:
-        CommandError: The name says no format, or is a folder's, or matplotlib is missing.
-    """
+    """Refuse a name that a picture can't be written by, before any work is done for it."""
     checks.plot(True, "which draws all pictures")
     if path.suffix.lower() not in FORMATS:
         raise CommandError(f"can't write a picture as {path}: end its name in {', '.join(FORMATS)}")

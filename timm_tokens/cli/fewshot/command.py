@@ -73,10 +73,6 @@ def run(options: Options) -> list[Comparison]:
 
     Returns:
         A `Comparison` for every number of shots and every classifier.
-
-    Raises:
-        CommandError: Something is missing or does not fit.
-        ValueError: The data set has too few classes or images.
     """
     checks.plot(options.plot, "or pass --no-plot")
     if bool(options.features) == bool(options.model and options.data_dir):

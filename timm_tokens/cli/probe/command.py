@@ -58,12 +58,7 @@ class Options(RunOptions, FeatureOptions, SplitOptions, LoadingOptions):
 
 
 def run(options: Options) -> Report | Evaluation:
-    """Measure, print a table, and write `report.md`, `probe.csv` and, but for protocols, `probe.png` into `out`.
-
-    Raises:
-        CommandError: Something is missing or does not fit.
-        ValueError: The features can't be measured.
-    """
+    """Measure, print a table, and write `report.md`, `probe.csv` and, but for protocols, `probe.png` into `out`."""
     _check(options)
     device, splits = checks.device(options.device), _open(options)
     trained = load_run(options.run_dir) if options.run_dir else None

@@ -46,12 +46,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(source: Source, splits: tuple[Dataset, Dataset], options: Any, device: str) -> Evaluation:
-    """Evaluate a model's features as the paper does.
-
-    Raises:
-        CommandError: The images can't be indexed.
-        ValueError: Features are not finite.
-    """
+    """Evaluate a model's features as the paper does."""
     protocol, net = PROTOCOLS[options.protocol], source.make()
     check_weights(net)
     net = net.to(device).eval().requires_grad_(False)

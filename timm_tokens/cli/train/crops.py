@@ -35,11 +35,7 @@ class CropOptions(TrainOptions):
 
 
 def crop_sides(options: CropOptions, backbone: nn.Module) -> tuple[int, int]:
-    """The sides of global and of local crops: as the options say, else the model's own, and 96 of 224 of that.
-
-    Raises:
-        CommandError: A ViT can't cut them into whole patches.
-    """
+    """The sides of global and of local crops: as the options say, else the model's own, and 96 of 224 of that."""
     stem = getattr(plain(backbone), "patch_embed", None)
     patch = getattr(stem, "patch_size", (1,))[0]
     size = options.img_size or resolve_model_data_config(backbone)["input_size"][-1]

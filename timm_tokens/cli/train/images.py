@@ -16,9 +16,6 @@ def readable(images: Any, settings: Settings, split: str) -> Images:
 
     Each process checks its share, and all leave out the same. A run that is resumed takes what it noted, as long as
     the files have the same names and sizes: so it goes on with the same images.
-
-    Raises:
-        ValueError: No image can be read.
     """
     if not isinstance(images, Images):  # a stream, which training refuses
         return images
@@ -36,11 +33,7 @@ def readable(images: Any, settings: Settings, split: str) -> Images:
 
 
 def read_record(folder: Path) -> dict[str, dict]:
-    """What was noted for each split in a run's folder.
-
-    Raises:
-        CommandError: It is corrupt; names the file.
-    """
+    """What was noted for each split in a run's folder."""
     path = folder / RECORD
     record = read_json(path)
     for split in record.values():

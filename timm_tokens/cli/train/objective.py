@@ -87,11 +87,7 @@ Made = TypeVar("Made", bound=TrainOptions)
 
 
 def make_student(options: TrainOptions, make: Callable[..., nn.Module] = models.make_model, **kwargs: Any) -> nn.Module:
-    """The model to train; `kwargs` are for timm.create_model.
-
-    Raises:
-        CommandError: As `make_model`.
-    """
+    """The model to train; `kwargs` are for timm.create_model."""
     if options.drop_path is not None:
         kwargs["drop_path_rate"] = options.drop_path
     model: Any = make(options, **kwargs)
@@ -104,11 +100,6 @@ def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> R
     """Train, and write checkpoints, tables and the model into `out`.
 
     Called on several processes of one group, each takes its part.
-
-    Raises:
-        CommandError: Something is missing or does not fit.
-        FloatingPointError: The loss became infinite or NaN.
-        OSError, TypeError, ValueError: What the library refuses.
     """
     checks.plot(options.plot)
     checks.folder(options.out)
@@ -171,11 +162,7 @@ def _draw_curves(folder: Path) -> None:
 
 
 def _note(command: str, options: TrainOptions) -> None:
-    """Write down the options of a new run; refuse to continue one with others.
-
-    Raises:
-        ValueError: Names what differs.
-    """
+    """Write down the options of a new run; refuse to continue one with others."""
     path = options.out / CONFIG
     running = checkpoints.exists(options.out)  # options alone may be those of an attempt that failed
     if not running:

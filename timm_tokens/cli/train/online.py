@@ -37,10 +37,6 @@ def neighbours(train: Images, options: Any, model: nn.Module, size: Any = None) 
         options: The options of the run: OnlineOptions and TrainOptions.
         model: The model that is trained.
         size: Side of the images in pixels, or (height, width); None: the model's own.
-
-    Raises:
-        CommandError: The images have no classes, or the two splits have different ones.
-        OSError, ValueError: The validation images can't be read.
     """
     if options.knn_every is None:
         return None

@@ -135,11 +135,7 @@ def _training_data(train: Images, store: TokenLabelStore | None, options: Option
 
 
 def _labelled(train: Images, store: TokenLabelStore) -> Images:
-    """The images that have a label; the others are named.
-
-    Raises:
-        ValueError: None has.
-    """
+    """The images that have a label; the others are named."""
     missing = {row: "" for row, name in enumerate(image_names(train)) if name not in store}
     labelled = train.without(missing, why := f"no label in {store.folder}: timm-tokens annotate makes them")
     if rank() == 0 and missing:
