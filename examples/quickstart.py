@@ -30,7 +30,7 @@ import timm_tokens
 from timm_tokens import TokenViT, drawing
 from timm_tokens.cli import CommandError, call
 from timm_tokens.cli.common import checks
-from timm_tokens.cli.common.datasets import model_classes
+from timm_tokens.cli.common.datasets import class_numbers
 from timm_tokens.cli.common.models import make_model
 from timm_tokens.cli.errors import explained
 from timm_tokens.cli.options import ModelOptions
@@ -108,12 +108,12 @@ def folder_job(args: argparse.Namespace) -> tuple[nn.Module, Data]:
     with explained():
         timm_tokens.apply_dtem_merging(vit)  # refused now rather than after reading the images
     data = image_folder(args.data_dir, vit)
-    indices = model_classes(data.train.classes, vit)
-    if indices is None:
+    numbers = class_numbers(data.train.classes, vit.num_classes)
+    if numbers is None:
         fit_head(vit, data, args)
     elif vit.num_classes != len(data.train.classes):
         for images in data:
-            images.dataset.target_transform = indices.tolist().__getitem__
+            images.dataset.target_transform = list(numbers.values()).__getitem__
         print(f"The folders are ImageNet classes: accuracy is among all {vit.num_classes} of them.")
     return vit, data
 

@@ -12,6 +12,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from timm_tokens.cli import CommandError, call, main
 from timm_tokens.cli.common import checks, runs
 from timm_tokens.cli.common import features as _features
+from timm_tokens.data import input_config, input_transform
 from timm_tokens.probing import knn_accuracy, linear_probe
 
 # timm's data sets leave the closing of their files to the garbage collector.
@@ -134,7 +135,7 @@ def test_prototypes_of_a_run_as_tokens_are_added(trained, tmp_path):
     assert report.tokens == ("cls", "aux0", "pooled0") and len(report.nmi) == 3
     # Again by hand: the teacher's centred logits, at the last temperature.
     task = runs.load_run(trained / "run").task
-    transform = _features.eval_transform(task.product, 64)
+    transform = input_transform(input_config(task.product, 64))
     files = sorted((trained / "images" / "val").rglob("*.png"))
     pixels = torch.stack([transform(Image.open(file)) for file in files])
     assert pixels.shape[-1] == 64
@@ -187,7 +188,7 @@ def test_the_model_of_any_run(trained, arguments, tmp_path, objective, model, op
     state = load_file(tmp_path / "run" / "model.safetensors")
     net.load_state_dict(state, strict=objective != "token-label")
     files = sorted((trained / "images" / "val").rglob("*.png"))
-    transform = _features.eval_transform(net, size)
+    transform = input_transform(input_config(net, size))
     with torch.no_grad():
         expected = net(torch.stack([transform(Image.open(file)) for file in files]))
     saved = [_features.load_features(file) for file in tmp_path.glob("test_*.safetensors")]

@@ -79,7 +79,7 @@ def run(options: Options) -> tuple[int, ...]:
 
 
 def _model(options: Options) -> TokenViT:
-    model = models.make_model(replace(options, pretrained=models.by_timm(options)))
+    model = models.make_trained(options)
     if options.merger is not None:
         if options.metric is not None:
             raise CommandError("--merger brings what tokens are compared by: leave out --metric")

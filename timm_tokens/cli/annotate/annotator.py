@@ -2,21 +2,20 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from timm_tokens.cli.common import checkpoints, models
-from timm_tokens.cli.common.datasets import model_classes
+from timm_tokens.cli.common import models
+from timm_tokens.cli.common.datasets import class_numbers
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import DTYPES, WeightOptions
 from timm_tokens.data import LabelMap, input_config, input_transform
 from timm_tokens.dense import dense_scores
 from timm_tokens.ops import top_scores
-from timm_tokens.ops.finite import check_weights
 from timm_tokens.options import option
 
 
@@ -84,7 +83,8 @@ def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | 
 
     With `folders`, maps are made of the classes that these are named after, and not of all the model's.
     """
-    model: Any = _make(options)
+    classes: dict[str, Any] = {} if options.num_classes is None else {"num_classes": options.num_classes}
+    model: Any = models.make_trained(replace(options, img_size=None), classifier=True, **classes)
     config = _config(model, options.img_size)
     height, width = config["input_size"][1:]
     try:
@@ -96,7 +96,7 @@ def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | 
     except (RuntimeError, AssertionError, ValueError) as error:
         name = options.model
         raise CommandError(f"{name} can't annotate images of {height} x {width} pixels: {error}") from error
-    kept = None if folders is None else _named(folders, model)
+    kept = None if folders is None else _numbers(folders, model.num_classes)
     grid, dtype = (shape[1], shape[2]), getattr(torch, options.dtype)
     annotator = Annotator(model, input_transform(config), config, grid, options.top_k, dtype, kept)
     if not 1 <= options.top_k <= annotator.num_classes:
@@ -104,23 +104,14 @@ def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | 
     return annotator
 
 
-def _make(options: AnnotatorOptions) -> nn.Module:
-    classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
-    model = models.create(options.model, pretrained=models.by_timm(options), **classes | models.arguments(options))
-    if options.checkpoint is not None:
-        checkpoints.load(model, options.checkpoint, options.checkpoint_key, classifier=True)
-    check_weights(model)
-    return model
-
-
-def _named(folders: list[str], model: nn.Module) -> tuple[int, ...]:
-    classes = model_classes(folders, model)
-    if classes is None:
+def _numbers(folders: list[str], count: int) -> tuple[int, ...]:
+    numbers = class_numbers(folders, count)
+    if numbers is None:
         raise CommandError(
             f"--folder-classes needs folders with WordNet names of the model's classes, such as n01440764, or as many "
-            f"folders as it has classes, {model.num_classes}; they are {len(folders)}, such as {folders[:3]}"
+            f"folders as it has classes, {count}; they are {len(folders)}, such as {folders[:3]}"
         )
-    return tuple(classes.tolist())
+    return tuple(numbers.values())
 
 
 def _config(model: nn.Module, img_size: Sequence[int] | None) -> dict:

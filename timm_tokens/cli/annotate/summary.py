@@ -7,8 +7,8 @@ from torch import Tensor
 
 from timm_tokens.cli.annotate.annotator import Annotator
 from timm_tokens.cli.annotate.job import Job
-from timm_tokens.cli.common.datasets import class_names, class_targets, model_classes
-from timm_tokens.data import TokenLabelStore
+from timm_tokens.cli.common.datasets import class_names, class_numbers
+from timm_tokens.data import Images, TokenLabelStore
 from timm_tokens.ops import SparseLabels, crop_token_labels, others_share
 
 
@@ -55,12 +55,12 @@ def describe(summary: Summary, annotator: Annotator) -> str:
 
 def summarise(job: Job, annotated: int) -> Summary:
     """Read the maps back, each process its share, and count."""
-    store, targets, classes = TokenLabelStore(job.out), class_targets(job.dataset), None
-    count = job.annotator.num_classes
-    if targets is not None and job.annotator.kept is not None:  # in the folders' order
-        classes = torch.arange(count)
-    elif targets is not None:
-        classes = model_classes(class_names(job.dataset), job.annotator.model)
+    store, count = TokenLabelStore(job.out), job.annotator.num_classes
+    targets = job.dataset.targets if isinstance(job.dataset, Images) else None
+    known = list(range(count))  # of --folder-classes, which are in the folders' order
+    if job.annotator.kept is None:
+        known = list((class_numbers(class_names(job.dataset), count) or {}).values())
+    classes = torch.tensor(known) if targets is not None and known else None
     numbers = torch.tensor(targets or [])
     share = range(job.process.rank, len(job.names), job.process.world)
     mine, right, sure, others = [i for i in share if job.names[i] in store], 0, 0.0, 0.0

@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import ImageNetInfo, create_dataset, infer_imagenet_subset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from timm_tokens.cli.errors import CommandError
@@ -105,29 +103,20 @@ def class_names(dataset: Dataset) -> list[str] | None:
     return classes_of(source_of(dataset))
 
 
-def class_targets(dataset: Dataset) -> list[int] | None:
-    """The class of every image, without reading images; None where the data set does not say."""
-    return dataset.targets if isinstance(dataset, Images) else None
-
-
 def source_of(dataset: Dataset) -> Any:
     """What knows a data set's files and classes: timm's reader, or the data set of torchvision."""
     inner = dataset.dataset if isinstance(dataset, Images) else dataset
     return getattr(inner, "reader", inner)
 
 
-def model_classes(names: list[str] | None, model: Any) -> Tensor | None:
-    """The model's class for each class of a data set: (K,) int64, or None if it can't be told.
+def class_numbers(names: list[str] | None, count: int) -> dict[str, int] | None:
+    """The number that each class of a data set has among a model's so many, None if it can't be told.
 
     Classes named by WordNet numbers (n01440764) are ImageNet's; otherwise as many classes as the model has are taken to
     be the same, in the same order.
     """
-    numbers = class_numbers(names or [], model.num_classes)
-    return torch.tensor([*numbers.values()]) if numbers else None
-
-
-def class_numbers(names: list[str], count: int) -> dict[str, int] | None:
-    """The number of each class among so many, None if it can't be told; see `model_classes`."""
+    if not names:
+        return None
     subset = infer_imagenet_subset({"num_classes": count})
     known = {synset: i for i, synset in enumerate(ImageNetInfo(subset).label_names())} if subset else {}
     if all(name in known for name in names):

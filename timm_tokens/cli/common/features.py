@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,13 +85,6 @@ def _read_torch(path: Path) -> Read:
 _READERS = {".npz": (_read_numpy, "NumPy"), ".pt": (_read_torch, "torch"), ".pth": (_read_torch, "torch")}
 
 
-def save_features(path: Path, features: Features) -> None:
-    """Writes a file that is there whole or not at all."""
-    tensors = {"features": features.features.contiguous(), "labels": features.labels}
-    with replacing(path) as partial:
-        save_tensors(partial, tensors, features.metadata)
-
-
 class Source(NamedTuple):
     """A model whose features are wanted.
 
@@ -154,25 +147,19 @@ def cached_features(
             return cached
     net = source.make()
     check_weights(net)
-    transform = eval_transform(net, source.img_size)
+    transform = input_transform(input_config(net, source.img_size))
     features, labels, notes = _extract(net.to(device).eval(), dataset, transform, loading, device)
     metadata |= {"classes": json.dumps(class_names(dataset)), "notes": json.dumps(notes)}
-    save_features(path, made := Features(features, labels, metadata))
+    with replacing(path) as partial:
+        save_tensors(partial, {"features": features.contiguous(), "labels": labels}, metadata)
     tell(notes)
-    return made
-
-
-def eval_transform(net: nn.Module, img_size: int | None) -> Callable:
-    """timm's transform of PIL images for evaluation, to squares of this size; None: the model's own."""
-    return input_transform(input_config(net, img_size))
+    return Features(features, labels, metadata)
 
 
 def _make(options: FeatureOptions) -> nn.Module:
     """The model without its classifier; what merges its tokens is --merger, else its own merger, else its keys."""
-    name, size = options.model, options.img_size
-    net: Any = models.create(name, pretrained=models.by_timm(options), num_classes=0, **models.arguments(options))
-    if options.checkpoint:
-        checkpoints.load(net, options.checkpoint, options.checkpoint_key)
+    size = options.img_size
+    net: Any = models.make_trained(replace(options, img_size=None), num_classes=0)
     if size is not None:
         models.check_size(net, size)
     if size is not None and hasattr(net, "set_input_size"):

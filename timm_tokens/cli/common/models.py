@@ -1,6 +1,7 @@
 """Models for the commands: made by name or as options say, and merged, with one clear line for what can't be."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -35,10 +36,11 @@ def create(name: str | None, **kwargs: Any) -> nn.Module:
     return model
 
 
-def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
+def make_model(options: ModelOptions, *, classifier: bool = False, **kwargs: Any) -> nn.Module:
     """The model that the options name.
 
     Args:
+        classifier: Whether the checkpoint's classifier has to fit, too.
         kwargs: For timm.create_model: num_classes, and what the command needs; the options come first.
     """
     name, path = options.model, options.checkpoint
@@ -51,7 +53,7 @@ def make_model(options: ModelOptions, **kwargs: Any) -> nn.Module:
             raise
         model = create(name, **kwargs)  # a conv net: takes any size
     if path is not None:
-        checkpoints.load(model, path, options.checkpoint_key)
+        checkpoints.load(model, path, options.checkpoint_key, classifier=classifier)
     check_weights(model)
     return model
 
@@ -80,10 +82,15 @@ def weights_of(options: WeightOptions) -> str:
     return "timm's"
 
 
-def by_timm(options: WeightOptions) -> bool:
-    """Whether timm is to load the weights."""
+def make_trained(options: WeightOptions, *, load: bool = True, **kwargs: Any) -> nn.Module:
+    """The model with the weights that the options have to name; not `load`: those of a checkpoint are not loaded yet.
+
+    Args:
+        kwargs: As `make_model` has them.
+    """
     weights_of(options)
-    return options.checkpoint is None and not options.random
+    options = replace(options, pretrained=options.checkpoint is None and not options.random)
+    return make_model(options if load else replace(options, checkpoint=None, checkpoint_key=None), **kwargs)
 
 
 def make_backbone(options: ModelOptions, **kwargs: Any) -> nn.Module:

@@ -8,7 +8,7 @@ auxiliary class token, averaged over heads; then the weights by which each poole
 over channels where these have their own). The maps of a row share one scale that starts at zero.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -72,8 +72,7 @@ def _of_run(folder: Path) -> TokenViT:
 def _by_name(options: Options) -> TokenViT:
     if options.checkpoint is None and not options.random and ":" not in (options.model or ""):
         raise CommandError("give --checkpoint: the weights of a model trained with auxiliary tokens; timm has none")
-    bare = replace(options, checkpoint=None, checkpoint_key=None, pretrained=models.by_timm(options))
-    net = models.make_model(bare)
+    net = models.make_trained(options, load=False)
     if not isinstance(net, TokenViT) or net.aux is None:
         raise CommandError(f"{options.model} has no auxiliary tokens: give a model that has, such as vit_small_mte")
     if options.checkpoint is not None:

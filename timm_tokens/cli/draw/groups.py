@@ -8,7 +8,7 @@ token, outlined and filled with its mean colour. Where the patches of a token do
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,8 +75,8 @@ def _merged(options: Options) -> TokenViT:
         if options.metric is not None:
             raise CommandError("--merger brings what tokens are compared by: leave out --metric")
         return models.with_merger(models.make_model(options), options.merger, options.r)
-    bare = replace(options, checkpoint=None, checkpoint_key=None, pretrained=models.by_timm(options))
-    net = models.merged(models.make_model(bare), 8 if options.r is None else options.r, options.metric)
+    bare = models.make_trained(options, load=False)
+    net = models.merged(bare, 8 if options.r is None else options.r, options.metric)
     if options.checkpoint is not None:
         checkpoints.load_merged(net, options.checkpoint, options.checkpoint_key)
         check_weights(net)

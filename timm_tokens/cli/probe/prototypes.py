@@ -6,10 +6,10 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from timm_tokens.cli.common.features import eval_transform
 from timm_tokens.cli.common.loading import batches
 from timm_tokens.cli.common.runs import Trained
 from timm_tokens.cli.options import LoadingOptions
+from timm_tokens.data import input_config, input_transform
 from timm_tokens.probing import assignment_nmi, ensemble_assignments
 
 
@@ -26,7 +26,7 @@ def nmi_by_tokens(trained: Trained, dataset: Dataset, loading: LoadingOptions, d
     baseline: Any = task.criterion.baseline
     baseline.tau_teacher = task.temperatures[1]
     teacher, baseline = task.teacher.to(device).eval(), baseline.to(device)
-    transform = eval_transform(task.product, trained.source.img_size)
+    transform = input_transform(input_config(task.product, trained.source.img_size))
     rows, labels = [], []
     for batch in tqdm(batches(dataset, transform, loading), desc="prototypes", unit="batch"):
         if batch.images is None:

@@ -12,6 +12,7 @@ other commands. At the end a table compares it with merging by keys, which needs
 --val-split.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_tokens import options as base
 from timm_tokens.cli.common import models
-from timm_tokens.cli.common.datasets import class_names, model_classes, open_split
+from timm_tokens.cli.common.datasets import class_names, class_numbers, open_split
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import WeightOptions
 from timm_tokens.cli.train.augmentation import AugmentationOptions, MixOptions, ViewImage, mixer, transform
@@ -112,11 +113,11 @@ def run(options: Options) -> Result:
 
 def build(options: Options) -> Objective:
     """The task, the images, and what is measured."""
-    model = _model(replace(options, pretrained=models.by_timm(options)))
+    model = _model(options, models.make_trained)
     for name, r in (("--r", options.r), ("--eval-r", options.eval_r), ("--table-r", options.table_r)):
         models.check_r(model, r or (), name)
     train = open_split(options, options.train_split)
-    numbers = _class_numbers(train, model)
+    numbers = class_numbers(class_names(train), model.num_classes) if classifies(model) else None
     if options.target == "labels":
         if numbers is None:
             raise CommandError(
@@ -145,10 +146,10 @@ def build(options: Options) -> Objective:
     return Objective(task, train, evaluate=evaluate, finish=finish, push=partial(_push, options))
 
 
-def _model(options: Options) -> TokenViT:
+def _model(options: Options, make: Callable[..., nn.Module] = models.make_model) -> TokenViT:
     """The model with a merger that learns."""
     settings = {name: getattr(options, name) for name in ("embed_dim", "candidates", "tau1", "tau2")}
-    model = make_student(options)
+    model = make_student(options, make)
     if not (isinstance(model, TokenViT) and model.merger is not None):
         by_keys = options.merger is not None and read_merger(options.merger).config["metric"] == "keys"
         model = apply_dtem_merging(model, options.eval_r, weights=options.merger, **({} if by_keys else settings))
@@ -192,13 +193,6 @@ def make_product(options: Options, state: dict[str, Any]) -> TokenViT:
     model.load_state_dict(weights)
     model.reset_classifier(0)
     return model
-
-
-def _class_numbers(images: Dataset, model: nn.Module) -> dict[str, int] | None:
-    """The model's number of each class of the images; None if it does not classify, or others than theirs."""
-    names = class_names(images)
-    numbers = model_classes(names, model) if classifies(model) else None
-    return None if numbers is None else dict(zip(names or (), numbers.tolist(), strict=True))
 
 
 def _finish(options: Options, val: Dataset | None, labelled: bool, result: Result) -> None:

@@ -110,7 +110,7 @@ def build(options: Options) -> Objective:
 
 def _numbers(names: list[str] | None, count: int) -> dict[str, int] | None:
     """The number of each class among so many; None for a data set whose classes have no names."""
-    numbers = class_numbers(names, count) if names else None
+    numbers = class_numbers(names, count)
     if names and numbers is None:
         raise CommandError(
             f"the labels have {count} classes, but the images are in {len(names)} folders, such as {names[0]!r}, which "
