@@ -27,7 +27,7 @@ from timm_tokens.cli.common.datasets import class_names, class_numbers, open_spl
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import WeightOptions
 from timm_tokens.cli.train.augmentation import AugmentationOptions, MixOptions, ViewImage, mixer, transform
-from timm_tokens.cli.train.images import readable
+from timm_tokens.cli.train.images import open_readable, readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import input_config, input_transform
 from timm_tokens.data.images import as_images
@@ -106,11 +106,6 @@ class Options(MergeOptions, AugmentationOptions, MixOptions, TrainOptions, Weigh
             raise ValueError(f"smoothing needs mixup or cutmix: the labels of other images stay, got {self.smoothing}")
 
 
-def run(options: Options) -> Result:
-    """Train; see `launch`."""
-    return launch("train dtem", options, build)
-
-
 def build(options: Options) -> Objective:
     """The task, the images, and what is measured."""
     model = _model(options, models.make_trained)
@@ -124,7 +119,7 @@ def build(options: Options) -> Objective:
                 f"--target labels needs the model's own classes: it has {model.num_classes}, and the folders in "
                 f"{options.data_dir} are not named after them; fine-tune the model first, or use --target distill"
             )
-        train = open_split(options, options.train_split, class_map=numbers)
+        train = open_split(options, options.train_split, numbers)
     train = readable(train, options, options.train_split)
     config = input_config(model, options.img_size)
     train.transform = ViewImage(transform(options, config, interpolation=config["interpolation"]))
@@ -138,12 +133,15 @@ def build(options: Options) -> Objective:
     evaluate: Accuracy | Fidelity | None = None
     val = None
     if options.val_split:
-        val = readable(open_split(options, options.val_split, class_map=numbers), options, options.val_split)
+        val = open_readable(options, options.val_split, numbers)
         val.transform = input_transform(config)
         loading = (options.batch_size, options.workers)
         evaluate = Accuracy(val, *loading, topk=(1,)) if numbers is not None else Fidelity(val, *loading)
     finish = partial(_finish, options, val, numbers is not None)
     return Objective(task, train, evaluate=evaluate, finish=finish, push=partial(_push, options))
+
+
+run = partial(launch, "train dtem", build)
 
 
 def _model(options: Options, make: Callable[..., nn.Module] = models.make_model) -> TokenViT:

@@ -9,15 +9,15 @@ checkpoint_path=...). The learning rate is for a global batch of 2048 and grows 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from timm_tokens import options as base
 from timm_tokens.cli.common import checkpoints, models
-from timm_tokens.cli.common.datasets import open_split
 from timm_tokens.cli.train.augmentation import CropAndFlip
-from timm_tokens.cli.train.images import readable
+from timm_tokens.cli.train.images import open_readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.cli.train.online import OnlineOptions, neighbours
 from timm_tokens.data import input_config, input_transform
@@ -26,7 +26,6 @@ from timm_tokens.losses.dtm import DISTANCES, GROUPINGS
 from timm_tokens.ops.finite import check_weights
 from timm_tokens.options import changed, option
 from timm_tokens.tasks import DTMTask
-from timm_tokens.training import Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +70,6 @@ class Options(TeacherOptions, CropAndFlip, OnlineOptions, TrainOptions):
     drop_path: float | None = changed(TrainOptions, "drop_path", 0.1)
 
 
-def run(options: Options) -> Result:
-    """Pre-train; see `launch`."""
-    return launch("train dtm", options, build)
-
-
 def build(options: Options) -> Objective:
     """The task and the images; labels are not used."""
     student = make_student(options, num_classes=0)
@@ -87,12 +81,15 @@ def build(options: Options) -> Objective:
         student, _teacher(options), loss, image_size=options.img_size,
         mask_ratio=options.mask_ratio, masked_only=options.masked_only, teacher_head=options.teacher_head,
     )  # fmt: skip
-    train = readable(open_split(options, options.train_split), options, options.train_split)
+    train = open_readable(options, options.train_split)
     size = options.img_size or task.student.vit.image_size
     config = input_config(student, size)
     changes = {"scale": options.scale, "hflip": options.hflip, "color_jitter": options.color_jitter or None}
     train.transform = input_transform(config, is_training=True, **changes)
     return Objective(task, train, evaluate=neighbours(train, options, student, size))
+
+
+run = partial(launch, "train dtm", build)
 
 
 def _teacher(options: Options) -> nn.Module:

@@ -3,16 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from timm_tokens.cli.common.datasets import RECORD, identity, tell
+from timm_tokens.cli.common.datasets import RECORD, identity, open_split, tell
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.data import Images, unreadable
 from timm_tokens.distributed import gather_objects, rank, world_size
 from timm_tokens.files import read_json, write_json
-from timm_tokens.training import Settings
 
 
-def readable(images: Any, settings: Settings, split: str) -> Images:
-    """The images that can be read; the others are named, and noted in the run's folder.
+def open_readable(options: Any, split: str, class_map: dict[str, int] | None = None) -> Images:
+    """What `open_split` opens, and `readable` leaves of it."""
+    return readable(open_split(options, split, class_map), options, split)
+
+
+def readable(images: Any, options: Any, split: str) -> Images:
+    """The images that can be read; the others are named, and noted in the run's folder, for TrainOptions.
 
     Each process checks its share, and all leave out the same. A run that is resumed takes what it noted, as long as
     the files have the same names and sizes: so it goes on with the same images.
@@ -20,14 +24,15 @@ def readable(images: Any, settings: Settings, split: str) -> Images:
     if not isinstance(images, Images):  # a stream, which training refuses
         return images
     found, which = None, identity(images)
-    if settings.resume:
-        kept = read_record(settings.out).get(split, {})
+    if options.resume:
+        kept = read_record(options.out).get(split, {})
         found = kept.get("unreadable") if kept.get("identity") == which else None
     if found is None:
-        found = _check(images, settings.workers)
+        found = _check(images, options.workers)
     images = images.without({int(row): why for row, why in found.items()})
     if rank() == 0:
-        _record(settings.out, split, {"identity": which, "unreadable": found, "left out": images.left_out})
+        noted = {"identity": which, "unreadable": found, "left out": images.left_out}
+        write_json(options.out / RECORD, read_record(options.out) | {split: noted})
         tell(images.notes(), split)
     return images
 
@@ -53,7 +58,3 @@ def _check(images: Images, workers: int) -> dict[str, str]:
     share = range(rank(), len(images), world_size())
     parts = gather_objects(unreadable(images, workers, share, disable=rank() > 0))
     return {str(row): why for part in parts for row, why in part.items()}
-
-
-def _record(folder: Path, split: str, kept: dict) -> None:
-    write_json(folder / RECORD, read_record(folder) | {split: kept})

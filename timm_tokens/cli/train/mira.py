@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from timm_tokens import options as base
-from timm_tokens.cli.common.datasets import open_split
 from timm_tokens.cli.common.models import make_backbone
 from timm_tokens.cli.train.crops import CropOptions, crop_sides, use_crops
-from timm_tokens.cli.train.images import readable
+from timm_tokens.cli.train.images import open_readable
 from timm_tokens.cli.train.objective import Objective, launch, make_student
 from timm_tokens.cli.train.online import OnlineOptions, neighbours
 from timm_tokens.data import MultiCrop, dino_crops, swav_crops
@@ -23,7 +22,6 @@ from timm_tokens.losses import MIRALoss
 from timm_tokens.ops import sinkhorn_assign
 from timm_tokens.options import changed, option
 from timm_tokens.tasks import MIRATask
-from timm_tokens.training import Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +68,6 @@ class Options(ClusterOptions, OnlineOptions, CropOptions):
     local_scale: tuple[float, float] = changed(CropOptions, "local_scale", (0.05, 0.14))
 
 
-def run(options: Options) -> Result:
-    """Pre-train; see `launch`."""
-    return launch("train mira", options, build)
-
-
 def build(options: Options) -> Objective:
     """The task and the images; labels are not used."""
     backbone = make_student(options, make_backbone)
@@ -86,11 +79,13 @@ def build(options: Options) -> Objective:
         beta=options.beta, momentum=options.teacher_momentum, frozen_epochs=options.frozen_epochs,
         crop_by_crop=options.crop_by_crop, publish=options.publish,
     )  # fmt: skip
-    train = open_split(options, options.train_split)
     sides = crop_sides(options, backbone)
     kinds = swav_crops if options.colors == "swav" else dino_crops  # which are BYOL's colours, as MIRA has them
     crops = kinds(*sides, options.local_crops, options.global_scale, options.local_scale)
-    train = readable(train, options, options.train_split)
+    train = open_readable(options, options.train_split)
     augment = use_crops(train, MultiCrop.for_model(backbone, crops, options.interpolation), options)
     evaluate = neighbours(train, options, backbone, options.img_size)
     return Objective(task, train, evaluate=evaluate, augment=augment)
+
+
+run = partial(launch, "train mira", build)

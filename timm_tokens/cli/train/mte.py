@@ -9,24 +9,23 @@ and no auxiliary class tokens, because that measured best; ViTs can have auxilia
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from timm_tokens import blocks
 from timm_tokens import options as base
-from timm_tokens.cli.common.datasets import open_split
 from timm_tokens.cli.common.models import make_backbone
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.train.crops import CropOptions, crop_sides, use_crops
-from timm_tokens.cli.train.images import readable
+from timm_tokens.cli.train.images import open_readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.cli.train.online import OnlineOptions, neighbours
 from timm_tokens.data import Crop, MultiCrop, dino_crops
 from timm_tokens.options import changed, option
 from timm_tokens.parts.aux_tokens import POOL_NORMS, POOL_WEIGHTS, AuxTokens
 from timm_tokens.tasks import MTETask, PooledTokens
-from timm_tokens.training import Result
 from timm_tokens.wrap import add_aux_tokens
 
 TOKENS = ("num_cls", "aux_sees_cls", "aux_sees_aux")  # arguments of auxiliary class tokens
@@ -133,20 +132,17 @@ class Options(LossOptions, TokenOptions, OnlineOptions, CropOptions):
     drop_path: float | None = changed(TrainOptions, "drop_path", 0.1)
 
 
-def run(options: Options) -> Result:
-    """Pre-train; see `launch`."""
-    return launch("train mte", options, build)
-
-
 def build(options: Options) -> Objective:
     """The task, and the images as crops."""
     task = make_task(options)
     base = task.student.encoder.backbone.base
-    images, crops = open_split(options, options.train_split), _crops(options, base)
-    images = readable(images, options, options.train_split)
+    crops, images = _crops(options, base), open_readable(options, options.train_split)
     augment = use_crops(images, MultiCrop.for_model(base, crops, options.interpolation), options)
     evaluate = neighbours(images, options, base, options.img_size)
     return Objective(task, images, evaluate=evaluate, augment=augment)
+
+
+run = partial(launch, "train mte", build)
 
 
 def make_task(options: Options) -> MTETask:

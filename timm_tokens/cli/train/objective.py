@@ -4,7 +4,7 @@ An objective is a module `timm_tokens.cli.train.<name>`, dashes as underscores, 
 
     Options                         a dataclass made of its own options and of TrainOptions
     build(options) -> Objective     the task and the images
-    run(options)                    launch("train <name>", options, build)
+    run                             partial(launch, "train <name>", build)
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -83,9 +83,6 @@ class TrainOptions(ModelOptions, SplitOptions, DeviceOptions, Settings):
     plot: bool = option(False, "draw the losses to curves.png, which needs matplotlib", group="Checkpoints and logs")
 
 
-Made = TypeVar("Made", bound=TrainOptions)
-
-
 def make_student(options: TrainOptions, make: Callable[..., nn.Module] = models.make_model, **kwargs: Any) -> nn.Module:
     """The model to train; `kwargs` are for timm.create_model."""
     if options.drop_path is not None:
@@ -96,7 +93,7 @@ def make_student(options: TrainOptions, make: Callable[..., nn.Module] = models.
     return model
 
 
-def launch(command: str, options: Made, build: Callable[[Made], Objective]) -> Result:
+def launch(command: str, build: Callable[[Any], Objective], options: TrainOptions) -> Result:
     """Train, and write checkpoints, tables and the model into `out`.
 
     Called on several processes of one group, each takes its part.

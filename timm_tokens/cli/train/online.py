@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from timm_tokens import options as base
-from timm_tokens.cli.common.datasets import class_names, open_split
+from timm_tokens.cli.common.datasets import class_names
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.train.images import readable
+from timm_tokens.cli.train.images import open_readable
 from timm_tokens.data import Images, input_config, input_transform
 from timm_tokens.options import option
 from timm_tokens.training.neighbours import Neighbours
@@ -45,7 +45,7 @@ def neighbours(train: Images, options: Any, model: nn.Module, size: Any = None) 
         raise CommandError(
             f"--knn-every needs training images in folders of two classes or more, got {len(names or ())}: leave it out"
         )
-    val = readable(open_split(options, options.val_split), options, options.val_split)
+    val = open_readable(options, options.val_split)
     if class_names(val) != names:
         raise CommandError(f"--knn-every needs the same classes in --train-split and --val-split {options.val_split}")
     known, scored = (images.select(range(len(images))) for images in (train, val))

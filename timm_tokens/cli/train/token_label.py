@@ -8,6 +8,7 @@ the model is trained as an ordinary classifier, with the same augmentation.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from timm_tokens import options as base
 from timm_tokens.cli.common.datasets import class_names, class_numbers, open_split, tell
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.train.augmentation import AugmentationOptions, MixOptions, ViewImage, mixer, transform
-from timm_tokens.cli.train.images import readable
+from timm_tokens.cli.train.images import open_readable, readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import Images, TokenLabelDataset, TokenLabelStore, image_names, input_config, input_transform
 from timm_tokens.data.folders import left_out_lines
@@ -25,7 +26,7 @@ from timm_tokens.distributed import rank
 from timm_tokens.losses import TokenLabelLoss
 from timm_tokens.options import option
 from timm_tokens.tasks import TokenLabelTask
-from timm_tokens.training import Accuracy, Result
+from timm_tokens.training import Accuracy
 from timm_tokens.vit import TokenViT
 from timm_tokens.wrap import token_label_head
 
@@ -70,11 +71,6 @@ class Options(LabelOptions, AugmentationOptions, MixOptions, TrainOptions):
             raise ValueError("mixup and cutmix are for training without labels; with them MixToken takes their place")
 
 
-def run(options: Options) -> Result:
-    """Train; see `launch`."""
-    return launch("train token-label", options, build)
-
-
 def build(options: Options) -> Objective:
     """The task, the images with their labels, and validation by top-1 accuracy."""
     store = None if options.labels is None else TokenLabelStore(options.labels, options.num_classes)
@@ -89,7 +85,7 @@ def build(options: Options) -> Objective:
         store = TokenLabelStore(options.labels, count)  # .pt files don't say how many
     numbers = _numbers(names, count)
     if numbers is not None:
-        train = open_split(options, options.train_split, class_map=numbers)
+        train = open_split(options, options.train_split, numbers)
     model = make_student(options, num_classes=count)
     if store is not None and not (isinstance(model, TokenViT) and model.head is not None):
         model = token_label_head(model)
@@ -102,10 +98,13 @@ def build(options: Options) -> Objective:
     evaluate = None
     train = readable(train, options, options.train_split)
     if options.val_split:
-        val = readable(open_split(options, options.val_split, class_map=numbers), options, options.val_split)
+        val = open_readable(options, options.val_split, numbers)
         val.transform = input_transform(config)
         evaluate = Accuracy(val, options.batch_size, options.workers, topk=(1, 5) if count > 5 else (1,))
     return Objective(task, _training_data(train, store, options, config), evaluate=evaluate)
+
+
+run = partial(launch, "train token-label", build)
 
 
 def _numbers(names: list[str] | None, count: int) -> dict[str, int] | None:
