@@ -1,5 +1,6 @@
 """What features are worth while a model is pre-trained without labels: they are only read to measure it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,12 +36,12 @@ class Neighbours:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """ "knn" and "nmi" of a model that gives features (B, C) for images."""
         device = next(model.parameters()).device
-        known, scored = (_features(model, *each, device) for each in zip(self.loaders, self.sizes, strict=True))
+        known, scored = (features(model, *each, device) for each in zip(self.loaders, self.sizes, strict=True))
         accuracy = knn_accuracy(*known, *scored, [self.k])[self.k]
         return {"knn": 100 * accuracy, "nmi": 100 * _nmi(*scored)}
 
 
-def _features(model: nn.Module, loader: Any, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def features(model: Callable[[Tensor], Tensor], loader: Any, total: int, device: Any) -> tuple[Tensor, Tensor]:
     """Features (N, C) on the device, and classes (N,), of all processes in the order of the images."""
     parts = [(model(images.to(device)).float().cpu(), labels) for images, labels in loader]
     own = tuple(torch.cat(each) for each in zip(*parts, strict=True)) if parts else None

@@ -1,11 +1,12 @@
 """`--protocol`: a paper's linear evaluation, with crops that are augmented anew in each epoch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_tokens import seeding
@@ -15,8 +16,10 @@ from timm_tokens.cli.errors import CommandError
 from timm_tokens.data import Images, input_config, input_transform, unreadable
 from timm_tokens.ops.finite import check_finite, check_weights
 from timm_tokens.probing.protocols import PROTOCOLS, Protocol, Sweep
-from timm_tokens.stopping import outlast_signals
-from timm_tokens.training.batches import SeededDataset
+from timm_tokens.training import Settings
+from timm_tokens.training.batches import plan, step_loader
+from timm_tokens.training.evaluation import part_of
+from timm_tokens.training.neighbours import features
 
 Extract = Callable[[Tensor], Tensor]
 
@@ -58,17 +61,21 @@ def evaluate(source: Source, splits: tuple[Dataset, Dataset], options: Any, devi
     train.transform = input_transform(config, is_training=True, scale=(0.08, 1.0), hflip=0.5, color_jitter=None)
     val.transform = input_transform(config)
     words, extract = features_of(net, protocol)
-    x, labels = _whole(val, extract, options, device)
-    batch = min(options.batch_size, len(train))
-    base = options.lrs or protocol.lrs
-    epochs = options.epochs or protocol.epochs
-    lrs = [lr * batch / protocol.base_size for lr in base]
-    generator, steps = seeding.generator(options.seed), len(train) // batch
-    sweep = Sweep(protocol, x.shape[1], len(class_names(train) or ()) or 1 + int(labels.max()), lrs, epochs, steps,
-                  generator, device)  # fmt: skip
+    with torch.no_grad():
+        x, labels = features(extract, part_of(val, options.batch_size, options.workers), len(val), device)
+    check_finite(features=x)
+    settings = Settings(
+        out=options.out, epochs=options.epochs or protocol.epochs, batch_size=min(options.batch_size, len(train)),
+        seed=options.seed, workers=options.workers, device=device,
+    )  # fmt: skip
+    length, base = plan(train, settings), options.lrs or protocol.lrs
+    batches, steps = step_loader(train, length, settings), length.steps_per_epoch
+    lrs = [lr * settings.batch_size / protocol.base_size for lr in base]
+    sweep = Sweep(protocol, x.shape[1], len(class_names(train) or ()) or 1 + int(labels.max()), lrs, settings.epochs,
+                  steps, seeding.generator(options.seed), device)  # fmt: skip
     accuracy: dict[float, list[float]] = {lr: [] for lr in base}
-    for epoch in tqdm(range(epochs), desc=f"{options.protocol} protocol", unit="epoch"):
-        for images, truth in _batches(train, epoch, batch, options):
+    for _ in tqdm(range(settings.epochs), desc=f"{options.protocol} protocol", unit="epoch"):
+        for ((images, truth),) in islice(batches, steps):
             with torch.no_grad():
                 rows = extract(images.to(device))
             sweep.train(rows.float(), truth.to(device))
@@ -97,24 +104,3 @@ def features_of(net: Any, protocol: Protocol) -> tuple[str, Extract]:
 
     last = "class tokens of the last four blocks" if four else "the last class token and the mean of the patches"
     return last, extract
-
-
-@torch.no_grad()
-def _whole(val: Images, extract: Extract, options: Any, device: str) -> tuple[Tensor, Tensor]:
-    """Features (N, D) on the device, and classes (N,), of the validation images."""
-    loader = DataLoader(val, options.batch_size, num_workers=options.workers, worker_init_fn=outlast_signals)
-    parts = [(extract(images.to(device)).float(), labels) for images, labels in loader]
-    x, labels = (torch.cat(each) for each in zip(*parts, strict=True))
-    check_finite(features=x)
-    return x, labels
-
-
-def _batches(train: Images, epoch: int, batch: int, options: Any) -> Iterator[Any]:
-    """The batches of an epoch, whose order and crops depend on the seed and the epoch alone."""
-    order = torch.randperm(len(train), generator=seeding.generator(options.seed, epoch)).tolist()
-    keys = [[(epoch, row) for row in order[i : i + batch]] for i in range(0, len(order) - batch + 1, batch)]
-    images: Any = SeededDataset(train, options.seed)
-    loader: DataLoader[nn.Module] = DataLoader(
-        images, batch_sampler=keys, num_workers=options.workers, worker_init_fn=outlast_signals
-    )
-    yield from loader
