@@ -49,20 +49,25 @@ def write(out: Path, source: Source, report: Report, plot: bool) -> None:
     rows += [("linear held out", lr, value) for lr, value in report.linear.held_out.items()]
     rows += [("nmi", count, value) for count, value in enumerate(report.nmi or (), start=1)]
     write_csv(out / "probe.csv", ("measure", "setting", "value"), rows)
-    train, val = report.images
+    how = f" of features of {report.images[0]} training images, on which everything was fitted."
+    words = "These are features of centre crops, computed once: the linear accuracy is not comparable with published "
+    words += "figures, which take crops that are augmented in each epoch (`--protocol dino`, `ibot`, `moby` or `mira`)."
+    figure = ["![k-NN, the linear classifier and prototypes](probe.png)"] if plot else []
+    _write_report(out, source, report, how, table(report), words, *figure)
+
+
+def _write_report(out: Path, source: Source, found: Report | Evaluation, how: str, *parts: str) -> None:
+    """Write report.md: which model was measured, `how`, and on what."""
+    val = found.images[1]
     lines = [
         f"# {source.about['model']}",
-        f"Top-1 accuracy on {val} images (standard error up to {50 / val**0.5:.1f} points) of features of {train} "
-        "training images, on which everything was fitted.",
+        f"Top-1 accuracy on {val} images (standard error up to {50 / val**0.5:.1f} points){how}",
         f"Weights: {source.weights}; tokens merged in each block: {source.about['merge_r']}.",
-        *report.notes,
-        table(report),
-        "These are features of centre crops, computed once: the linear accuracy is not comparable with published "
-        "figures, which take crops that are augmented in each epoch (`--protocol dino`, `ibot`, `moby` or `mira`).",
-        "![k-NN, the linear classifier and prototypes](probe.png)" if plot else "",
+        *found.notes,
+        *parts,
     ]
     with replacing(out / "report.md") as partial:
-        partial.write_text("\n\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        partial.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
 
 def draw(path: Path, report: Report) -> None:
@@ -91,13 +96,4 @@ def write_protocol(out: Path, source: Source, found: Evaluation) -> None:
     """Write probe.csv, a row for each learning rate and epoch, and report.md."""
     rows = [(lr, epoch, value) for lr, values in found.accuracy.items() for epoch, value in enumerate(values, start=1)]
     write_csv(out / "probe.csv", ("lr", "epoch", "top1"), rows)
-    train, val = found.images
-    lines = [
-        f"# {source.about['model']}",
-        f"Top-1 accuracy on {val} images (standard error up to {50 / val**0.5:.1f} points), {train} training images.",
-        f"Weights: {source.weights}; tokens merged in each block: {source.about['merge_r']}.",
-        *found.notes,
-        protocol_table(found),
-    ]
-    with replacing(out / "report.md") as partial:
-        partial.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    _write_report(out, source, found, f", {found.images[0]} training images.", protocol_table(found))
