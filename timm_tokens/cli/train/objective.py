@@ -45,7 +45,6 @@ class Objective(NamedTuple):
 
     task: TokenTask
     dataset: Dataset
-    collate: Callable | None = None
     evaluate: Evaluate | None = None
     finish: Callable[[Result], None] | None = None
     push: Callable[[Result, str], None] | None = None
@@ -116,10 +115,7 @@ def launch(command: str, build: Callable[[Any], Objective], options: TrainOption
         built = build(options)
         if process.rank == 0:
             _note(command, options)
-        result = train(
-            built.task, built.dataset, settings,
-            collate=built.collate, evaluate=built.evaluate, augment=built.augment,
-        )  # fmt: skip
+        result = train(built.task, built.dataset, settings, evaluate=built.evaluate, augment=built.augment)
         process.wait()
     if process.rank == 0:
         if options.plot:
@@ -153,9 +149,8 @@ def _draw_curves(folder: Path) -> None:
     """Draw what the tables of a run hold to curves.png."""
     from timm_tokens.drawing import draw_curves, save  # not above: matplotlib is an extra
 
-    save(
-        draw_curves(history.read(folder / history.STEPS), history.read(folder / history.SUMMARY)), folder / "curves.png"
-    )
+    steps, epochs = (history.read(folder / name) for name in (history.STEPS, history.SUMMARY))
+    save(draw_curves(steps, epochs), folder / "curves.png")
 
 
 def _note(command: str, options: TrainOptions) -> None:
