@@ -16,12 +16,9 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]], formats: Sequen
         rows: A value for each column.
         formats: How the values of each column are written, as `format` takes it; empty: as text.
     """
-    cells = [[_cell(value, kind) for value, kind in zip(row, formats or [""] * len(head), strict=True)] for row in rows]
+    formats = formats or [""] * len(head)
+    cells = [["" if x is None else format(x, kind) for x, kind in zip(row, formats, strict=True)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in [list(head), ["---"] * len(head), *cells])
-
-
-def _cell(value: Any, kind: str) -> str:
-    return "" if value is None else format(value, kind)
 
 
 def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -83,16 +82,11 @@ def fill(job: Job, writer: TokenLabelWriter, loading: LoadingOptions, requests: 
             unread |= batch.unread
             if batch.images is not None:
                 maps = job.annotator(batch.images.to(device, non_blocking=True))
-                named = zip((job.names[number] for number in batch.numbers), *maps, strict=True)
-                added += sum(_add(writer, *label) for label in named)
+                for number, values, indices in zip(batch.numbers, *maps, strict=True):
+                    if job.names[number] not in writer:
+                        writer.add(job.names[number], values, indices)
+                        added += 1
             bar.update(len(batch))
             if requests.received:
                 break
     return added, unread
-
-
-def _add(writer: TokenLabelWriter, name: str, values: Tensor, indices: Tensor) -> bool:
-    if name in writer:
-        return False
-    writer.add(name, values, indices)
-    return True

@@ -24,13 +24,9 @@ def folder(path: Path) -> None:
     """Refuse a folder of results that can't be made or written to, before any work is done for it."""
     if path.exists() and not path.is_dir():
         raise CommandError(f"--out {path} is a file: give a folder")
-    _try(next(above for above in (path, *path.absolute().parents) if above.exists()), path)
-
-
-def _try(folder: Path, path: Path) -> None:
+    existing = next(above for above in (path, *path.absolute().parents) if above.exists())
     try:
-        with TemporaryDirectory(dir=folder):
-            return
+        TemporaryDirectory(dir=existing).cleanup()
     except OSError as error:
         raise CommandError(f"can't write to --out {path}: {error.strerror}") from error
 

@@ -37,7 +37,7 @@ def open_dataset(data: str | Path, root: str | Path | None = None, split: str | 
         return open_folder(found or data)
     if not _has_name(str(data)):
         raise CommandError(f"no folder {data}: give a folder with one folder of images per class, {_NAMED}")
-    return create(str(data), root, "train" if split is None else split)
+    return _create(str(data), root, "train" if split is None else split)
 
 
 def _has_name(data: str) -> bool:
@@ -51,7 +51,7 @@ def open_split(options: ImageOptions, split: str, class_map: dict[str, int] | No
     if options.data_dir is None:
         raise CommandError("--data-dir is missing: a folder with train/<class>/ and val/<class>/")
     if _has_name(options.dataset):
-        return create(options.dataset, options.data_dir, split)
+        return _create(options.dataset, options.data_dir, split)
     if options.dataset:
         raise CommandError(f"no data set {options.dataset}: give none, for the images in --data-dir, {_NAMED}")
     root = _find(options.data_dir, split)
@@ -66,11 +66,11 @@ def _find(root: Path, split: str) -> Path | None:
     return next((root / name for name in (split, *names) if name and (root / name).is_dir()), None)
 
 
-def create(name: str, root: str | Path | None, split: str, **options: Any) -> Any:
+def _create(name: str, root: str | Path | None, split: str) -> Any:
     """timm.data.create_dataset as `Images`, or a stream; its refusals become one line."""
     what = " in ".join(str(part) for part in (name, root) if part)
     try:
-        dataset = create_dataset(name, None if root is None else str(root), split=split, search_split=False, **options)
+        dataset = create_dataset(name, None if root is None else str(root), split=split, search_split=False)
     except (AssertionError, OSError, RuntimeError, ValueError, TypeError, ImportError, KeyError) as error:
         raise CommandError(f"no images of {what}, split {split!r}: {str(error) or 'timm has no such set'}") from error
     if not len(dataset):

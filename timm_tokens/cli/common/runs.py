@@ -52,13 +52,12 @@ def load_run(folder: Path) -> Trained:
         raise CommandError(f"the run in {folder} has no checkpoint yet")
     options: Any = build(module.Options, kept)
     options = replace(options, pretrained=False, checkpoint=None, checkpoint_key=None)
-    weights, size = str(found.path), options.img_size
-    about = {"model": options.model, "checkpoint": checkpoints.identity(found.path), "merge_r": "0"}
+    task, make = None, partial(make_backbone, replace(options, checkpoint=found.path))
     if hasattr(module, "make_task"):
         task = module.make_task(options)
         task.load_task_state(found.state["task_state"])
-        return Trained(Source(lambda: task.product, about, weights, size), task)
-    if hasattr(module, "make_product"):
-        return Trained(Source(partial(module.make_product, options, found.state), about, weights, size), None)
-    make = partial(make_backbone, replace(options, checkpoint=found.path))
-    return Trained(Source(make, about, weights, size), None)
+        make = partial(getattr, task, "product")
+    elif hasattr(module, "make_product"):
+        make = partial(module.make_product, options, found.state)
+    about = {"model": options.model, "checkpoint": checkpoints.identity(found.path), "merge_r": "0"}
+    return Trained(Source(make, about, str(found.path), options.img_size), task)

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from timm.data import ImageNetInfo
 from timm.data.readers.class_map import load_class_map
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import to_tensor
 
 from timm_tokens.cli.draw.photo import PictureOptions, check_picture, open_photo
 from timm_tokens.cli.errors import CommandError
@@ -135,7 +135,7 @@ def _cropped(photo: Image.Image, box: tuple[float, ...], flip: bool) -> View:
     corners = (left * w, top * h, (left + width) * w, (top + height) * h)
     pixels = photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=corners)
     where = crop_maps(torch.tensor([box]), torch.tensor([flip]))[0]
-    return View(_colours(ImageOps.mirror(pixels) if flip else pixels), where)
+    return View(to_tensor(ImageOps.mirror(pixels) if flip else pixels), where)
 
 
 def _targets(label: LabelMap, where: Tensor, num_classes: int, size: tuple[int, int]) -> Targets:
@@ -144,14 +144,10 @@ def _targets(label: LabelMap, where: Tensor, num_classes: int, size: tuple[int, 
     return Targets(dense[:, 0], dense[:, 1:].unflatten(1, size))
 
 
-def _colours(image: Image.Image) -> Tensor:
-    return pil_to_tensor(image).float() / 255  # (3, h, w)
-
-
 def _draw(out: Path, photo: Image.Image, view: View, drawn: Drawn, names: Sequence[str]) -> None:
     from timm_tokens.drawing import LabelPanel, draw_label_maps, save  # not above: matplotlib is an extra
 
-    shown = _colours(photo.resize((round(SIDE * photo.width / photo.height), SIDE), Image.Resampling.BICUBIC))
+    shown = to_tensor(photo.resize((round(SIDE * photo.width / photo.height), SIDE), Image.Resampling.BICUBIC))
     corners = (torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 1], [1, 0, 1]]) @ view.map.T)[:, :2]
     panels = [
         LabelPanel("image", shown, corners=corners),

@@ -24,7 +24,7 @@ from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, mak
 from timm_tokens.cli.train.online import OnlineOptions, neighbours
 from timm_tokens.data import Crop, MultiCrop, dino_crops
 from timm_tokens.options import changed, option
-from timm_tokens.parts.aux_tokens import POOL_NORMS, POOL_WEIGHTS, AuxTokens
+from timm_tokens.parts.aux_tokens import POOL_NORMS, POOL_WEIGHTS
 from timm_tokens.tasks import MTETask, PooledTokens
 from timm_tokens.wrap import add_aux_tokens
 
@@ -160,7 +160,9 @@ def _model(options: Options) -> nn.Module:
     model: Any = make_student(options, make_backbone)
     asked = {name: value for name in TOKENS + POOL if (value := getattr(options, name)) is not None}
     if getattr(model, "aux", None) is not None:  # vit_small_mte and the like bring theirs
-        _check_made_with(asked, model.aux, options.model)
+        for name, value in asked.items():
+            if value != (made := model.aux.config[name]):
+                raise CommandError(f"{options.model} was made with {name} = {made}, not {value}: name its base instead")
         return model
     try:
         blocks.check(model, merging=False)
@@ -169,13 +171,6 @@ def _model(options: Options) -> nn.Module:
             raise CommandError(f"{options.model} can't have auxiliary class tokens, only pooled ones") from None
         return PooledTokens(model, **{name: value for name, value in asked.items() if name in POOL})
     return add_aux_tokens(model, **{"num_cls": 0} | asked)
-
-
-def _check_made_with(asked: dict[str, Any], aux: AuxTokens, model: str) -> None:
-    for name, value in asked.items():
-        made = aux.config[name]
-        if value != made:
-            raise CommandError(f"{model} was made with {name} = {made}, not {value}: name its base instead")
 
 
 def _crops(options: Options, base: nn.Module) -> list[Crop]:
