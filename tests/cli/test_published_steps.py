@@ -23,7 +23,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from torchvision.transforms import InterpolationMode
 
-from timm_tokens.cli import recipes as cli_recipes
+from timm_tokens.cli.config import recipe_values
 from timm_tokens.cli.parser import build
 from timm_tokens.recipes import load, names
 from timm_tokens.training import Settings
@@ -216,7 +216,7 @@ def make(folder, objective, name):
     if objective == "dtem":
         given["checkpoint"] = folder / "vit.safetensors"
     recipe, run = load(objective, name), RUNS[objective, name]
-    options = build(module.Options, cli_recipes.values(recipe, given) | given)
+    options = build(module.Options, recipe_values(recipe, given) | given)
     torch.manual_seed(0)
     made = module.build(options)
     settings = Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})

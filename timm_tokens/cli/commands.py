@@ -7,8 +7,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from timm_tokens.cli.config import defaults
 from timm_tokens.cli.errors import CommandError, explained, flush
-from timm_tokens.cli.parser import Parser, build, defaults, flags, parse
+from timm_tokens.cli.parser import Parser, build, flags, parse
 
 # Command `name` is the module `timm_tokens.cli.<name>`, with dots for spaces and underscores for dashes, and has
 #     Options         a dataclass of options, whose module's docstring is the description
@@ -84,19 +85,15 @@ def module_of(command: str) -> ModuleType:
 
 def _table(argv: list[str]) -> None:
     """The help about all commands, or those that start with a word, and what is wrong with another line."""
+    from timm_tokens import __version__  # not above: the package may be importing this module
+
     word = next((f"{argv[0]} " for name in COMMANDS if argv and name.startswith(f"{argv[0]} ")), "")
     names = [name for name in COMMANDS if name.startswith(word)]
     width = max(map(len, names)) + 2
     lines = "\n".join(f"  {name:{width}}{COMMANDS[name]}" for name in names)
     about = "Better and cheaper tokens for the Vision Transformers in timm."
     parser = Parser(f"timm-tokens {word}".strip(), about, f"commands:\n{lines}")
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"timm-tokens {__version__}")
     parser.add_argument("command", metavar="COMMAND", help="one of the commands below; each has its own --help")
     asked = word + parser.parse_known_args(argv[1:] if word else argv)[0].command
     raise CommandError(f"there is no command {asked!r}: choose from {', '.join(names)}")
-
-
-def _version() -> str:
-    from timm_tokens import __version__  # not above: the package may be importing this module
-
-    return f"timm-tokens {__version__}"

@@ -10,8 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, NoReturn, get_type_hints
 
-from timm_tokens.cli import recipes
-from timm_tokens.cli.config import CONFIG, defaults, read_config
+from timm_tokens.cli import config
 from timm_tokens.cli.errors import CommandError, explained
 from timm_tokens.options import Options, kind
 
@@ -52,11 +51,10 @@ def parse(command: str, of: type[Options], argv: Sequence[str], description: str
     if path and wanted:
         raise CommandError("give --config or --recipe, not both: the options of a run hold those of its recipe")
     if given.pop("list_recipes", False):
-        _print_and_exit(recipes.listed(command))
-    recipe = recipes.named(command, wanted)
-    kept = read_config(path, command) if path else defaults(command, given)
+        _print_and_exit(config.listed_recipes(command))
+    kept = config.read_config(path, command) if path else config.defaults(command, given)
     if given.pop("print_config", False):
-        _print_and_exit(recipes.config(of, kept | given, recipe))
+        _print_and_exit(config.listed_options(of, kept | given, config.recipe_named(command, wanted)))
     return build(of, kept | given)
 
 
@@ -110,10 +108,8 @@ def make_parser(command: str, of: type[Options], description: str | None = None)
         for each in members:
             _add(group, each, hints[each.name])
     rare = parser.add_argument_group(RARE) if RARE not in grouped(of) else group
-    rare.add_argument(
-        "--config", type=Path, default=SUPPRESS, metavar="FILE",
-        help=f"take the options from the {CONFIG} of an earlier run; options on the command line win (default: none)",
-    )  # fmt: skip
+    words = f"take the options from the {config.CONFIG} of an earlier run; options on the command line win"
+    rare.add_argument("--config", type=Path, default=SUPPRESS, metavar="FILE", help=f"{words} (default: none)")
     words = "show where in the code an error comes from, to report a bug"
     rare.add_argument("--traceback", action="store_true", default=SUPPRESS, help=words)
     if "recipe" in hints:

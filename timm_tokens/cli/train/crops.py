@@ -1,14 +1,18 @@
 """Global and local crops: the options that several objectives have, and the sides that a backbone can take."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from timm_tokens.cli.common.models import check_size, plain
-from timm_tokens.cli.train.objective import TrainOptions
-from timm_tokens.data import DeviceCrops, Images, MultiCrop
+from timm_tokens.cli.train.images import open_readable
+from timm_tokens.cli.train.objective import Objective, TrainOptions
+from timm_tokens.cli.train.online import neighbours
+from timm_tokens.data import Crop, DeviceCrops, MultiCrop
 from timm_tokens.options import option
+from timm_tokens.tasks import TokenTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +49,11 @@ def crop_sides(options: CropOptions, backbone: nn.Module) -> tuple[int, int]:
     return size, local
 
 
-def use_crops(images: Images, crops: MultiCrop, options: CropOptions) -> DeviceCrops | None:
-    """Let the images be loaded as these crops, or as what the device makes them of; returns what does so there."""
-    made = DeviceCrops(crops) if options.augment_on_device else None
-    images.transform = crops if made is None else made.draw
-    return made
+def on_crops(task: TokenTask, backbone: nn.Module, crops: list[Crop], options: Any) -> Objective:
+    """A task on these crops of the training images, measured as OnlineOptions say; labels are not used to train."""
+    images = open_readable(options, options.train_split)
+    cut = MultiCrop.for_model(backbone, crops, options.interpolation)
+    on_device = DeviceCrops(cut) if options.augment_on_device else None
+    images.transform = cut if on_device is None else on_device.draw
+    evaluate = neighbours(images, options, backbone, options.img_size)
+    return Objective(task, images, evaluate=evaluate, augment=on_device)

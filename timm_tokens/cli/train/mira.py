@@ -13,11 +13,10 @@ from functools import partial
 
 from timm_tokens import options as base
 from timm_tokens.cli.common.models import make_backbone
-from timm_tokens.cli.train.crops import CropOptions, crop_sides, use_crops
-from timm_tokens.cli.train.images import open_readable
+from timm_tokens.cli.train.crops import CropOptions, crop_sides, on_crops
 from timm_tokens.cli.train.objective import Objective, launch, make_student
-from timm_tokens.cli.train.online import OnlineOptions, neighbours
-from timm_tokens.data import MultiCrop, dino_crops, swav_crops
+from timm_tokens.cli.train.online import OnlineOptions
+from timm_tokens.data import dino_crops, swav_crops
 from timm_tokens.losses import MIRALoss
 from timm_tokens.ops import sinkhorn_assign
 from timm_tokens.options import changed, option
@@ -69,7 +68,7 @@ class Options(ClusterOptions, OnlineOptions, CropOptions):
 
 
 def build(options: Options) -> Objective:
-    """The task and the images; labels are not used."""
+    """The task, and the images as crops."""
     backbone = make_student(options, make_backbone)
     swav = options.targets == "sinkhorn"
     tau = options.tau_teacher if options.tau_teacher is not None else 0.05 if swav else 0.225
@@ -82,10 +81,7 @@ def build(options: Options) -> Objective:
     sides = crop_sides(options, backbone)
     kinds = swav_crops if options.colors == "swav" else dino_crops  # which are BYOL's colours, as MIRA has them
     crops = kinds(*sides, options.local_crops, options.global_scale, options.local_scale)
-    train = open_readable(options, options.train_split)
-    augment = use_crops(train, MultiCrop.for_model(backbone, crops, options.interpolation), options)
-    evaluate = neighbours(train, options, backbone, options.img_size)
-    return Objective(task, train, evaluate=evaluate, augment=augment)
+    return on_crops(task, backbone, crops, options)
 
 
 run = partial(launch, "train mira", build)

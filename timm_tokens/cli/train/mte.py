@@ -18,11 +18,10 @@ from timm_tokens import blocks
 from timm_tokens import options as base
 from timm_tokens.cli.common.models import make_backbone
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.train.crops import CropOptions, crop_sides, use_crops
-from timm_tokens.cli.train.images import open_readable
+from timm_tokens.cli.train.crops import CropOptions, crop_sides, on_crops
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
-from timm_tokens.cli.train.online import OnlineOptions, neighbours
-from timm_tokens.data import Crop, MultiCrop, dino_crops
+from timm_tokens.cli.train.online import OnlineOptions
+from timm_tokens.data import Crop, dino_crops
 from timm_tokens.options import changed, option
 from timm_tokens.parts.aux_tokens import POOL_NORMS, POOL_WEIGHTS
 from timm_tokens.tasks import MTETask, PooledTokens
@@ -42,10 +41,7 @@ class LossOptions(base.Options):
     """Loss."""
 
     loss: str = option(
-        "dino",
-        "self-supervised loss to train with",
-        choices=("dino", "ibot", "moby"),
-        aliases=("--objective",),
+        "dino", "self-supervised loss to train with", choices=("dino", "ibot", "moby"), aliases=("--objective",)
     )
     prototypes: int | None = option(
         None, "number of prototypes (default: 65536 for DINO, 8192 for iBOT; MoBY has none)", at_least=1
@@ -102,11 +98,9 @@ class TokenOptions(base.Options):
         choices=POOL_WEIGHTS, rare=True,
     )  # fmt: skip
     pool_norm: str | None = option(
-        None,
-        "normalisation of the pooling weights over the positions (default: softmax)",
-        choices=POOL_NORMS,
+        None, "normalisation of the pooling weights over the positions (default: softmax)", choices=POOL_NORMS,
         rare=True,
-    )
+    )  # fmt: skip
     aux_sees_cls: bool | None = option(
         None, "let auxiliary class tokens attend to the class token (default: they do not)", rare=True
     )
@@ -136,10 +130,7 @@ def build(options: Options) -> Objective:
     """The task, and the images as crops."""
     task = make_task(options)
     base = task.student.encoder.backbone.base
-    crops, images = _crops(options, base), open_readable(options, options.train_split)
-    augment = use_crops(images, MultiCrop.for_model(base, crops, options.interpolation), options)
-    evaluate = neighbours(images, options, base, options.img_size)
-    return Objective(task, images, evaluate=evaluate, augment=augment)
+    return on_crops(task, base, _crops(options, base), options)
 
 
 run = partial(launch, "train mte", build)
