@@ -24,12 +24,9 @@ class ModelOptions(Options):
         "the only ones that fit)", metavar="KEY", rare=True,
     )  # fmt: skip
     img_size: int | None = option(
-        None,
-        "side of the square images in pixels (default: the model's own)",
-        at_least=1,
-        at_most=16384,
+        None, "side of the square images in pixels (default: the model's own)", at_least=1, at_most=16384,
         aliases=("--image-size",),
-    )
+    )  # fmt: skip
     in_chans: int | None = option(
         None, "number of image channels: 3 for colour, 1 for grey (default: the model's own)", choices=(1, 3)
     )

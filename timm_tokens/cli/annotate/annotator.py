@@ -1,13 +1,13 @@
 """The machine annotator of `timm-tokens annotate`: a timm classifier, what it sees of an image, and its label maps."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_tokens.cli.common import models
 from timm_tokens.cli.common.datasets import class_numbers
@@ -85,7 +85,9 @@ def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | 
     """
     classes: dict[str, Any] = {} if options.num_classes is None else {"num_classes": options.num_classes}
     model: Any = models.make_trained(replace(options, img_size=None), classifier=True, **classes)
-    config = _config(model, options.img_size)
+    size = None if options.img_size is None else (options.img_size[0], options.img_size[-1])
+    config = input_config(model, size, use_test_size=True)
+    config |= {"crop_mode": "squash", "crop_pct": 1.0}  # the whole image, because the map is the whole image's
     height, width = config["input_size"][1:]
     try:
         if hasattr(model, "set_input_size") and (height, width) != input_config(model)["input_size"][1:]:
@@ -112,10 +114,3 @@ def _numbers(folders: list[str], count: int) -> tuple[int, ...]:
             f"folders as it has classes, {count}; they are {len(folders)}, such as {folders[:3]}"
         )
     return tuple(numbers.values())
-
-
-def _config(model: nn.Module, img_size: Sequence[int] | None) -> dict:
-    """How images become the model's input: the whole image, squashed, because the map is the whole image's."""
-    size = None if img_size is None else (img_size[0], img_size[-1])
-    config = input_config(model, size, use_test_size=True)
-    return config | {"crop_mode": "squash", "crop_pct": 1.0}

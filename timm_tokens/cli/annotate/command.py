@@ -40,9 +40,7 @@ class Options(AnnotatorOptions, LoadingOptions):
     )  # fmt: skip
     out: Path = option(help="folder for the label store; an unfinished one is continued", positional=True)
     data_dir: Path | None = option(
-        None,
-        "folder that a named data set is kept in, or folder of images (default: none)",
-        metavar="FOLDER",
+        None, "folder that a named data set is kept in, or folder of images (default: none)", metavar="FOLDER"
     )
     split: str | None = option(
         None, "split of a named data set, or folder inside DATASET (default: train; all of DATASET if it has no train)"

@@ -94,8 +94,7 @@ def _measure(options: Options, chosen: list[Setting]) -> list[Row]:
             elapsed = timed(step, options.device)
             if count >= 0:
                 seconds[i].append(elapsed)
-    measured = [options.memory and setting.step != "dropped" for setting in chosen]
-    peaks = [peak_memory(options, setting) if yes else None for setting, yes in zip(chosen, measured, strict=True)]
+    peaks = [peak_memory(options, s) if options.memory and s.step != "dropped" else None for s in chosen]
     if chosen[0].batch == options.batch_size[0]:
         _note_limits(models)
     return [_row(*values, seconds[0]) for values in zip(chosen, models, seconds, peaks, strict=True)]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_tokens.cli.bench.dropping import dropping
 from timm_tokens.cli.common import models
@@ -61,24 +61,21 @@ def build(machine: MachineOptions, setting: Setting) -> nn.Module:
 def make_step(machine: MachineOptions, setting: Setting, model: Any) -> Callable[[], None]:
     """The work to time: a forward pass, or a whole optimisation step."""
     images = torch.randn(setting.batch, *input_config(model, machine.img_size)["input_size"])
-    forward = torch.compile(model) if machine.compile else model
+    forward, dtype = torch.compile(model) if machine.compile else model, getattr(torch, machine.dtype)
     if not model.training:
-        images = images.to(machine.device, getattr(torch, machine.dtype))
+        images = images.to(machine.device, dtype)
         return torch.inference_mode()(lambda: forward(images))
     images, labels = images.to(machine.device), torch.randint(model.num_classes, (setting.batch,)).to(machine.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    return lambda: _train(machine, forward, optimizer, images, labels)
 
+    def train() -> None:
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            loss = nn.functional.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-def _train(
-    machine: MachineOptions, forward: Callable, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
-) -> None:
-    dtype = getattr(torch, machine.dtype)
-    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-        loss = nn.functional.cross_entropy(forward(images), labels)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    return train
 
 
 def on_gpu(device: str | None) -> bool:

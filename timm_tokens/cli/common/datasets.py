@@ -92,10 +92,8 @@ def identity(dataset: Any) -> dict[str, str]:
         files = [(os.path.relpath(path, reader.root), Path(path).stat().st_size) for path, _ in reader.samples]
         return {"data": where, "images": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
     # Data sets with a name do not change; what they print has their split.
-    return {
-        "data": f"{where} {type(reader).__name__} {getattr(reader, 'split', reader)!r}",
-        "images": str(len(dataset)),
-    }
+    what = f"{where} {type(reader).__name__} {getattr(reader, 'split', reader)!r}"
+    return {"data": what, "images": str(len(dataset))}
 
 
 def class_names(dataset: Dataset) -> list[str] | None:

@@ -44,9 +44,7 @@ class Options(PictureOptions, WeightOptions, MergerOptions, DeviceOptions):
         None, "numbers of the blocks to draw, from 1 (default: four, evenly spaced)", at_least=1
     )
     metric: str | None = option(
-        None,
-        "what tokens are compared by (default: as in the model, else learned)",
-        choices=("learned", "keys"),
+        None, "what tokens are compared by (default: as in the model, else learned)", choices=("learned", "keys")
     )
 
 

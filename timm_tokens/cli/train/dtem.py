@@ -123,13 +123,8 @@ def build(options: Options) -> Objective:
     train = readable(train, options, options.train_split)
     config = input_config(model, options.img_size)
     train.transform = ViewImage(transform(options, config, interpolation=config["interpolation"]))
-    task = DTEMTask(
-        model,
-        target=options.target,
-        train=options.train,
-        r=_trained_r(options, model),
-        mixup=mixer(options, model.num_classes, options.smoothing),
-    )
+    mixup = mixer(options, model.num_classes, options.smoothing)
+    task = DTEMTask(model, target=options.target, train=options.train, r=_trained_r(options, model), mixup=mixup)
     evaluate: Accuracy | Fidelity | None = None
     val = None
     if options.val_split:
@@ -165,13 +160,8 @@ def _model(options: Options, make: Callable[..., nn.Module] = models.make_model)
 def _trained_r(options: Options, model: TokenViT) -> int | tuple[int, int] | None:
     """What `DTEMTask` trains with: a number, a range, or None for a calibrated schedule, which the merger has."""
     if options.r is None:
-        return None if _calibrated(model) else usual_r(model, 1.0)
+        return usual_r(model, 1.0) if isinstance(model.merger.r, int) else None
     return options.r[0] if len(options.r) == 1 else (options.r[0], options.r[1])
-
-
-def _calibrated(model: TokenViT) -> bool:
-    """Whether blocks merge numbers of tokens that differ."""
-    return not isinstance(model.merger.r, int)
 
 
 def usual_r(model: TokenViT, share: float) -> int:
@@ -200,7 +190,7 @@ def _finish(options: Options, val: Dataset | None, labelled: bool, result: Resul
     if val is not None:
         loader = DataLoader(as_images(val), options.batch_size, num_workers=options.workers)
         rs: list[Any] = list(options.table_r or sorted({usual_r(model, share) for share in (0.5, 0.75, 1.0)}))
-        rs += [model.merger.r] if _calibrated(model) else []
+        rs += [] if isinstance(model.merger.r, int) else [model.merger.r]
         rows = tradeoff(model, loader, rs, labelled=labelled)
         write_csv(options.out / TABLE, Tradeoff._fields, rows)
         print(table(rows))

@@ -56,10 +56,9 @@ class TrainOptions(ModelOptions, SplitOptions, DeviceOptions, Settings):
     """What all objectives have."""
 
     recipe: str | None = option(
-        None,
-        "published recipe whose values become the defaults; --list-recipes shows them (default: none)",
+        None, "published recipe whose values become the defaults; --list-recipes shows them (default: none)",
         group="Training",
-    )
+    )  # fmt: skip
     model: str = option(help="name of a model in timm or in this package")
     run_dir: Path | None = option(
         None, "folder of an earlier run, to start from its model and weights, at any --img-size "
