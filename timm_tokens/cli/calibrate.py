@@ -54,11 +54,7 @@ class Options(WeightOptions, MergerOptions, ImageOptions, LoadingOptions):
 
 
 def run(options: Options) -> tuple[int, ...]:
-    """Calibrate, print the schedule and a table, and write the merger with its schedule.
-
-    Returns:
-        The schedule.
-    """
+    """Calibrate, print the schedule, which is returned, and a table, and write the merger with its schedule."""
     options = replace(options, device=checks.device(options.device))
     checks.folder(options.out)
     model = _model(options).to(options.device).eval()

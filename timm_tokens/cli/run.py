@@ -27,10 +27,9 @@ class Options(BaseOptions):
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Run the script as `python SCRIPT ARGUMENTS` would; what it raises, its exit included, passes through.
+    """Run the script as `python SCRIPT ARGUMENTS` would, and return its global variables.
 
-    Returns:
-        The script's global variables.
+    What it raises, its exit included, passes through.
     """
     script = options.script
     if not script.is_file():

@@ -16,9 +16,8 @@ from pathlib import Path
 from timm_tokens.cli.annotate.annotator import AnnotatorOptions, make_annotator
 from timm_tokens.cli.annotate.job import Job, fill, prepare
 from timm_tokens.cli.annotate.summary import Summary, describe, summarise
-from timm_tokens.cli.common import checks
+from timm_tokens.cli.common import checks, models
 from timm_tokens.cli.common.datasets import RECORD, class_names, open_dataset, tell
-from timm_tokens.cli.common.models import weights_of
 from timm_tokens.cli.common.processes import joined
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions
@@ -35,8 +34,7 @@ class Options(AnnotatorOptions, LoadingOptions):
 
     dataset: str = option(
         "", "folder with one folder of images per class, or name of a data set that timm knows, such as torch/cifar10; "
-        "not needed where --data-dir is the folder of images",
-        positional=True,
+        "not needed where --data-dir is the folder of images", positional=True,
     )  # fmt: skip
     out: Path = option(help="folder for the label store; an unfinished one is continued", positional=True)
     data_dir: Path | None = option(
@@ -67,7 +65,7 @@ def run(options: Options) -> Summary:
         unread = dict(process.gather([*unread.items()]))  # which waits for all to have written
         summary = summarise(job, annotated)
     if process.rank == 0:
-        print(f"Weights: {weights_of(options)}. {describe(summary, annotator)}")
+        print(f"Weights: {models.weights_of(options)}. {describe(summary, annotator)}")
     if isinstance(dataset, Images):
         dataset = dataset.without(unread)
         if process.rank == 0:
@@ -82,10 +80,10 @@ def _annotate(job: Job, options: Options) -> tuple[int, dict[int, str]]:
     Raises:
         Stopped: By a signal; what is done is in shards.
     """
-    rank, classes = job.process.rank, job.annotator.num_classes
+    rank = job.process.rank
     with listening() as requests, together(requests):
         prepare(job, options)
-        with TokenLabelWriter(job.out, classes, shard_size=options.shard_size, part=rank) as writer:
+        with TokenLabelWriter(job.out, job.annotator.num_classes, shard_size=options.shard_size, part=rank) as writer:
             done = fill(job, writer, options, requests)
         if requests.received:
             stopped = Stopped(requests.received, f"{job.out} has all maps so far; to go on, run the same again")

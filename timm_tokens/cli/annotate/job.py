@@ -44,10 +44,9 @@ def _settings(annotator: Annotator, options: AnnotatorOptions) -> dict:
     """What decides the maps: a folder holds those of one setting."""
     config = {name: annotator.config[name] for name in ("input_size", "interpolation", "mean", "std")}
     settings = {"model": options.model, "weights": annotator.digest(), "top": annotator.top}
-    settings["classes"] = annotator.num_classes
-    if annotator.kept is not None:
-        settings["kept"] = annotator.kept
-    return json.loads(json.dumps(settings | config))  # tuples become lists, as they are when read
+    kept = {} if annotator.kept is None else {"kept": annotator.kept}
+    settings |= {"classes": annotator.num_classes} | kept | config
+    return json.loads(json.dumps(settings))  # tuples become lists, as they are when read
 
 
 def _keep(folder: Path, settings: dict) -> None:
@@ -76,9 +75,8 @@ def fill(job: Job, writer: TokenLabelWriter, loading: LoadingOptions, requests: 
         todo = [*range(todo[0] - todo[0] % loading.batch_size, todo[0]), *todo]
     device, added = job.process.device, 0
     unread: dict[int, str] = {}
-    pin = device.startswith("cuda")
     with tqdm(total=len(todo), unit="image", disable=job.process.rank > 0) as bar:
-        for batch in batches(job.dataset, job.annotator.transform, loading, todo, pin_memory=pin):
+        for batch in batches(job.dataset, job.annotator.transform, loading, todo, device.startswith("cuda")):
             unread |= batch.unread
             if batch.images is not None:
                 maps = job.annotator(batch.images.to(device, non_blocking=True))

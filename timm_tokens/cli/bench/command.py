@@ -48,11 +48,7 @@ class Options(MachineOptions):
 
 
 def run(options: Options) -> list[Row]:
-    """Measure, print the table, and write it with a plot under `out`.
-
-    Returns:
-        The table's rows, for each batch size the base's first.
-    """
+    """Measure, print the table, and write it with a plot under `out`; of each batch size the base's row comes first."""
     options = replace(options, device=checks.device(options.device))
     if options.out is not None:
         checks.folder(options.out)

@@ -37,11 +37,7 @@ class Options(PictureOptions, RunOptions, WeightOptions):
 
 
 def run(options: Options) -> Looks:
-    """Write the picture.
-
-    Returns:
-        What it shows, for a batch of one.
-    """
+    """Write the picture, and return what it shows, for a batch of one."""
     check_picture(options.out)
     photo, block = open_photo(options.image), options.block
     if (options.run_dir is None) == (options.model is None):

@@ -49,17 +49,15 @@ class Options(PictureOptions, WeightOptions, MergerOptions, DeviceOptions):
 
 
 def run(options: Options) -> list[Panel]:
-    """Write the picture.
-
-    Returns:
-        What it shows, one panel per block.
-    """
+    """Write the picture, and return what it shows: one panel per block."""
     check_picture(options.out)
     photo, device = open_photo(options.image), checks.device(options.device)
     net = _merged(options)
     blocks = _check_blocks(options.blocks, depth=len(net.base.blocks))
     pixels, shown = as_seen(net, photo)
-    panels = [_panel(net.to(device), pixels.to(device), block) for block in blocks]
+    net, pixels = net.to(device), pixels.to(device)
+    groups = [net.token_groups(pixels, block)[0].cpu() for block in blocks]
+    panels = [Panel(block, found, len(found.unique())) for block, found in zip(blocks, groups, strict=True)]
     from timm_tokens.drawing import draw_groups, save  # not above: matplotlib is an extra
 
     titled = {f"after block {p.block}": p.groups[None] for p in panels}
@@ -79,11 +77,6 @@ def _merged(options: Options) -> TokenViT:
         checkpoints.load_merged(net, options.checkpoint, options.checkpoint_key)
         check_weights(net)
     return net
-
-
-def _panel(net: TokenViT, pixels: Tensor, block: int) -> Panel:
-    groups = net.token_groups(pixels, block)[0].cpu()
-    return Panel(block, groups, len(groups.unique()))
 
 
 def _check_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:

@@ -69,11 +69,7 @@ class Options(FeatureOptions, ImageOptions, LoadingOptions):
 
 
 def run(options: Options) -> list[Comparison]:
-    """Measure, print a table, and write `fewshot.csv`, `methods.csv` and `fewshot.png` into `out`.
-
-    Returns:
-        A `Comparison` for every number of shots and every classifier.
-    """
+    """Measure every number of shots with every classifier, print a table, and write it and a plot into `out`."""
     checks.plot(options.plot, "or pass --no-plot")
     if bool(options.features) == bool(options.model and options.data_dir):
         raise CommandError("pass either --features FILE, or --model NAME with --data-dir FOLDER")
