@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from timm_tokens.cli import call
-from timm_tokens.cli.fewshot.report import table
+from timm_tokens.cli.fewshot import table
 from timm_tokens.fewshot import compare
 
 
