@@ -12,7 +12,7 @@ import gpu
 from families import MERGEABLE
 from references import Dropping, ToMe, in_turns, ratio
 
-from timm_tokens.cli.bench.dropping import dropping
+from timm_tokens.cli.bench.timing import dropping
 
 
 @torch.no_grad()
