@@ -36,26 +36,34 @@ def create(name: str | None, **kwargs: Any) -> nn.Module:
     return model
 
 
-def make_model(options: ModelOptions, *, classifier: bool = False, **kwargs: Any) -> nn.Module:
+def make_model(options: ModelOptions, *, classifier: bool = False, any_size: bool = False, **kwargs: Any) -> nn.Module:
     """The model that the options name.
 
     Args:
         classifier: Whether the checkpoint's classifier has to fit, too.
+        any_size: Whether a ViT is to take images of all sizes, as conv nets do.
         kwargs: For timm.create_model: num_classes, and what the command needs; the options come first.
     """
-    name, path = options.model, options.checkpoint
+    path = options.checkpoint
     kwargs |= {"pretrained": options.pretrained and path is None} | arguments(options)
-    sized = {} if options.img_size is None else {"img_size": options.img_size}
-    try:
-        model = create(name, **kwargs | sized)
-    except CommandError as error:
-        if not sized or "unexpected keyword argument 'img_size'" not in str(error):
-            raise
-        model = create(name, **kwargs)  # a conv net: takes any size
+    sizes: dict[str, Any] = {} if options.img_size is None else {"img_size": options.img_size}
+    sizes |= {"dynamic_img_size": True} if any_size else {}
+    model = _create_sized(options.model, sizes, kwargs)
     if path is not None:
         checkpoints.load(model, path, options.checkpoint_key, classifier=classifier)
     check_weights(model)
     return model
+
+
+def _create_sized(name: str | None, sizes: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+    """`create`, without those arguments about sizes that the model does not know: conv nets take any size."""
+    try:
+        return create(name, **kwargs | sizes)
+    except CommandError as error:
+        known = {size: x for size, x in sizes.items() if f"unexpected keyword argument '{size}'" not in str(error)}
+        if known == sizes:
+            raise
+    return _create_sized(name, known, kwargs)
 
 
 def arguments(options: ModelOptions) -> dict[str, Any]:
@@ -95,12 +103,7 @@ def make_trained(options: WeightOptions, *, load: bool = True, **kwargs: Any) ->
 
 def make_backbone(options: ModelOptions, **kwargs: Any) -> nn.Module:
     """The model without a classifier; a ViT so that it takes crops of all sizes."""
-    try:
-        return make_model(options, num_classes=0, dynamic_img_size=True, **kwargs)
-    except CommandError as error:
-        if "unexpected keyword argument 'dynamic_img_size'" not in str(error):
-            raise
-        return make_model(options, num_classes=0, **kwargs)
+    return make_model(options, any_size=True, num_classes=0, **kwargs)
 
 
 def merged(model: nn.Module, r: int | Sequence[int], metric: str | None = None, default: str = "learned") -> TokenViT:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from timm_tokens import options as base
-from timm_tokens.cli.common import checkpoints, models
+from timm_tokens.cli.common import models
+from timm_tokens.cli.options import ModelOptions
 from timm_tokens.cli.train.augmentation import CropAndFlip
 from timm_tokens.cli.train.images import open_readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
@@ -23,7 +22,6 @@ from timm_tokens.cli.train.online import OnlineOptions, neighbours
 from timm_tokens.data import input_config, input_transform
 from timm_tokens.losses import DTMLoss
 from timm_tokens.losses.dtm import DISTANCES, GROUPINGS
-from timm_tokens.ops.finite import check_weights
 from timm_tokens.options import changed, option
 from timm_tokens.tasks import DTMTask
 
@@ -72,13 +70,15 @@ class Options(TeacherOptions, CropAndFlip, OnlineOptions, TrainOptions):
 
 def build(options: Options) -> Objective:
     """The task and the images; labels are not used."""
-    student = make_student(options, num_classes=0)
+    student, path = make_student(options, num_classes=0), options.teacher_checkpoint
+    key = None if path is None else options.teacher_checkpoint_key
+    teacher = ModelOptions(model=options.teacher, pretrained=True, checkpoint=path, checkpoint_key=key)
     loss = DTMLoss(
         options.distance, draws=options.draws, max_rounds=options.max_rounds, min_tokens=options.min_tokens,
         normalize_target=options.normalize_target, grouping=options.grouping,
     )  # fmt: skip
     task = DTMTask(
-        student, _teacher(options), loss, image_size=options.img_size,
+        student, models.make_model(teacher, classifier=options.teacher_head), loss, image_size=options.img_size,
         mask_ratio=options.mask_ratio, masked_only=options.masked_only, teacher_head=options.teacher_head,
     )  # fmt: skip
     train = open_readable(options, options.train_split)
@@ -90,12 +90,3 @@ def build(options: Options) -> Objective:
 
 
 run = partial(launch, "train dtm", build)
-
-
-def _teacher(options: Options) -> nn.Module:
-    path = options.teacher_checkpoint
-    model = models.create(options.teacher, pretrained=path is None)
-    if path is not None:
-        checkpoints.load(model, path, options.teacher_checkpoint_key, classifier=options.teacher_head)
-    check_weights(model)
-    return model
