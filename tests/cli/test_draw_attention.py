@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm_tokens import add_aux_tokens, apply_dtem_merging
 from timm_tokens.cli import call, main
 from timm_tokens.cli.draw import attention
-from timm_tokens.cli.draw.looks import looks
+from timm_tokens.cli.draw.attention import looks
 
 # timm's data sets leave the closing of their files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
