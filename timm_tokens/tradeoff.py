@@ -72,9 +72,9 @@ def tradeoff(
     """
     merger, was = merger_of(model.eval()), model.merger.r
     plain = TokenViT(model.base, head=model.head).eval()
-    ways = [_Way("none", plain, None, 0)]
+    ways = [_Way("none", plain, 0)]
     for name, net in _mergers(model, merger).items():
-        ways += [_Way(name, net, net.merger, each) for each in r]
+        ways += [_Way(name, net, each) for each in r]
     device = next(model.parameters()).device
     try:
         for batch in batches:
@@ -103,7 +103,6 @@ class _Way:
 
     name: str
     net: TokenViT
-    merger: TokenMerger | None
     r: Any
     images: int = 0
     seconds: float = 0.0
@@ -114,13 +113,14 @@ class _Way:
 
     def run(self, images: Tensor) -> tuple[Tensor, features.Tokens]:
         """Logits, or pooled features, and tokens; the time for the former counts."""
-        if self.merger is not None:
-            self.merger.r = self.r
+        merger = self.net.merger
+        if merger is not None:
+            merger.r = self.r
         if not self.images:
-            encode(self.net.base, images, merger=self.merger)  # to warm up
+            encode(self.net.base, images, merger=merger)  # to warm up
         _synchronize(images)
         start = time.perf_counter()
-        stream, trace = encode(self.net.base, images, merger=self.merger)
+        stream, trace = encode(self.net.base, images, merger=merger)
         logits = class_logits(self.net.base, self.net.head, self.net.base.norm(stream.x), stream.size, trace)
         _synchronize(images)
         self.seconds += time.perf_counter() - start
@@ -133,7 +133,7 @@ class _Way:
             return None if count is None else 100 * count / self.images
 
         r = self.r if isinstance(self.r, int) else " ".join(map(str, self.r))
-        flops = costs.flops(schedule_of(self.merger, len(self.net.base.blocks), self.r))
+        flops = costs.flops(schedule_of(self.net.merger, len(self.net.base.blocks), self.r))
         return Tradeoff(
             self.name, str(r), self.net.token_counts(self.r, image_size)[-1],
             flops / 1e9, self.images / self.seconds,
