@@ -75,11 +75,8 @@ def run(options: Options) -> Summary:
 
 
 def _annotate(job: Job, options: Options) -> tuple[int, dict[int, str]]:
-    """Fill the store: how many images this process annotated, and by their numbers why others can't be read.
-
-    Raises:
-        Stopped: By a signal; what is done is in shards.
-    """
+    """Fill the store: how many images this process annotated, and by their numbers why others can't be read. A signal
+    stops it, with what is done in shards."""
     rank = job.process.rank
     with listening() as requests, together(requests):
         prepare(job, options)

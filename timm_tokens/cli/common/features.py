@@ -130,12 +130,7 @@ def cached_features(
 ) -> Features:
     """Features of all the images of a data set that can be read, from the cache when it has them; the others are named.
 
-    Args:
-        cache_dir: Where feature files are kept; each is named after the model and all that decides its content.
-        dataset: Images, without a transform.
-        source: The model that gives the features.
-        loading: How to load the images.
-        device: Where to compute.
+    Files in the cache are named after the model and all that decides their content.
     """
     metadata = source.about | {"img_size": str(source.img_size)} | identity(dataset)
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:12]

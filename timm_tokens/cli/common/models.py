@@ -91,11 +91,7 @@ def weights_of(options: WeightOptions) -> str:
 
 
 def make_trained(options: WeightOptions, *, load: bool = True, **kwargs: Any) -> nn.Module:
-    """The model with the weights that the options have to name; not `load`: those of a checkpoint are not loaded yet.
-
-    Args:
-        kwargs: As `make_model` has them.
-    """
+    """`make_model` with the weights that the options have to name; not `load`: of a checkpoint they are not loaded."""
     weights_of(options)
     options = replace(options, pretrained=options.checkpoint is None and not options.random)
     return make_model(options if load else replace(options, checkpoint=None, checkpoint_key=None), **kwargs)
@@ -107,11 +103,7 @@ def make_backbone(options: ModelOptions, **kwargs: Any) -> nn.Module:
 
 
 def merged(model: nn.Module, r: int | Sequence[int], metric: str | None = None, default: str = "learned") -> TokenViT:
-    """The model with r tokens merged in each block.
-
-    Args:
-        metric: What tokens are compared by; None: as the model's own merger does, or `default` if it has none.
-    """
+    """The model with r tokens merged in each block; metric None: as its own merger has it, or `default` without one."""
     if isinstance(model, TokenViT) and model.merger is not None and metric in (None, model.merger.metric):
         model.merger.r = r
         net = model

@@ -35,11 +35,7 @@ class Trained(NamedTuple):
 
 
 def load_run(folder: Path) -> Trained:
-    """What a run trained, from its last checkpoint.
-
-    Args:
-        folder: `--out` of `timm-tokens train`; its images may be gone.
-    """
+    """What the run in a folder trained, from its last checkpoint; the run's images may be gone."""
     path = folder / CONFIG
     if not path.is_file():
         raise CommandError(f"no run of timm-tokens train in {folder}: there is no {path}")

@@ -30,13 +30,9 @@ class OnlineOptions(base.Options):
 
 
 def neighbours(train: Images, options: Any, model: nn.Module, size: Any = None) -> Neighbours | None:
-    """The k-NN evaluation that --knn-every asks for, None without it.
+    """The k-NN evaluation that --knn-every asks for, on images of this size; None without it.
 
-    Args:
-        train: The training images, all of which can be read; their own transform is not used.
-        options: The options of the run: OnlineOptions and TrainOptions.
-        model: The model that is trained.
-        size: Side of the images in pixels, or (height, width); None: the model's own.
+    The training images' own transform is not used for it. The options are those of the run: OnlineOptions among them.
     """
     if options.knn_every is None:
         return None
