@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms import Compose
 
 from timm_tokens.cli.options import LoadingOptions
 from timm_tokens.data import read_image
@@ -41,23 +41,13 @@ def batches(
     loading["worker_init_fn"] = outlast_signals
     if isinstance(dataset, IterableDataset):
         stream: Any = dataset
-        stream.transform, count = _Upright(transform), 0
+        stream.transform, count = Compose([to_rgb, transform]), 0
         for images, labels in DataLoader(stream, **loading):
             yield Batch(list(range(count, count + len(labels))), images, labels.tolist(), {})
             count += len(labels)
         return
     chosen = range(len(dataset)) if chosen is None else chosen
     yield from DataLoader(_Images(dataset, transform, chosen), collate_fn=_collate, **loading)
-
-
-class _Upright:
-    """A transform of images that are read by others."""
-
-    def __init__(self, transform: Callable):
-        self.transform = transform
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.transform(to_rgb(image))
 
 
 class _Images(Dataset):

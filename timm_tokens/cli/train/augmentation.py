@@ -1,10 +1,11 @@
 """How the images of one view are augmented: the options that several objectives have, and their transform."""
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from timm.data import Mixup
-from torch import Tensor
+from torchvision.transforms import Compose
 
 from timm_tokens.data import TokenLabelTransform
 from timm_tokens.options import Options, option
@@ -50,11 +51,6 @@ def transform(options: AugmentationOptions, config: dict[str, Any], **more: Any)
     )  # fmt: skip
 
 
-class ViewImage:
-    """The image alone of what a `TokenLabelTransform` gives."""
-
-    def __init__(self, transform: TokenLabelTransform):
-        self.transform = transform
-
-    def __call__(self, image: Any) -> Tensor:
-        return self.transform(image).image
+def image_alone(views: TokenLabelTransform) -> Compose:
+    """The transform that gives the image alone of each view."""
+    return Compose([views, attrgetter("image")])

@@ -26,7 +26,7 @@ from timm_tokens.cli.common import models
 from timm_tokens.cli.common.datasets import class_names, class_numbers, open_split
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import WeightOptions
-from timm_tokens.cli.train.augmentation import AugmentationOptions, MixOptions, ViewImage, mixer, transform
+from timm_tokens.cli.train.augmentation import AugmentationOptions, MixOptions, image_alone, mixer, transform
 from timm_tokens.cli.train.images import open_readable, readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import input_config, input_transform
@@ -122,7 +122,7 @@ def build(options: Options) -> Objective:
         train = open_split(options, options.train_split, numbers)
     train = readable(train, options, options.train_split)
     config = input_config(model, options.img_size)
-    train.transform = ViewImage(transform(options, config, interpolation=config["interpolation"]))
+    train.transform = image_alone(transform(options, config, interpolation=config["interpolation"]))
     mixup = mixer(options, model.num_classes, options.smoothing)
     task = DTEMTask(model, target=options.target, train=options.train, r=_trained_r(options, model), mixup=mixup)
     evaluate: Accuracy | Fidelity | None = None

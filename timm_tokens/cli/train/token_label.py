@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from timm_tokens import options as base
 from timm_tokens.cli.common.datasets import class_names, class_numbers, open_split, tell
 from timm_tokens.cli.errors import CommandError
-from timm_tokens.cli.train.augmentation import AugmentationOptions, MixOptions, ViewImage, mixer, transform
+from timm_tokens.cli.train.augmentation import AugmentationOptions, MixOptions, image_alone, mixer, transform
 from timm_tokens.cli.train.images import open_readable, readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import Images, TokenLabelDataset, TokenLabelStore, image_names, input_config, input_transform
@@ -119,24 +119,20 @@ def _numbers(names: list[str] | None, count: int) -> dict[str, int] | None:
 
 
 def _training_data(train: Images, store: TokenLabelStore | None, options: Options, config: dict[str, Any]) -> Dataset:
+    """The training images; with a store those that have a label, and their labels. The others are named."""
     views = transform(options, config, ratio=options.ratio, crop_last=options.crop_last)
     if store is None:
-        train.transform = ViewImage(views)
+        train.transform = image_alone(views)
         return train
-    labelled = TokenLabelDataset(_labelled(train, store), store, views)
+    missing = {row: "" for row, name in enumerate(image_names(train)) if name not in store}
+    train = train.without(missing, why := f"no label in {store.folder}: timm-tokens annotate makes them")
+    if rank() == 0 and missing:
+        tell(left_out_lines({why: train.left_out[why]}))
+    labelled = TokenLabelDataset(train, store, views)
     share = labelled.others_share(store.num_classes)
     if share > 0.5 and rank() == 0:
         print(
             f"warning: the labels leave {share:.0%} of a cell's probability to the classes that they do not name, on "
             "average, and training learns little from them: make them again with timm-tokens annotate"
         )
-    return labelled
-
-
-def _labelled(train: Images, store: TokenLabelStore) -> Images:
-    """The images that have a label; the others are named."""
-    missing = {row: "" for row, name in enumerate(image_names(train)) if name not in store}
-    labelled = train.without(missing, why := f"no label in {store.folder}: timm-tokens annotate makes them")
-    if rank() == 0 and missing:
-        tell(left_out_lines({why: labelled.left_out[why]}))
     return labelled
