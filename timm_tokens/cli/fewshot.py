@@ -110,13 +110,13 @@ def _open(options: Options) -> tuple[Source, Dataset]:
 
 def _compare(x: Tensor, labels: Tensor, shots: int, options: Options) -> list[Comparison]:
     """Every number of shots starts from the seed, so that leaving one out does not change the others."""
-    what = {"ways": options.ways, "queries": options.queries, "episodes": options.episodes}
     esfr = ESFR(options.nets, options.dropout, support_weight=options.support_weight)
     rectified = partial(bd_cspn, temperature=options.bd_temperature, normalized=options.bd_normalized)
     chosen = {name: rectified if name == "bd_cspn" else CLASSIFIERS[name] for name in options.classifiers}
     return compare(
-        x, labels, shots=shots, esfr=esfr, generator=torch.Generator().manual_seed(options.seed),
-        progress=partial(tqdm, desc=f"{shots}-shot", unit="block"), classifiers=chosen, **what,
+        x, labels, ways=options.ways, shots=shots, queries=options.queries, episodes=options.episodes, esfr=esfr,
+        generator=torch.Generator().manual_seed(options.seed), classifiers=chosen,
+        progress=partial(tqdm, desc=f"{shots}-shot", unit="block"),
     )  # fmt: skip
 
 

@@ -28,7 +28,9 @@ def readable(images: Any, options: Any, split: str) -> Images:
         kept = read_record(options.out).get(split, {})
         found = kept.get("unreadable") if kept.get("identity") == which else None
     if found is None:
-        found = _check(images, options.workers)
+        share = range(rank(), len(images), world_size())
+        parts = gather_objects(unreadable(images, options.workers, share, disable=rank() > 0))
+        found = {str(row): why for part in parts for row, why in part.items()}
     images = images.without({int(row): why for row, why in found.items()})
     if rank() == 0:
         noted = {"identity": which, "unreadable": found, "left out": images.left_out}
@@ -51,10 +53,3 @@ def read_record(folder: Path) -> dict[str, dict]:
 def count_unreadable(folder: Path) -> int:
     """How many images were left out of a run because they can't be read."""
     return sum(len(split["unreadable"]) for split in read_record(folder).values())
-
-
-def _check(images: Images, workers: int) -> dict[str, str]:
-    """Why images can't be read, by their numbers, of all processes."""
-    share = range(rank(), len(images), world_size())
-    parts = gather_objects(unreadable(images, workers, share, disable=rank() > 0))
-    return {str(row): why for part in parts for row, why in part.items()}
