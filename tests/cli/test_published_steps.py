@@ -526,7 +526,7 @@ def test_images_of_classifiers(built):
         ("token-label", "lvvit-s", 224), ("token-label", "lvvit-m", 224), ("token-label", "lvvit-l", 224),
         ("token-label", "lvvit-s-384", 384), ("dtem", "dtem", 224),
     ):  # fmt: skip
-        transform = built[objective, name].dataset.transform.transform
+        transform = built[objective, name].dataset.transform.transforms[0]
         assert (transform.size, transform.scale, transform.ratio) == ((size, size), (0.08, 1), (3 / 4, 4 / 3)), name
         assert (transform.hflip, transform.vflip) == (0.5, 0)
         assert (transform.steps[-1] == transform._crop) == (objective == "token-label")

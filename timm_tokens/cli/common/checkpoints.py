@@ -26,12 +26,12 @@ def identity(path: Path) -> str:
 
 
 def load_merged(model: TokenViT, path: Path, key: str | None = None) -> None:
-    """Load a checkpoint of the plain ViT or of the whole TokenViT, whose classifier is of no matter here."""
+    """Load a checkpoint of the plain ViT or of the whole TokenViT that merges; its classifier is of no matter here."""
     weights = read_weights(path, model, key)
-    if model.merger is not None and model.merger.embed is None:
+    if model.merger.embed is None:
         weights = {name: value for name, value in weights.items() if not name.startswith("merger.")}
     _fill(model, weights, path)
-    if not _whole(weights) and model.merger is not None:
+    if not _whole(weights):
         model.merger.reset_parameters(model.base)  # to start as the keys that were loaded
 
 
