@@ -6,11 +6,12 @@ the same assignment.
 
 import argparse
 import platform
-import time
+from functools import partial
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from references import in_turns, ratio
 from torch import Tensor
 
 from timm_tokens.ops import mira_assign
@@ -44,17 +45,11 @@ def main() -> None:
             atol=1e-6,
             rtol=1e-3,
         )
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(args.pairs + 2):  # in turn, so that what disturbs one disturbs the other; the first two warm up
-            for form, kept in zip((elementwise, mira_assign), times, strict=True):
-                start = time.perf_counter()
-                form(logits, args.tau, beta)
-                kept.append(1e3 * (time.perf_counter() - start))
-        slow, fast = times[0][2:], times[1][2:]
-        ratio = median(s / f for s, f in zip(slow, fast, strict=True))
+        times = in_turns([partial(form, logits, args.tau, beta) for form in (elementwise, mira_assign)], args.pairs)
+        slow, fast = (1e3 * median(each) for each in times)
         print(
-            f"B = {b}, K = {k}, 30 iterations, beta {beta:.2f}: elementwise {median(slow):.1f} ms, "
-            f"mira_assign {median(fast):.1f} ms, x {ratio:.2f}"
+            f"B = {b}, K = {k}, 30 iterations, beta {beta:.2f}: elementwise {slow:.1f} ms, mira_assign {fast:.1f} ms, "
+            f"x {ratio(*times):.2f}"
         )
 
 

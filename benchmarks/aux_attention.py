@@ -6,7 +6,6 @@ tokens attend without a mask, the auxiliary ones to all keys, in two calls. Both
 
 import argparse
 import platform
-import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -14,6 +13,7 @@ from statistics import median
 import timm
 import torch
 import torch.nn.functional as F
+from references import in_turns, ratio
 from torch import Tensor, nn
 
 from timm_tokens.ops import aux_attention_mask
@@ -55,16 +55,10 @@ def main() -> None:
         "masked": partial(step, masked, x),
         "streams": partial(step, streams, x),
     }
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(options.rounds + 2):  # the first two warm up
-        for name, form in forms.items():
-            start = time.perf_counter()
-            form()
-            times[name].append(1e3 * (time.perf_counter() - start))
+    times = dict(zip(forms, in_turns(list(forms.values()), options.rounds), strict=True))
     print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, a block of {options.model}")
     for name, taken in times.items():
-        ratio = median(t / base for t, base in zip(taken[2:], times["without"][2:], strict=True))
-        print(f"{name:8s} {median(taken[2:]):7.1f} ms   x {ratio:.3f}")
+        print(f"{name:8s} {1e3 * median(taken):7.1f} ms   x {ratio(taken, times['without']):.3f}")
 
 
 if __name__ == "__main__":

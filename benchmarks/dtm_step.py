@@ -7,24 +7,19 @@ morphing costs.
 
 import argparse
 import platform
-import time
 from collections.abc import Callable
 from statistics import median
 
 import timm
 import torch
+from references import in_turns
 
 from timm_tokens.losses import DTMLoss
 from timm_tokens.tasks import DTMTask
 
 
 def seconds(function: Callable[[], object], repeats: int) -> list[float]:
-    times = []
-    for _ in range(repeats + 1):  # the first warms up
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return times[1:]
+    return in_turns([function], repeats, warm_up=1)[0]
 
 
 def main() -> None:

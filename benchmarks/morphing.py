@@ -6,12 +6,12 @@ features in every round and at the end. Both forms must give the same groups, lo
 
 import argparse
 import platform
-import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from references import in_turns, ratio
 from torch import Tensor
 
 from timm_tokens.losses.dtm import dtm_loss
@@ -53,14 +53,9 @@ def gradient(loss: Callable[..., Tensor], student: Tensor, *args: object) -> Ten
 
 def compare(name: str, slow: Callable[[], object], fast: Callable[[], object], pairs: int) -> None:
     """Time the two in turn, so that what disturbs one disturbs the other; print medians and the median ratio."""
-    slow_times, fast_times = [], []
-    for _ in range(pairs + 2):  # the first two warm up
-        for function, times in [(slow, slow_times), (fast, fast_times)]:
-            start = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - start))
-    ratio = median(s / f for s, f in zip(slow_times[2:], fast_times[2:], strict=True))
-    print(f"{name:24s} {median(slow_times[2:]):8.1f} ms {median(fast_times[2:]):8.1f} ms   x {ratio:.2f}", flush=True)
+    times = in_turns([slow, fast], pairs)
+    slow_ms, fast_ms = (1e3 * median(each) for each in times)
+    print(f"{name:24s} {slow_ms:8.1f} ms {fast_ms:8.1f} ms   x {ratio(*times):.2f}", flush=True)
 
 
 def main() -> None:
