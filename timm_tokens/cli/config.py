@@ -47,7 +47,7 @@ def defaults(command: str, given: dict[str, Any]) -> dict[str, Any]:
         run = _model_of(Path(given["run_dir"]))
         if clash := [name for name in ("model", "checkpoint", "pretrained") if given.get(name)]:
             raise CommandError(f"give --run or --{clash[0]}, not both: a run names its model and its weights")
-    size = {name: run.pop(name) for name in ("img_size",) if name in run}
+    size = {"img_size": run.pop("img_size")} if "img_size" in run else {}
     return size | (recipe_values(recipe, given | run) if recipe else {}) | run
 
 
@@ -99,6 +99,5 @@ def listed_options(of: type[Options], values: dict[str, Any], recipe: recipes.Re
 
 
 def _yaml(value: Any) -> str:
-    plain = list(value) if isinstance(value, tuple) else value
-    plain = plain if isinstance(plain, int | float | str | list | dict | None) else str(plain)
+    plain = json.loads(json.dumps(value, default=str))  # tuples become lists, and paths text
     return yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n").strip()
