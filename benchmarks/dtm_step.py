@@ -14,6 +14,7 @@ import timm
 import torch
 from references import in_turns
 
+from timm_tokens.data import input_config
 from timm_tokens.losses import DTMLoss
 from timm_tokens.tasks import DTMTask
 
@@ -31,8 +32,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="of the loss")
     args = parser.parse_args()
     torch.manual_seed(0)
-    task = DTMTask(timm.create_model(args.student, num_classes=0), timm.create_model(args.teacher))
-    images, step = torch.randn(args.batch_size, 3, 224, 224), iter(range(10**6))
+    teacher = timm.create_model(args.teacher)
+    task = DTMTask(timm.create_model(args.student, num_classes=0), teacher)
+    size = input_config(teacher)["input_size"]
+    images, step = torch.randn(args.batch_size, *size), iter(range(10**6))
 
     def whole() -> None:
         task.start_step(next(step), 10**6, 10**6)

@@ -354,6 +354,14 @@ def test_torchvisions_data_sets_are_named_by_number(arguments, images):
     assert "00000014" in TokenLabelStore(arguments["out"])
 
 
+def test_streams_have_no_names_for_their_maps(arguments, images, monkeypatch):
+    stream = timm.data.IterableImageDataset(str(images), reader=[])
+    monkeypatch.setattr("timm_tokens.cli.annotate.command.open_dataset", lambda *_: stream)
+    with pytest.raises(CommandError, match="streams of images have none"):
+        call("annotate", **arguments)
+    assert not arguments["out"].exists()
+
+
 def test_folders_named_as_imagenets_classes_are_those(tmp_path):
     for name in ("n02102040", "n01440764"):
         (tmp_path / "train" / name).mkdir(parents=True)

@@ -263,6 +263,8 @@ def test_draw_takes_a_merger(trained, images, weights, tmp_path):
     assert panels[-1].tokens == 16 - 6
     with pytest.raises(CommandError, match="leave out --metric"):
         call("draw", out=tmp_path / "c.png", merger=str(trained[1]), metric="keys", **given)
+    with pytest.raises(CommandError, match=r"which weights\? Give --pretrained"):
+        call("draw", out=tmp_path / "c.png", merger=str(trained[1]), **given | {"checkpoint": None})
 
 
 def test_probe_takes_a_merger_and_a_run(trained, images, weights, tmp_path):

@@ -27,6 +27,7 @@ from timm_tokens.data import input_config, input_transform, unreadable
 from timm_tokens.data.reading import check_indexed
 from timm_tokens.merger_file import NAME, save_merger
 from timm_tokens.options import option
+from timm_tokens.stopping import outlast_signals
 from timm_tokens.tradeoff import table, tradeoff
 from timm_tokens.vit import TokenViT
 from timm_tokens.wrap import smallest_r
@@ -62,7 +63,8 @@ def run(options: Options) -> tuple[int, ...]:
     constant = smallest_r(model, options.flops_ratio)
     schedule = calibrate(model, chosen, options.flops_ratio, max_blocks=options.max_blocks)
     size = (chosen.shape[-2], chosen.shape[-1])
-    share = model.flops(image_size=size) / model.flops(0, image_size=size)
+    costs = model.costs(size)
+    share = costs.flops(schedule) / costs.flops((0,) * len(schedule))
     print(f"Weights: {models.weights_of(options)}. r = {' '.join(map(str, schedule))}: {share:.1%} of the FLOPs")
     if others is not None:
         rows = tradeoff(model, others.split(options.batch_size), [constant, schedule])
@@ -97,7 +99,7 @@ def _images(options: Options, model: TokenViT) -> tuple[Tensor, Tensor | None]:
             f"{max(len(images) - options.images, 0) or 'none'} for the table.", file=sys.stderr,
         )  # fmt: skip
     images.transform = input_transform(input_config(model, options.img_size))
-    loader = DataLoader(images, options.batch_size, num_workers=options.workers)
+    loader = DataLoader(images, options.batch_size, num_workers=options.workers, worker_init_fn=outlast_signals)
     read = torch.cat([batch for batch, _ in loader]).to(options.device)
     chosen, others = read[: options.images], read[options.images :]
     return chosen, others if len(others) else None

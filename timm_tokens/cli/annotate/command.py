@@ -21,7 +21,8 @@ from timm_tokens.cli.common.datasets import RECORD, class_names, open_dataset, t
 from timm_tokens.cli.common.processes import joined
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions
-from timm_tokens.data import Images, TokenLabelWriter, image_names
+from timm_tokens.data import TokenLabelWriter, image_names
+from timm_tokens.data.reading import check_indexed
 from timm_tokens.files import write_json
 from timm_tokens.options import option
 from timm_tokens.peers import together
@@ -58,6 +59,7 @@ def run(options: Options) -> Summary:
         raise CommandError(f"DATASET {options.dataset} is a folder already: leave out --data-dir")
     with joined(options.device) as process:
         dataset = open_dataset(options.dataset or str(options.data_dir), options.data_dir, options.split)
+        check_indexed(dataset)  # a stream's images have no names by which to find their maps
         folders = (class_names(dataset) or []) if options.folder_classes else None
         annotator = make_annotator(options, process.device, folders)
         job = Job(options.out, dataset, image_names(dataset), annotator, process)
@@ -66,11 +68,9 @@ def run(options: Options) -> Summary:
         summary = summarise(job, annotated)
     if process.rank == 0:
         print(f"Weights: {models.weights_of(options)}. {describe(summary, annotator)}")
-    if isinstance(dataset, Images):
         dataset = dataset.without(unread)
-        if process.rank == 0:
-            tell(dataset.notes())
-            write_json(options.out / RECORD, {"left out": dataset.left_out})
+        tell(dataset.notes())
+        write_json(options.out / RECORD, {"left out": dataset.left_out})
     return summary
 
 

@@ -70,7 +70,7 @@ def _merged(options: Options) -> TokenViT:
     if options.merger is not None:
         if options.metric is not None:
             raise CommandError("--merger brings what tokens are compared by: leave out --metric")
-        return models.with_merger(models.make_model(options), options.merger, options.r)
+        return models.with_merger(models.make_trained(options), options.merger, options.r)
     bare = models.make_trained(options, load=False)
     net = models.merged(bare, 8 if options.r is None else options.r, options.metric)
     if options.checkpoint is not None:

@@ -35,6 +35,7 @@ from timm_tokens.hub import push_merger_to_hub
 from timm_tokens.merger_file import NAME, read_merger, save_merger
 from timm_tokens.options import changed, option
 from timm_tokens.outputs import classifies
+from timm_tokens.stopping import outlast_signals
 from timm_tokens.tables import write_csv
 from timm_tokens.tasks import DTEMTask
 from timm_tokens.tradeoff import Tradeoff, table, tradeoff
@@ -188,7 +189,9 @@ def _finish(options: Options, val: Dataset | None, labelled: bool, result: Resul
     model: Any = result.model
     rows: list[Tradeoff] = []
     if val is not None:
-        loader = DataLoader(as_images(val), options.batch_size, num_workers=options.workers)
+        loader = DataLoader(
+            as_images(val), options.batch_size, num_workers=options.workers, worker_init_fn=outlast_signals
+        )
         rs: list[Any] = list(options.table_r or sorted({usual_r(model, share) for share in (0.5, 0.75, 1.0)}))
         rs += [] if isinstance(model.merger.r, int) else [model.merger.r]
         rows = tradeoff(model, loader, rs, labelled=labelled)
