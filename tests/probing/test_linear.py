@@ -37,12 +37,12 @@ def test_learning_rates_trained_at_once_equal_torchs_one_by_one(weight_decay):
     x, labels = data(50)
     x = (x - x.mean(0)) / x.std(0)
     rates = [0.01, 0.1, 1.0]
-    batches = linear._batches(torch.arange(50), 5, 16, torch.Generator().manual_seed(3))
-    weight, bias = linear._sgd(x, labels, batches, 4, rates, 0.9, weight_decay)
+    classifiers = linear.Classifiers(torch.zeros(10, 4), rates, momentum=0.9, weight_decay=weight_decay)
+    classifiers.fit(x, labels, torch.arange(50), 5, 16, torch.Generator().manual_seed(3))
     for i, lr in enumerate(rates):
         net = torch_sgd(x, labels, lr, 5, 16, 0.9, weight_decay, seed=3)
-        torch.testing.assert_close(weight[:, i].mT, net.weight.detach(), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(bias[i], net.bias.detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(classifiers.weight[:, i].mT, net.weight.detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(classifiers.bias[i], net.bias.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_learns_what_is_linear_and_picks_a_rate_that_can():

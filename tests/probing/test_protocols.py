@@ -31,11 +31,11 @@ def test_steps_are_those_of_torchs_sgd(name):
         protocol = protocol._replace(warmup_epochs=1)
     x, labels = torch.randn(12, 5), torch.arange(12) % 3
     sweep = Sweep(protocol, 5, 3, lrs, epochs=4, steps_per_epoch=2, generator=torch.Generator().manual_seed(1))
-    assert 0.005 < sweep.classifiers.weight.std() < 0.02
+    assert 0.005 < sweep.weight.std() < 0.02
     models = []
     for number, lr in enumerate(lrs):
         layer = nn.Linear(5, 3)
-        layer.weight.data, layer.bias.data = sweep.classifiers.weight[:, number].T.clone(), torch.zeros(3)
+        layer.weight.data, layer.bias.data = sweep.weight[:, number].T.clone(), torch.zeros(3)
         models.append((layer, torch.optim.SGD(layer.parameters(), lr, momentum=0.9, nesterov=protocol.nesterov), lr))
     for step in range(8):
         batch = slice(6 * (step % 2), 6 * (step % 2) + 6)
@@ -48,7 +48,7 @@ def test_steps_are_those_of_torchs_sgd(name):
             optimizer.step()
         sweep.train(x[batch], labels[batch])
     for number, (layer, *_) in enumerate(models):
-        torch.testing.assert_close(sweep.classifiers.weight[:, number], layer.weight.T)
+        torch.testing.assert_close(sweep.weight[:, number], layer.weight.T)
         assert sweep.accuracies(x, labels)[number] == (layer(x).argmax(1) == labels).float().mean()
 
 

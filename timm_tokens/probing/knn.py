@@ -44,14 +44,11 @@ def knn_accuracy(
     if not k or min(k) < 1 or max(k) > len(train_features):
         raise ValueError(f"k must lie in [1, {len(train_features)}], the number of training features, got {tuple(k)}")
     right = dict.fromkeys(k, 0)
-    for chunk, truth in _chunks(features, labels, max(1, _BUDGET // len(train_features))):
+    size = max(1, _BUDGET // len(train_features))
+    for chunk, truth in zip(features.split(size), labels.split(size), strict=True):
         for count, votes in _votes(train_features, train_labels, chunk, sorted(set(k)), temperature):
             right[count] += int((votes.argmax(-1).cpu() == truth.cpu()).sum())
     return {count: hits / len(features) for count, hits in right.items()}
-
-
-def _chunks(features: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(features.split(size), labels.split(size), strict=True)
 
 
 def _votes(

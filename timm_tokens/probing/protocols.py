@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from timm_tokens.probing.linear import Classifiers
@@ -53,8 +52,8 @@ PROTOCOLS = {
 }  # fmt: skip
 
 
-class Sweep:
-    """Linear classifiers of the same features, one for each of L learning rates, trained side by side by SGD.
+class Sweep(Classifiers):
+    """The classifiers of a protocol, with its schedule.
 
     Args:
         protocol: What they are trained by.
@@ -70,40 +69,22 @@ class Sweep:
         self, protocol: Protocol, dim: int, num_classes: int, lrs: Sequence[float], epochs: int, steps_per_epoch: int,
         generator: torch.Generator, device: str = "cpu",
     ):  # fmt: skip
-        self.protocol, self.epochs, self.steps_per_epoch, self.step = protocol, epochs, steps_per_epoch, 0
-        weight = 0.01 * torch.randn(dim, 1, num_classes, generator=generator).expand(-1, len(lrs), -1)
-        self.classifiers = Classifiers(weight.to(device).clone(), torch.zeros(len(lrs), num_classes, device=device))
-        self.velocity = Classifiers(*(torch.zeros_like(p) for p in self.classifiers))
-        self.rates = torch.tensor(lrs, device=device)[:, None]  # (L, 1)
+        weight = 0.01 * torch.randn(dim, num_classes, generator=generator)
+        super().__init__(weight.to(device), lrs, nesterov=protocol.nesterov, smoothing=protocol.smoothing)
+        self.protocol, self.epochs, self.steps_per_epoch, self.done = protocol, epochs, steps_per_epoch, 0
 
     def schedule(self) -> float:
         """The share of the learning rates in the next step."""
         warmup = self.protocol.warmup_epochs * self.steps_per_epoch
         if not warmup:
-            done = self.step // self.steps_per_epoch / self.epochs
-        elif self.step < warmup:
-            return self.step / warmup
+            share = self.done // self.steps_per_epoch / self.epochs
+        elif self.done < warmup:
+            return self.done / warmup
         else:
-            done = (self.step - warmup) / max(1, self.epochs * self.steps_per_epoch - warmup)
-        return (1 + math.cos(math.pi * done)) / 2
+            share = (self.done - warmup) / max(1, self.epochs * self.steps_per_epoch - warmup)
+        return (1 + math.cos(math.pi * share)) / 2
 
     def train(self, x: Tensor, labels: Tensor) -> None:
         """A step on features (B, D) with classes (B,)."""
-        parameters = [p.requires_grad_() for p in self.classifiers]
-        logits = self.classifiers(x).flatten(0, 1)  # (B L, K)
-        target = labels.repeat_interleave(len(self.rates))
-        loss = F.cross_entropy(logits, target, label_smoothing=self.protocol.smoothing) * len(self.rates)
-        gradients = torch.autograd.grad(loss, parameters)
-        share = self.schedule()
-        with torch.no_grad():
-            for p, moving, gradient in zip(parameters, self.velocity, gradients, strict=True):
-                moving.mul_(0.9).add_(gradient)
-                p.sub_(share * self.rates * (gradient + 0.9 * moving if self.protocol.nesterov else moving))
-        self.step += 1
-
-    @torch.no_grad()
-    def accuracies(self, x: Tensor, labels: Tensor) -> list[float]:
-        """Top-1 accuracy of each classifier on features (N, D), between 0 and 1."""
-        pairs = zip(x.split(1024), labels.to(x.device).split(1024), strict=True)
-        right = torch.stack([(self.classifiers(a).argmax(-1) == b[:, None]).sum(0) for a, b in pairs])
-        return (right.sum(0).double() / len(x)).tolist()
+        self.step(x, labels, self.schedule())
+        self.done += 1
