@@ -51,20 +51,20 @@ def write_json(path: Path, data: Any) -> None:
         partial.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "delete it") -> dict[str, Any]:
     """What `write_json` wrote of a dict; empty if there is no such file.
 
     Raises:
-        ValueError: It is something else; names the file.
+        ValueError: It is something else; names the file, and what to do.
     """
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is corrupt ({error}): delete it") from error
+        raise ValueError(f"{path} is corrupt ({error}): {remedy}") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} is corrupt (it holds a {type(data).__name__}): delete it")
+        raise ValueError(f"{path} is corrupt (it holds a {type(data).__name__}): {remedy}")
     return data
 
 

@@ -1,10 +1,9 @@
 """The index of a label store: what its maps are, and which files they are in."""
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from timm_tokens.files import write_json
+from timm_tokens.files import read_json, write_json
 
 INDEX = "index.json"
 FORMAT = "timm-tokens label store"
@@ -28,44 +27,32 @@ class Index(NamedTuple):
 
 
 def read_index(folder: Path) -> Index | None:
-    """The index of a store; None if there is none.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: The index is malformed; names the file, and says what is wrong.
-    """
+    """The index of a store, None if there is none; a malformed one is a ValueError that names the file."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no label store in {folder}: there is no such folder")
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path, remedy = folder / INDEX, "delete it and run the writer again"
+    if not path.exists():
         return None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is corrupt ({error}): delete it and run the writer again") from error
-    if not isinstance(index, dict):
-        raise ValueError(f"{path} must hold the index of a label store, got a {type(index).__name__}")
+    index = read_json(path, remedy)
     if index.get("format") != FORMAT or index.get("version") != VERSION:
         raise ValueError(
             f"{path} must be of format {FORMAT!r}, version {VERSION}, "
             f"got {index.get('format')!r}, version {index.get('version')}"
         )
-    return _checked(path, index)
+    try:
+        return _parsed(index)
+    except ValueError as error:
+        raise ValueError(f"{path} is corrupt ({error}): {remedy}") from None
 
 
 def write_index(folder: Path, index: Index) -> None:
     """Put an index in the place of the one that is there."""
-    shards = [{name: value for name, value in entry._asdict().items() if value is not None} for entry in index.shards]
     stored = {"format": FORMAT, "version": VERSION, "num_classes": index.num_classes, "shape": index.shape}
-    write_json(folder / INDEX, stored | {"shards": shards})
+    write_json(folder / INDEX, stored | {"shards": [entry._asdict() for entry in index.shards]})
 
 
 def shard_path(folder: Path, entry: ShardEntry) -> Path:
-    """The path of a shard in the index, whole by its size.
-
-    Raises:
-        ValueError: It is missing, of another size, or a link to a place outside the folder.
-    """
+    """The path of a shard in the index, which is there, in the folder itself, and whole by its size."""
     path = folder / entry.file
     if not path.is_file():
         raise ValueError(f"label shard {path} is in the index but missing: copy it again, or delete {INDEX} and resume")
@@ -76,37 +63,32 @@ def shard_path(folder: Path, entry: ShardEntry) -> Path:
     return path
 
 
-def _checked(path: Path, index: dict[str, Any]) -> Index:
+def _parsed(index: dict[str, Any]) -> Index:
     """The index with every value of the type and in the range that it must have."""
-    given: Any = (index.get(name) for name in ("num_classes", "shape", "shards"))
+    given: Any = (index.get(name) for name in Index._fields)
     num_classes, shape, shards = given
-    wrong = None
     if not _count(num_classes):
-        wrong = f"num_classes must be a number from 1 on, got {num_classes!r}"
-    elif shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(map(_count, shape))):
-        wrong = f"shape must be [top, H, W] or null, got {shape!r}"
-    elif not isinstance(shards, list):
-        wrong = f"shards must be a list, got {shards!r}"
-    else:
-        wrong = next((_wrong_entry(shard) for shard in shards if _wrong_entry(shard)), None)
-    if wrong is not None:
-        raise ValueError(f"{path} is corrupt ({wrong}): delete it and run the writer again")
-    entries = tuple(ShardEntry(shard["file"], shard["bytes"], shard.get("digest")) for shard in shards)
-    return Index(num_classes, None if shape is None else tuple(shape), entries)
+        raise ValueError(f"num_classes must be a number from 1 on, got {num_classes!r}")
+    if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(map(_count, shape))):
+        raise ValueError(f"shape must be [top, H, W] or null, got {shape!r}")
+    if not isinstance(shards, list):
+        raise ValueError(f"shards must be a list, got {shards!r}")
+    entries, sides = tuple(_parsed_entry(shard) for shard in shards), cast(Any, shape and tuple(shape))
+    return Index(num_classes, sides, entries)
 
 
-def _wrong_entry(shard: Any) -> str | None:
-    """What is wrong with an entry; names of other folders' files are, too."""
+def _parsed_entry(shard: Any) -> ShardEntry:
     if not isinstance(shard, dict):
-        return f"a shard must be an object, got {shard!r}"
-    file, size, digest = (shard.get(name) for name in ("file", "bytes", "digest"))
+        raise ValueError(f"a shard must be an object, got {shard!r}")
+    given: Any = (shard.get(name) for name in ShardEntry._fields)
+    file, size, digest = given
     if not (isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\:\0")):
-        return f"a shard's file must be the name of a .safetensors file in the folder itself, got {file!r}"
+        raise ValueError(f"a shard's file must be the name of a .safetensors file in the folder itself, got {file!r}")
     if not _count(size):
-        return f"the bytes of {file!r} must be a number from 1 on, got {size!r}"
+        raise ValueError(f"the bytes of {file!r} must be a number from 1 on, got {size!r}")
     if not isinstance(digest, str | None):
-        return f"the digest of {file!r} must be text, got {digest!r}"
-    return None
+        raise ValueError(f"the digest of {file!r} must be text, got {digest!r}")
+    return ShardEntry(file, size, digest)
 
 
 def _count(value: Any) -> bool:
