@@ -1,8 +1,8 @@
 """The journal of a label writer: maps that are not in a shard yet, each safe from the moment it is appended."""
 
+import math
 import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,12 +38,19 @@ class LabelJournal:
     def recover(self) -> list[tuple[str, LabelMap]]:
         """All whole records; what follows the last one is cut off."""
         self._file.seek(0)
-        data = self._file.read()
-        records, end = [], 0
-        for name, label, place in _records(data):
-            records.append((name, label))
-            end = place
-        self._file.truncate(end)
+        data, start, records = bytearray(self._file.read()), 0, []  # a bytearray, because tensors are writable
+        while start + _HEAD.size <= len(data):
+            checksum, length, *shape = _HEAD.unpack_from(data, start)
+            name = start + _HEAD.size
+            values = name + length
+            indices, end = values + 2 * math.prod(shape), values + 6 * math.prod(shape)
+            if end > len(data) or zlib.crc32(memoryview(data)[start + 4 : end]) != checksum:
+                break
+            parts = (values, indices, torch.float16), (indices, end, torch.int32)
+            label = LabelMap(*(torch.frombuffer(data[a:b], dtype=dtype).view(shape) for a, b, dtype in parts))
+            records.append((data[name:values].decode(), label))
+            start = end
+        self._file.truncate(start)
         return records
 
     def clear(self) -> None:
@@ -56,23 +63,3 @@ class LabelJournal:
         self._file.close()
         if empty:
             path.unlink()
-
-
-def _records(data: bytes) -> Iterator[tuple[str, LabelMap, int]]:
-    """Whole records of a journal with the place where each ends."""
-    start = 0
-    while start + _HEAD.size <= len(data):
-        checksum, length, *shape = _HEAD.unpack_from(data, start)
-        cells = shape[0] * shape[1] * shape[2]
-        values = start + _HEAD.size + length
-        indices, end = values + 2 * cells, values + 6 * cells
-        if end > len(data) or zlib.crc32(memoryview(data)[start + 4 : end]) != checksum:
-            return
-        name = data[start + _HEAD.size : values].decode()
-        parts = (values, indices, torch.float16), (indices, end, torch.int32)
-        yield name, LabelMap(*(_tensor(data[a:b], dtype).view(shape) for a, b, dtype in parts)), end
-        start = end
-
-
-def _tensor(data: bytes, dtype: torch.dtype) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype)  # a bytearray, because tensors are writable

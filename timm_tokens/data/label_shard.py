@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from timm_tokens.data.label_format import LabelMap
-from timm_tokens.data.label_index import FORMAT
+from timm_tokens.data.label_index import FORMAT, ShardEntry
 
 _DIRECTORY = ("keys", "names", "name_ends", "checksums")
 
@@ -41,11 +41,7 @@ class Shard(NamedTuple):
         return bytes(self.names[self.name_ends[row] : self.name_ends[row + 1]]).decode()
 
     def label(self, row: int) -> LabelMap:
-        """The map of a row.
-
-        Raises:
-            ValueError: It is not what was written; names the shard and the image.
-        """
+        """The map of a row; one that is not what was written is a ValueError."""
         # Copies: a view would keep the whole shard's mapping alive, and pickle it.
         label = LabelMap(self.values[row].clone(), self.indices[row].clone())
         if self.checksums is not None and checksum(label) != self.checksums[row]:
@@ -84,11 +80,7 @@ def write_shard(path: Path, labels: dict[str, LabelMap]) -> None:
 def load_shard(path: Path, digest: str | None = None) -> Shard:
     """Memory-map one shard and check its directory: header, names and checksums, which its maps are checked by later.
 
-    Args:
-        digest: Digest of the directory, as `directory_digest` gives it.
-
-    Raises:
-        ValueError: The shard is corrupt; names the file.
+    The digest is that of the directory, in the index. A corrupt shard is a ValueError that names the file.
     """
     try:
         tensors = load_file(path)
@@ -99,12 +91,13 @@ def load_shard(path: Path, digest: str | None = None) -> Shard:
         raise ValueError(f"label shard {path} can't be read ({error}): delete it and annotate again") from error
 
 
-def directory_digest(path: Path) -> str:
-    """Digest of everything in a shard but its maps: header, names and checksums."""
-    return _digest(path, load_file(path))
+def shard_entry(path: Path) -> ShardEntry:
+    """What the index says of a shard."""
+    return ShardEntry(path.name, path.stat().st_size, _digest(path, load_file(path)))
 
 
 def _digest(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Digest of everything in a shard but its maps: header, names and checksums."""
     found = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         found.update(file.read(int.from_bytes(file.read(8), "little")))

@@ -2,8 +2,9 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -41,9 +42,6 @@ class TokenLabelStore(Mapping[str, LabelMap]):
 
     def __init__(self, folder: str | Path, num_classes: int | None = None):
         self.folder = Path(folder)
-        self._shards: Any = None  # the shards and their directory, opened when they are first asked for
-        self._keys: Any = None
-        self._places: Any = None
         index = read_index(self.folder)
         self.num_classes: Any = num_classes if index is None else index.num_classes
         if num_classes not in (None, self.num_classes):
@@ -79,20 +77,18 @@ class TokenLabelStore(Mapping[str, LabelMap]):
     def __iter__(self) -> Iterator[str]:
         if self._files is None:
             return (p.relative_to(self.folder).with_suffix("").as_posix() for p in sorted(self.folder.rglob("*.pt")))
-        self._open()
-        return (shard.name(row) for shard, row in map(self._locate, sorted(self._places)))
+        return (shard.name(row) for shard, row in map(self._locate, sorted(self._directory.places)))
 
     def __len__(self) -> int:
         if self._files is None:
             return sum(1 for _ in self.folder.rglob("*.pt"))
-        self._open()
-        return len(self._keys)
+        return len(self._directory.keys)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r}, num_classes={self.num_classes})"
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_shards": None, "_keys": None, "_places": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_directory"}
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.pt"
@@ -106,42 +102,44 @@ class TokenLabelStore(Mapping[str, LabelMap]):
             raise KeyError(f"no label for image {name!r}: there is no {self._path(name)}") from None
 
     def _find(self, name: str) -> tuple[Shard, int] | None:
-        self._open()
+        _, keys, places = self._directory
         key = name_key(name)
-        at = bisect_left(self._keys, key)
-        if at == len(self._keys) or self._keys[at] != key:
+        at = bisect_left(keys, key)
+        if at == len(keys) or keys[at] != key:
             return None
-        shard, row = self._locate(self._places[at])
+        shard, row = self._locate(places[at])
         return (shard, row) if shard.name(row) == name else None
 
     def _locate(self, place: int) -> tuple[Shard, int]:
-        return self._shards[place >> 32], place & 0xFFFFFFFF
+        return self._directory.shards[place >> 32], place & 0xFFFFFFFF
 
-    def _open(self) -> None:
-        """Map the shards and sort the keys, once per process."""
-        if self._shards is not None:
-            return
+    @cached_property
+    def _directory(self) -> "_Directory":
+        """The shards, mapped when they are first asked for, once per process."""
         shards = [load_shard(path, digest) for path, digest in self._files]
         for shard in shards:
             check_shape(shard, self._shape or tuple(shards[0].values.shape[1:]))
-        parts = [shard.keys for shard in shards]
-        places = [(i << 32) + torch.arange(len(part)) for i, part in enumerate(parts)]
         none = torch.empty(0, dtype=torch.int64)
-        keys, order = torch.cat([none, *parts]).sort(stable=True)
+        places = torch.cat([none, *((i << 32) + torch.arange(len(shard.keys)) for i, shard in enumerate(shards))])
+        keys, order = torch.cat([none, *(shard.keys for shard in shards)]).sort(stable=True)
         first = torch.ones_like(keys, dtype=torch.bool)
         first[1:] = keys[1:] != keys[:-1]  # two parts may both have annotated an image; the labels are the same
-        # memoryviews, whose items are plain ints, an order faster than a tensor's
-        self._keys = memoryview(cast(Any, keys[first].numpy()))
-        self._places = memoryview(cast(Any, torch.cat([none, *places])[order][first].numpy()))
-        self._shards = shards
+        return _Directory(shards, *(memoryview(cast(Any, x[first].numpy())) for x in (keys, places[order])))
+
+
+class _Directory(NamedTuple):
+    """The shards, and of each image the key, sorted, and the place: the number of its shard and the row in it.
+
+    Memoryviews, whose items are plain ints, an order faster than a tensor's.
+    """
+
+    shards: list[Shard]
+    keys: memoryview
+    places: memoryview
 
 
 def check_shape(shard: Shard, shape: tuple[int, ...]) -> None:
-    """Refuse a shard whose maps are not of the store's shape.
-
-    Raises:
-        ValueError: Names the shard.
-    """
+    """Refuse a shard whose maps are not of the store's shape."""
     found = tuple(shard.values.shape[1:])
     if found != shape:
         raise ValueError(

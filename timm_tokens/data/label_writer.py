@@ -8,9 +8,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from timm_tokens.data.label_format import LabelMap, check_image_id, check_label_map, write_label_file
-from timm_tokens.data.label_index import Index, ShardEntry, read_index, write_index
+from timm_tokens.data.label_index import Index, read_index, write_index
 from timm_tokens.data.label_journal import LabelJournal
-from timm_tokens.data.label_shard import directory_digest, load_shard, name_key, write_shard
+from timm_tokens.data.label_shard import load_shard, name_key, shard_entry, write_shard
 from timm_tokens.data.label_store import TokenLabelStore, check_shape
 from timm_tokens.files import remove_partials, replacing
 
@@ -160,14 +160,10 @@ class TokenLabelWriter:
         with FileLock(self.folder / ".index.lock"):
             index = self._read_index()
             known = {entry.file: entry for entry in index.shards}
-            shards = [known.get(path.name) or _entry(path) for path in _shards(self.folder)]
+            shards = [known.get(path.name) or shard_entry(path) for path in _shards(self.folder)]
             index = Index(self.num_classes, index.shape or shape, tuple(shards))
             write_index(self.folder, index)
         return index
-
-
-def _entry(path: Path) -> ShardEntry:
-    return ShardEntry(path.name, path.stat().st_size, directory_digest(path))
 
 
 def flush_journals(folder: str | Path, num_classes: int, *, but: Container[int] = ()) -> None:
@@ -181,7 +177,7 @@ def flush_journals(folder: str | Path, num_classes: int, *, but: Container[int] 
         but: Parts whose journals stay, for their own writer to go on with.
 
     Raises:
-        RuntimeError: a writer is at work in the folder.
+        BlockingIOError: A writer is at work in the folder.
     """
     for part in sorted(int(path.stem.removeprefix("part-")) for path in Path(folder).glob("part-*.journal")):
         if part not in but:
@@ -215,11 +211,7 @@ def unpack_labels(source: str | Path, folder: str | Path) -> TokenLabelStore:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """Where the label of an image goes in a folder: nowhere else, whatever links are there.
-
-    Raises:
-        ValueError: It would leave the folder.
-    """
+    """Where the label of an image goes in a folder: nowhere else, whatever links are there."""
     path = folder / f"{check_image_id(name)}.pt"
     if not path.parent.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path} would be outside {folder}, by a link in it: write to another folder")
