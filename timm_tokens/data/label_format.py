@@ -38,11 +38,7 @@ def is_image_id(name: str) -> bool:
 
 
 def check_image_id(name: str) -> str:
-    """The name, or a ValueError.
-
-    Raises:
-        ValueError: a label of this name would not stay inside its folder.
-    """
+    """The name, or a ValueError where a label of this name would not stay inside its folder."""
     if not is_image_id(name):
         raise ValueError(
             f"image id {name!r} must be a relative path such as 'class/image', without '..', empty parts, backslashes "
@@ -70,13 +66,11 @@ def check_label_map(name: str, label: LabelMap, num_classes: int | None) -> Labe
     return LabelMap(half, indices.int())
 
 
-def read_label_file(path: str | Path, name: str | None = None) -> LabelMap:
+def read_label_file(path: Path, name: str) -> LabelMap:
     """Read one file of the published layout: a (2, top, H, W) tensor, scores and then classes.
 
-    Raises:
-        ValueError: The file is not such a tensor; names the image.
+    Any other content is a ValueError that names the image.
     """
-    name = name or str(path)
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -93,11 +87,7 @@ def read_label_file(path: str | Path, name: str | None = None) -> LabelMap:
 
 
 def write_label_file(path: str | Path, label: LabelMap, name: str | None = None) -> None:
-    """Write one file of the published layout.
-
-    Raises:
-        ValueError: a class is too large for half precision.
-    """
+    """Write one file of the published layout; a class that is too large for half precision is a ValueError."""
     path = Path(path)
     if int(label.indices.max()) > _LARGEST_HALF_CLASS:
         raise ValueError(
