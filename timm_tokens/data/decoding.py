@@ -1,13 +1,13 @@
 """One image file to pixels, by one rule for every command and task: upright, opaque, in 8 bits, whatever its format."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 # Pillow knows these by name, but they need other programs (Ghostscript, Windows), or are no pictures.
 _NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -16,15 +16,6 @@ _ALWAYS = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".mpo", ".tif", ".tiff", "
 _FIRST = ("JPEG", "PNG", "WEBP")  # tried before the others: most files are of these
 _MOST_ELONGATED = 1000  # resized to a model's input by its shorter side, a longer strip would fill the memory
 _PNG = b"\x89PNG\r\n\x1a\n"
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @cache
@@ -54,7 +45,8 @@ def decode_image(file: str | Path | IO[bytes], *, draft: int | None = None) -> I
             sides more than 1000 to 1; the message is the reason alone, without the file's name.
     """
     try:
-        with _opened(file) as stream:
+        opened = Path(file).open("rb") if isinstance(file, (str, Path)) else nullcontext(file)  # noqa: SIM115
+        with opened as stream:
             try:
                 return _decode(stream, draft)
             except ValueError:  # Pillow takes only so much text, and says so by this error
@@ -67,10 +59,6 @@ def decode_image(file: str | Path | IO[bytes], *, draft: int | None = None) -> I
         raise OSError(reason(error)) from error
 
 
-def _opened(file: str | Path | IO[bytes]) -> AbstractContextManager[IO[bytes]]:
-    return Path(file).open("rb") if isinstance(file, (str, Path)) else nullcontext(file)
-
-
 def _decode(stream: IO[bytes], draft: int | None) -> Image.Image:
     with Image.open(stream, formats=_formats()) as image:
         if max(image.size) > _MOST_ELONGATED * min(image.size):
@@ -81,13 +69,11 @@ def _decode(stream: IO[bytes], draft: int | None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """What `decode_image` makes of an image that Pillow has opened.
-
-    Raises:
-        OSError, ValueError, SyntaxError, ...: Pillow's, where the image can't be read whole.
-    """
+    """What `decode_image` makes of an image that Pillow has opened; errors are Pillow's, of many kinds."""
     image.load()
-    pixels = _upright(image, _opaque(_eight_bit(image)))
+    with suppress(Exception):  # a broken EXIF block says nothing about the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    pixels = _opaque(_eight_bit(image))
     pixels.info = {}  # the EXIF block among it, so that nothing turns the image again
     return pixels
 
@@ -130,15 +116,6 @@ def _opaque(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _upright(image: Image.Image, pixels: Image.Image) -> Image.Image:
-    """The pixels turned as the image's EXIF orientation says."""
-    try:
-        turn = _TURNS.get(cast(int, image.getexif().get(ExifTags.Base.Orientation)))
-    except Exception:  # a broken EXIF block says nothing about the pixels
-        turn = None
-    return pixels if turn is None else pixels.transpose(turn)
 
 
 def _without_text(data: bytes) -> bytes:
