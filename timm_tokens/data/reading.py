@@ -1,7 +1,8 @@
 """Images of a data set by number and by name, read one at a time; an unreadable one is an error that names it."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from PIL import Image
 from timm.data import ImageDataset
@@ -22,11 +23,7 @@ class ImageError(OSError):
 
 
 def check_indexed(dataset: Dataset) -> None:
-    """Refuse what gives images in its own order.
-
-    Raises:
-        TypeError: The data set is a stream.
-    """
+    """Refuse what gives images in its own order, with a TypeError."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"dataset must be indexed, such as a timm.data.ImageDataset, got {type(dataset).__name__}: "
@@ -85,32 +82,28 @@ def unreadable(images: Any, workers: int = 0, rows: Sequence[int] | None = None,
         rows: Numbers of the images to read; None: all.
         bar: For the progress bar, tqdm.
     """
-    attempts = _Attempts(images, range(len(images)) if rows is None else rows)
+    rows = range(len(images)) if rows is None else rows
     # A generator of its own: torch would draw from the global one, and change what a run draws after it.
-    loader = DataLoader(attempts, 16, num_workers=workers, collate_fn=list, generator=Generator())
+    attempts = DataLoader(
+        cast(Any, rows), 16, num_workers=workers, collate_fn=partial(_attempt, images), generator=Generator()
+    )
     found: dict[int, str] = {}
-    with tqdm(total=len(attempts), desc="checking images", unit="image", leave=False, **bar) as shown:
-        for batch in loader:
-            found.update((number, why) for number, why in batch if why)
-            shown.update(len(batch))
+    with tqdm(total=len(rows), desc="checking images", unit="image", leave=False, **bar) as shown:
+        for count, reasons in attempts:
+            found |= reasons
+            shown.update(count)
     return found
 
 
-class _Attempts(Dataset):
-    """(number, why the image can't be read, empty if it can)."""
-
-    def __init__(self, images: Dataset, rows: Sequence[int]):
-        self.images, self.rows = images, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[int, str]:
+def _attempt(images: Dataset, rows: list[int]) -> tuple[int, dict[int, str]]:
+    """How many images were read, and why some of them can't be."""
+    found = {}
+    for row in rows:
         try:
-            _read(self.images, self.rows[index], draft=1)
+            _read(images, row, draft=1)
         except OSError as error:
-            return self.rows[index], str(error)
-        return self.rows[index], ""
+            found[row] = str(error)
+    return len(rows), found
 
 
 def _inner(dataset: Any, index: int) -> tuple[Any, int]:
