@@ -6,8 +6,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from timm_tokens.data.folders import FolderReader, left_out_lines
-from timm_tokens.data.opening import open_folder
+from timm_tokens.data.folders import FolderReader, left_out_lines, open_folder
 
 
 @pytest.fixture

@@ -1,20 +1,25 @@
-"""Images in class folders: which files of a folder are taken, and which are left out and why."""
+"""Images in class folders, or in a tar of them: which files are taken, and which are left out and why."""
 # ruff: noqa: PTH112, PTH113, PTH118, PTH119, PTH120, PTH122 (pathlib is slow for a million files)
 
 import os
 import re
+import tarfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os.path import basename, dirname, isdir, isfile, join, realpath, splitext
 from pathlib import Path
+from typing import Any
 
+from timm.data import ImageDataset, get_img_extensions, set_img_extensions
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from timm_tokens.data.decoding import image_suffixes
+from timm_tokens.data.images import Images, left_out_lines
 
-NO_SUFFIX = "no images by their suffix"
-_MOST_NAMED = 20
+_NO_SUFFIX = "no images by their suffix"
 
 
 class FolderReader(ReaderImageFolder):
@@ -60,16 +65,45 @@ class FolderReader(ReaderImageFolder):
         self.joined = {name: sorted(which) for name, which in folders.items() if len(which) > 1}
 
 
-def left_out_lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:
-    """For each reason a line: how many files were left out, why, and the names of the first of them."""
-    return [f"left out {len(names)} ({why}): {listed(names)}" for why, names in left_out.items() if names]
+def open_folder(root: str | Path, class_map: dict[str, int] | None = None) -> Images:
+    """Images in class folders, or in a tar of class folders, without a transform.
+
+        images = open_folder("images/train")
+        images = images.without(unreadable(images))
+        print(*images.notes(), sep="\n")
+        images.transform = timm.data.create_transform(224)
+
+    Args:
+        root: The folder, or the tar.
+        class_map: Numbers by class name; images of other classes are left out. None: the classes found, sorted.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no image in it.
+        ValueError: The tar can't be read.
+    """
+    if not Path(root).is_file():
+        return Images(ImageDataset(str(root), reader=FolderReader(root, class_map)))
+    try:
+        with _every_suffix():
+            reader: Any = ReaderImageInTar(str(root), class_map=class_map or "")
+        with tarfile.open(root) as tar:
+            names = [member.name for member in tar if member.isfile() and not member.name.endswith(".tar")]
+    except (tarfile.TarError, ValueError, EOFError, AssertionError) as error:  # ValueError: no image
+        raise ValueError(f"{root} can't be read as a tar of images: {str(error) or 'it is none'}") from error
+    taken = {sample[0].name for sample in reader.samples}
+    reader.left_out = {_NO_SUFFIX: [name for name in names if name not in taken]}
+    return Images(ImageDataset(str(root), reader=reader))
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are; what can't be printed is escaped."""
-    shown = [name if name.isprintable() else ascii(name)[1:-1] for name in names[:_MOST_NAMED]]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f", and {more} more" if more else "")
+@contextmanager
+def _every_suffix() -> Iterator[None]:
+    """Have timm take all suffixes that are taken here, while a tar is opened: its reader has no argument for them."""
+    before = get_img_extensions()
+    set_img_extensions(sorted(image_suffixes()))
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
 
 
 def _images(root: str, left_out: dict[str, list[str]]) -> list[str]:
@@ -81,7 +115,7 @@ def _images(root: str, left_out: dict[str, list[str]]) -> list[str]:
         elif kind == "folder":
             left_out["empty folders"].append(name)
         elif splitext(name)[1].lower() not in suffixes:
-            left_out[NO_SUFFIX].append(name)
+            left_out[_NO_SUFFIX].append(name)
         elif kind == "other":
             left_out["no files, or links to none"].append(name)
         elif name != name.encode(errors="ignore").decode():

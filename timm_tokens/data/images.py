@@ -1,15 +1,15 @@
 """The data set of images that commands and tasks use."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
-from timm_tokens.data.folders import left_out_lines, listed
 from timm_tokens.data.reading import check_indexed, file_name, read_image
 
 UNREADABLE = "can't be read"
+_MOST_NAMED = 20
 
 
 class Images(Dataset):
@@ -91,6 +91,18 @@ class Images(Dataset):
         if targets is None and hasattr(source, "samples"):
             targets = [target for _, target in source.samples]
         return None if targets is None else [int(targets[row]) for row in self.rows]
+
+
+def left_out_lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:
+    """For each reason a line: how many files were left out, why, and the names of the first of them."""
+    return [f"left out {len(names)} ({why}): {listed(names)}" for why, names in left_out.items() if names]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are; what can't be printed is escaped."""
+    shown = [name if name.isprintable() else ascii(name)[1:-1] for name in names[:_MOST_NAMED]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f", and {more} more" if more else "")
 
 
 def classes_of(source: Any) -> list[str] | None:

@@ -26,7 +26,7 @@ from timm_tokens.cli.options import LoadingOptions, SplitOptions
 from timm_tokens.cli.probe.protocol import Evaluation, evaluate
 from timm_tokens.cli.probe.prototypes import nmi_by_tokens
 from timm_tokens.cli.probe.report import Report, draw, protocol_table, table, write, write_protocol
-from timm_tokens.data.folders import listed
+from timm_tokens.data.images import listed
 from timm_tokens.options import option
 from timm_tokens.probing import LEARNING_RATES, knn_accuracy, linear_probe
 from timm_tokens.probing.protocols import PROTOCOLS

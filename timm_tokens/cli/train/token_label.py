@@ -21,7 +21,7 @@ from timm_tokens.cli.train.augmentation import AugmentationOptions, MixOptions, 
 from timm_tokens.cli.train.images import open_readable, readable
 from timm_tokens.cli.train.objective import Objective, TrainOptions, launch, make_student
 from timm_tokens.data import Images, TokenLabelDataset, TokenLabelStore, image_names, input_config, input_transform
-from timm_tokens.data.folders import left_out_lines
+from timm_tokens.data.images import left_out_lines
 from timm_tokens.distributed import rank
 from timm_tokens.losses import TokenLabelLoss
 from timm_tokens.options import option
