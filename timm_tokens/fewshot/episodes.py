@@ -66,13 +66,11 @@ def sample_episodes(
 
 def _labels(source: Any) -> Tensor:
     """Labels as (N,), from themselves or from a dataset, without opening an image."""
-    if hasattr(source, "reader"):  # timm's ImageDataset
-        source = source.reader
-    for name in ("targets", "samples"):  # torchvision's datasets; ImageFolder and timm's reader
-        if hasattr(source, name):
-            source = getattr(source, name)
-            source = [label for _, label in source] if name == "samples" else source
-            break
+    source = getattr(source, "reader", source)  # of timm's ImageDataset
+    if hasattr(source, "targets"):  # torchvision's datasets
+        source = source.targets
+    elif hasattr(source, "samples"):  # ImageFolder and timm's reader
+        source = [label for _, label in source.samples]
     try:
         return torch.as_tensor(source).long()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -25,15 +25,9 @@ def unit(x: Tensor) -> Tensor:
 def reconstruction_gradient(
     output: Tensor, target: Tensor, out: Tensor | None = None, work: Tensor | None = None
 ) -> Tensor:
-    """Gradient of `-mean_m cos(target_m, output_m - mean(output))` with respect to the output.
+    """Gradient (N, M, D) of `-mean_m cos(target_m, output_m - mean(output))` with respect to the output (N, M, D).
 
-    Args:
-        output: What N networks make of their M points, (N, M, D).
-        target: What they should make of them, (N, M, D), rows of unit (or zero) length.
-        out, work: Buffers of the output's shape for the result and for what comes between; None: new ones.
-
-    Returns:
-        The gradient, (N, M, D).
+    The targets' rows have unit (or zero) length; `out` and `work` are buffers for the result and what comes between.
     """
     direction = torch.sub(output, output.mean(1, keepdim=True), out=out)
     scale = torch.linalg.vector_norm(direction, dim=-1, keepdim=True).clamp_min_(_TINY).reciprocal_()  # (N, M, 1)
@@ -85,11 +79,8 @@ class Nets:
     def update(self, inputs: Tensor, target: Tensor, labels: Tensor, label_weight: float) -> None:
         """One Adam step on the reconstruction loss, plus label_weight times the cross-entropy of the classifier.
 
-        Args:
-            inputs: The points after dropout, (N, M, D).
-            target: What to reconstruct, (N, M, D), rows of unit (or zero) length.
-            labels: Classes of the first S points, (N, S); none at all for S = 0.
-            label_weight: Weight of the cross-entropy.
+        Inputs are the points after dropout, targets rows of unit (or zero) length, both (N, M, D); labels (N, S) are
+        the classes of the first S points, or none at all for S = 0.
         """
         self.updates += 1
         outputs, (gradient, work) = [inputs, *self.outputs[:DEPTH]], self.outputs[DEPTH:]
