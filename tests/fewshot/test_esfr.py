@@ -6,8 +6,7 @@ from torch.nn import functional as F
 
 from timm_tokens.fewshot import ESFR, bd_cspn, cosine_centroid, nearest_centroid, prepare
 from timm_tokens.fewshot.nets import Nets
-from timm_tokens.fewshot.running import Run
-from timm_tokens.fewshot.streams import drop_out, glorot_uniform
+from timm_tokens.fewshot.running import Run, drop_out, glorot_uniform
 from timm_tokens.ops import local_intrinsic_dimensionality
 
 

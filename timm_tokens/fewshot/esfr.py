@@ -4,14 +4,14 @@ Lee & Chung, "Unsupervised Embedding Adaptation via Early-Stage Feature Reconstr
 ICML 2021, arXiv 2106.11486.
 """
 
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from timm_tokens.fewshot.nets import DEPTH, unit
-from timm_tokens.fewshot.running import Run
-from timm_tokens.fewshot.streams import drop_out
+from timm_tokens.fewshot.running import Run, drop_out
 from timm_tokens.ops.finite import check_finite
 from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
 from timm_tokens.ops.ranges import check_positive, check_weights
@@ -41,6 +41,7 @@ def prepare(features: Tensor, num_support: int | None = None) -> Tensor:
     return unit(features - features.mean(-2, keepdim=True))
 
 
+@dataclass(eq=False)
 class ESFR:
     """Adapts the features of few-shot episodes, without labels, before any classifier.
 
@@ -68,32 +69,28 @@ class ESFR:
         ValueError: An argument is out of range.
     """
 
-    def __init__(
-        self,
-        num_nets: int = 5,
-        dropout: float = 0.5,
-        neighbours: int = 21,
-        period: int = 2,
-        max_updates: int = 100,
-        lr: float = 1e-3,
-        support_weight: float = 0.0,
-        *,
-        center: bool = False,
-        chunk_size: int | None = None,
-    ):
-        counts = {"num_nets": num_nets, "period": period, "max_updates": max_updates, "chunk_size": chunk_size}
-        for name, value in counts.items():
+    num_nets: int = 5
+    dropout: float = 0.5
+    neighbours: int = 21
+    period: int = 2
+    max_updates: int = 100
+    lr: float = 1e-3
+    support_weight: float = 0.0
+    _: KW_ONLY
+    center: bool = False
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_nets", "period", "max_updates", "chunk_size"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout = {dropout} must lie in [0, 1): 1 would leave nothing to reconstruct from")
-        if neighbours < 3:
-            raise ValueError(f"neighbours = {neighbours} must be at least 3, the point itself included")
-        check_positive(lr=lr)
-        check_weights(support_weight=support_weight)  # 0 leaves the labels unused
-        self.num_nets, self.dropout, self.neighbours, self.period = num_nets, dropout, neighbours, period
-        self.max_updates, self.lr, self.support_weight = max_updates, lr, support_weight
-        self.center, self.chunk_size = center, chunk_size
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} must lie in [0, 1): 1 would leave nothing to reconstruct from")
+        if self.neighbours < 3:
+            raise ValueError(f"neighbours = {self.neighbours} must be at least 3, the point itself included")
+        check_positive(lr=self.lr)
+        check_weights(support_weight=self.support_weight)  # 0 leaves the labels unused
 
     def episodes_at_once(self, features: Tensor) -> int:
         """How many episodes of features (..., D) run at once: `chunk_size`, or as their weights leave room for."""
