@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from timm_tokens.drawing.style import HEAT, figure, show
+from timm_tokens.drawing.style import figure, show
 
 
 def draw_attention(image: Tensor, rows: Mapping[str, Mapping[str, Tensor]], cosine: Tensor) -> Figure:
@@ -33,10 +33,9 @@ def draw_attention(image: Tensor, rows: Mapping[str, Mapping[str, Tensor]], cosi
             axes.set_axis_off()
         for axes, (name, values) in zip(cells, maps.items(), strict=False):
             show(axes, image.mean(0, keepdim=True), name)
-            larger = F.interpolate(values[None, None], size=image.shape[1:], mode="bilinear")[0, 0]
-            heat = axes.imshow(
-                larger.cpu().numpy(), HEAT, alpha=0.7, vmin=0, vmax=top, extent=(0, 1, 1, 0), aspect=axes.get_aspect()
-            )
+            larger = F.interpolate(values[None, None], size=image.shape[1:], mode="bilinear")[0, 0].cpu().numpy()
+            aspect = axes.get_aspect()
+            heat = axes.imshow(larger, "viridis", alpha=0.7, vmin=0, vmax=top, extent=(0, 1, 1, 0), aspect=aspect)
         strip.colorbar(heat, ax=list(cells), label=what, shrink=0.8)
     return picture
 

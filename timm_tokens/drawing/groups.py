@@ -1,7 +1,6 @@
 """Which patches of an image became one token."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -45,27 +44,28 @@ def draw_groups(images: Tensor, groups: Mapping[str, Tensor], first: str = "imag
 
 def fill(image: Tensor, group: Tensor) -> Tensor:
     """Give each pixel of an image (C, h, w) the mean colour of its group of patches (rows, columns)."""
-    owner = _owners(image, group)
+    owner = enlarge(group.unique(return_inverse=True)[1], image)
     sums = image.new_zeros(len(image), int(owner.max()) + 1).index_add_(1, owner.flatten(), image.flatten(1))
     return (sums / owner.flatten().bincount().clamp_min(1))[:, owner]
 
 
 def tint(image: Tensor, group: Tensor) -> Tensor:
     """Colour a grey image (1, h, w) by its groups of several patches (rows, columns), the largest first: (3, h, w)."""
-    sizes, lines = group.unique(return_counts=True)[1], LINES[:-1]  # all but grey
+    _, token, sizes = group.unique(return_inverse=True, return_counts=True)
+    lines = LINES[:-1]  # all but grey
     order = sizes.argsort(descending=True, stable=True)
     colors = torch.ones(len(sizes), 3)
-    for place, token in enumerate(order[sizes[order] > 1].tolist()):
+    for place, number in enumerate(order[sizes[order] > 1].tolist()):
         paler = 1 - 0.5 ** (place // len(lines))
-        colors[token] = torch.tensor(to_rgb(lines[place % len(lines)])).lerp(torch.ones(3), paler)
-    return colors.T[:, _owners(image, group)] * (0.4 + 0.6 * image)
+        colors[number] = torch.tensor(to_rgb(lines[place % len(lines)])).lerp(torch.ones(3), paler)
+    return colors.T[:, enlarge(token, image)] * (0.4 + 0.6 * image)
 
 
-def _owners(image: Tensor, group: Tensor) -> Tensor:
-    """The token of each pixel of an image (C, h, w), numbered from 0 in the order of the numbers in `group`: (h, w)."""
-    (rows, columns), (height, width) = group.shape, image.shape[1:]
+def enlarge(cells: Tensor, image: Tensor) -> Tensor:
+    """Cells of an image, for each of its pixels: (..., rows, columns) and (C, h, w) -> (..., h, w)."""
+    (rows, columns), (height, width) = cells.shape[-2:], image.shape[-2:]
     y, x = torch.arange(height) * rows // height, torch.arange(width) * columns // width
-    return group.unique(return_inverse=True)[1][y][:, x]
+    return cells[..., y, :][..., x]
 
 
 def outlines(group: Tensor) -> list[list[tuple[float, float]]]:
@@ -102,6 +102,5 @@ def mark_pieces(axes: Axes, group: Tensor) -> int:
         split += 1
         for part in parts:
             y, x = (piece == part).nonzero()[0].add(0.5).tolist()
-            style: dict[str, Any] = {"ha": "center", "va": "center", "color": "white", "fontsize": 5}
-            axes.text(x / columns, y / rows, str(split), **style)
+            axes.text(x / columns, y / rows, str(split), ha="center", va="center", color="white", fontsize=5)
     return split

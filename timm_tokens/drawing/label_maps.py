@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Polygon
 from torch import Tensor
 
-from timm_tokens.drawing.groups import outlines
+from timm_tokens.drawing.groups import enlarge, outlines
 from timm_tokens.drawing.style import COLOURS, figure, show
 
 
@@ -72,7 +72,5 @@ def tint(image: Tensor, probabilities: Tensor, legend: Sequence[int]) -> Tensor:
     probability, best = probabilities.max(dim=0)
     slots = torch.full((len(probabilities),), len(COLOURS) - 1)
     slots[list(legend)] = torch.arange(len(legend))
-    (rows, columns), (height, width) = best.shape, image.shape[1:]
-    y, x = torch.arange(height) * rows // height, torch.arange(width) * columns // width
     colours = torch.tensor([to_rgb(colour) for colour in COLOURS])[slots[best]].permute(2, 0, 1)  # (3, H, W)
-    return torch.lerp(image.mean(0, keepdim=True), colours[:, y][:, :, x], 0.8 * probability[y][:, x])
+    return torch.lerp(image.mean(0, keepdim=True), enlarge(colours, image), 0.8 * enlarge(probability, image))

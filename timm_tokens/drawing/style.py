@@ -11,7 +11,6 @@ from timm_tokens.files import replacing
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the last, grey, is for all that is left.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#777777")
 LINES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777")  # the dark ones first
-HEAT = "viridis"
 
 
 def figure(width: float, height: float) -> Figure:
@@ -38,9 +37,9 @@ def from_zero(axes: Axes) -> None:
         axes.set_ylabel(f"{axes.get_ylabel()}\n(axis starts at {low:.3g})")
 
 
-def legend_beside(axes: Axes, title: str | None = None) -> None:
+def legend_beside(axes: Axes) -> None:
     """A legend to the right of the axes, where it covers nothing."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False, fontsize=8, title=title)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False, fontsize=8)
 
 
 def save(picture: Figure, path: Path, dpi: int = 130) -> None:
