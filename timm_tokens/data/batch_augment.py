@@ -16,16 +16,10 @@ REACH = {"bicubic": 2.0, "bilinear": 1.0}  # of the filters, in pixels
 
 
 def crop_resize(images: Tensor, boxes: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
-    """A part of each image, resized with antialiasing: two matrix products.
+    """A part of each image (B, C, H, W), resized with antialiasing by two matrix products: (B, C, size, size).
 
-    Args:
-        images: (B, C, H, W).
-        boxes: (B, 4) top, left, height and width of the parts, as shares of the image.
-        size: Side of the results.
-        interpolation: "bicubic" or "bilinear".
-
-    Returns:
-        (B, C, size, size), as `resized_crop(..., antialias=True)` of each image gives them.
+    Boxes (B, 4) are top, left, height and width as shares of the image, interpolation is "bicubic" or "bilinear". The
+    results are those of `resized_crop(..., antialias=True)` of each image.
     """
     rows = _resampling(boxes[:, 0], boxes[:, 2], images.shape[-2], size, interpolation)
     columns = _resampling(boxes[:, 1], boxes[:, 3], images.shape[-1], size, interpolation)
@@ -52,12 +46,9 @@ def _cubic(x: Tensor) -> Tensor:
 
 
 def jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue of each image, changed in an order of its own.
+    """Brightness, contrast, saturation and hue of each image (B, 1 or 3, H, W), changed in an order of its own.
 
-    Args:
-        images: (B, 1 or 3, H, W).
-        order: (B, 4) on the CPU, the numbers of the four changes; -1 for images that keep their colours.
-        factors: (B, 4) on the CPU, of the four changes.
+    On the CPU: the order (B, 4), numbers of the four changes, -1 for none; and the factors (B, 4) of the changes.
     """
     for place in order.unbind(1):
         for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
@@ -66,13 +57,9 @@ def jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 
 
 def change_rows(images: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor], amount: Tensor) -> Tensor:
-    """The images with `change(images, amount)` of those that are chosen.
+    """Images (B, C, H, W) with `change(images, amount)` of those that are chosen, by (B,) bool and amounts on the CPU.
 
-    Args:
-        images: (B, C, H, W).
-        chosen: (B,) bool, on the CPU.
-        change: Takes images (b, C, H, W) and amounts (b, 1, 1, 1), and gives images.
-        amount: (B,) on the CPU.
+    It gets images (b, C, H, W) and amounts (b, 1, 1, 1).
     """
     if not chosen.any():
         return images
@@ -87,11 +74,11 @@ def _brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(grayscale(x).mean((1, 2, 3), keepdim=True), x, factor).clamp(0, 1)
+    return torch.lerp(rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), x, factor).clamp(0, 1)
 
 
 def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(grayscale(x), x, factor).clamp(0, 1)
+    return torch.lerp(rgb_to_grayscale(x), x, factor).clamp(0, 1)
 
 
 def _hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -107,11 +94,6 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     turned = hue + 6 * shift  # in sixths of the circle
     k = (torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1) + turned) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def grayscale(x: Tensor) -> Tensor:
-    """(B, 3, H, W) or (B, 1, H, W) -> (B, 1, H, W)."""
-    return rgb_to_grayscale(x) if x.shape[1] == 3 else x
 
 
 def blur(images: Tensor, sigma: Tensor, reach: int) -> Tensor:

@@ -7,13 +7,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from timm_tokens.data.batch_augment import REACH, blur, change_rows, crop_resize, grayscale, jitter
+from timm_tokens.data.batch_augment import REACH, blur, change_rows, crop_resize, jitter
 from timm_tokens.data.multi_crop import Crop, MultiCrop, blur_reach
 from timm_tokens.seeding import drawn_from
 
 # What is drawn for a crop: numbers in a row of a tensor, which a loader can collate.
 _BOX, _FLIP, _ORDER, _FACTORS, _GRAY, _SIGMA, _SOLARIZE = slice(4), 4, slice(5, 9), slice(9, 13), 13, 14, 15
 _LENGTH = 16
+_SWITCHES = {v2.RandomHorizontalFlip: _FLIP, v2.RandomGrayscale: _GRAY, v2.RandomSolarize: _SOLARIZE}
 
 
 class DeviceCrops:
@@ -66,7 +67,7 @@ class DeviceCrops:
         x = crop_resize(images, there[:, _BOX], crop.size, self.crops.interpolation)
         x = torch.where(flip, x.flip(-1), x)
         x = jitter(x, drawn[:, _ORDER], drawn[:, _FACTORS])
-        x = torch.where(gray, grayscale(x), x)
+        x = torch.where(gray, v2.functional.rgb_to_grayscale(x), x)
         reach = blur_reach(crop)
         x = change_rows(x, drawn[:, _SIGMA] > 0, lambda rows, sigma: blur(rows, sigma, reach), drawn[:, _SIGMA])
         x = torch.where(solarize & (x > 127.5 / 255), 1 - x, x)
@@ -79,9 +80,7 @@ def _draw(steps: v2.Compose, image: Tensor) -> Tensor:
     row, height, width = torch.zeros(_LENGTH), *image.shape[-2:]
     row[_ORDER] = -1
     for step in steps.transforms:
-        inner = step
-        if isinstance(step, v2.RandomApply):
-            inner = step.transforms[0]
+        inner = step.transforms[0] if isinstance(step, v2.RandomApply) else step
         if hasattr(step, "p") and torch.rand(1) >= step.p:
             continue
         if isinstance(inner, v2.RandomResizedCrop):
@@ -96,8 +95,6 @@ def _draw(steps: v2.Compose, image: Tensor) -> Tensor:
             row[_ORDER] = torch.tensor([-1 if factors[i] is None else int(i) for i in changes["fn_idx"]]).float()
         elif isinstance(inner, v2.GaussianBlur):
             row[_SIGMA] = inner.make_params([])["sigma"][0]
-        else:
-            place = {v2.RandomHorizontalFlip: _FLIP, v2.RandomGrayscale: _GRAY, v2.RandomSolarize: _SOLARIZE}
-            if type(inner) in place:
-                row[place[type(inner)]] = 1
+        elif type(inner) in _SWITCHES:
+            row[_SWITCHES[type(inner)]] = 1
     return row
