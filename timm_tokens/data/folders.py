@@ -48,20 +48,24 @@ class FolderReader(ReaderImageFolder):
         self.root = str(root)
         left_out: dict[str, list[str]] = defaultdict(list)
         folders: dict[str, set[str]] = defaultdict(set)
-        names = _beside_none(_images(self.root, left_out), left_out)
+        names = _images(self.root, left_out)
+        loose = [name for name in names if not dirname(name)]
+        if len(loose) < len(names):
+            left_out["in no class folder"] += loose
+            names = [name for name in names if dirname(name)]
+        classes = {name: basename(dirname(name)) for name in names}
         if class_map:
             self.class_to_idx = load_class_map(class_map if isinstance(class_map, dict) else str(class_map), self.root)
         else:
-            classes = sorted({_class(name) for name in names}, key=_natural)
-            self.class_to_idx = {name: i for i, name in enumerate(classes)}
-        left_out["of none of the classes"] += [name for name in names if _class(name) not in self.class_to_idx]
-        names = sorted((name for name in names if _class(name) in self.class_to_idx), key=_natural)
+            self.class_to_idx = {name: i for i, name in enumerate(sorted({*classes.values()}, key=_natural))}
+        left_out["of none of the classes"] += [name for name in names if classes[name] not in self.class_to_idx]
+        names = sorted((name for name in names if classes[name] in self.class_to_idx), key=_natural)
         self.left_out = {why: sorted(which, key=_natural) for why, which in left_out.items() if which}
         if not names:
             raise FileNotFoundError("; ".join([f"no images in {root}", *left_out_lines(self.left_out)]))
-        self.samples = [(join(self.root, name), self.class_to_idx[_class(name)]) for name in names]
+        self.samples = [(join(self.root, name), self.class_to_idx[classes[name]]) for name in names]
         for name in names:
-            folders[_class(name)].add(dirname(name))
+            folders[classes[name]].add(dirname(name))
         self.joined = {name: sorted(which) for name, which in folders.items() if len(which) > 1}
 
 
@@ -145,19 +149,6 @@ def _kind(entry: os.DirEntry) -> str:
     if isdir(entry.path) if link else entry.is_dir():
         return "folder"
     return "file" if (isfile(entry.path) if link else entry.is_file()) else "other"
-
-
-def _beside_none(names: list[str], left_out: dict[str, list[str]]) -> list[str]:
-    """The images without those that lie beside the class folders."""
-    loose = [name for name in names if not dirname(name)]
-    if len(loose) == len(names):
-        return names
-    left_out["in no class folder"] += loose
-    return [name for name in names if dirname(name)]
-
-
-def _class(name: str) -> str:
-    return basename(dirname(name))
 
 
 def _natural(name: str) -> list[str | int]:
