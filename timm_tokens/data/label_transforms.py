@@ -5,7 +5,7 @@ label map is sampled once, on the training device, by `timm_tokens.ops.warp_toke
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,7 +96,8 @@ class TokenLabelTransform:
         if interpolation != "random":
             fill["interpolation"] = str_to_pil_interp(interpolation)
         self.rand_augment = TrackedRandAugment(auto_augment, fill) if auto_augment else None
-        self.steps = (self._flip, self._augment, self._crop) if crop_last else (self._crop, self._flip, self._augment)
+        changes: list[Callable] = [self._flip] if self.rand_augment is None else [self._flip, self.rand_augment]
+        self.steps = [*changes, self._crop] if crop_last else [self._crop, *changes]
         self.erase = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device="cpu") if re_prob else None
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> View:
@@ -126,9 +127,6 @@ class TokenLabelTransform:
         if random.random() < self.vflip:
             image, matrix = TF.vflip(image), matrix @ _FLIP_ROWS
         return image, matrix
-
-    def _augment(self, image: Image.Image) -> tuple[Image.Image, Tensor]:
-        return (image, torch.eye(3)) if self.rand_augment is None else self.rand_augment(image)
 
 
 _FLIP_COLUMNS = torch.tensor([[1.0, 0, 0], [0, -1, 1], [0, 0, 1]])

@@ -63,12 +63,8 @@ _AFFINE: dict[str, Callable[..., Tensor]] = {
 class TrackedRandAugment:
     """timm's operations, magnitudes and probabilities; returns the image and its (3, 3) map to the image given.
 
-    Args:
-        config: As in timm, such as "rand-m9-mstd0.5-inc1".
-        hparams: As in timm.
-
-    Raises:
-        ValueError: Not a RandAugment, or one of an operation that is not known here.
+    `config`, such as "rand-m9-mstd0.5-inc1", and `hparams` are as in timm. A config that is no RandAugment, or has
+    operations that are not known here, is a ValueError.
     """
 
     def __init__(self, config: str, hparams: dict):
