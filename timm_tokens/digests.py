@@ -41,8 +41,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     data = save(tensors, (metadata or {}) | {"sha256": _BLANK})
     digest = hashlib.sha256(data).hexdigest()
-    with path.open("wb") as file:
-        file.write(data.replace(_BLANK.encode(), digest.encode(), 1))
+    path.write_bytes(data.replace(_BLANK.encode(), digest.encode(), 1))
 
 
 def is_whole(path: Path) -> bool | None:

@@ -44,11 +44,7 @@ def input_transform(config: dict[str, Any], **options: Any) -> Compose:
 
 
 def check_size(model: nn.Module, height: int, width: int) -> None:
-    """Refuse images whose last rows or columns a ViT would leave out, because they fill no patch.
-
-    Raises:
-        ValueError: Names the sizes that would do.
-    """
+    """Refuse images whose last rows or columns a ViT would leave out, because they fill no patch."""
     stem: Any = next((module for module in model.modules() if hasattr(module, "feat_ratio")), None)
     if stem is None or getattr(stem, "dynamic_img_pad", False):
         return  # not cut into patches, or padded

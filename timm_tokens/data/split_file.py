@@ -11,29 +11,17 @@ from timm_tokens.data.images import Images
 
 
 def open_split_file(path: Path, root: Path) -> Images:
-    """The images that a CSV file of lines "filename,label" lists, without a transform.
+    """The images in a folder that a CSV file of lines "filename,label" lists, without a transform.
 
     The first line may be the header `filename,label`, as of mini-ImageNet's lists. An image is looked for in the
-    folder, in the sub-folder of its label, and in the sub-folder `images`.
-
-    Args:
-        path: The file.
-        root: The folder of the images.
-
-    Raises:
-        FileNotFoundError: There is no such file, or images are missing; names the first.
-        ValueError: A line is not of this form, or an image is listed twice.
+    folder, in the sub-folder of its label, and in the sub-folder `images`. Missing images are a FileNotFoundError, and
+    malformed lines and images that are listed twice a ValueError.
     """
     return Images(ImageDataset(str(root), reader=SplitReader(path, root)))
 
 
 class SplitReader(ReaderImageFolder):
-    """timm's reader of images, of those that a CSV file lists.
-
-    Attributes:
-        samples: (path, class number) of each image, in the order of the file.
-        class_to_idx: Numbers by label, in the order of the labels.
-    """
+    """timm's reader of images, of those that a CSV file lists, in its order; labels are numbered in theirs."""
 
     def __init__(self, path: Path, root: Path):
         rows = _read(path)
