@@ -27,28 +27,27 @@ class FolderReader(ReaderImageFolder):
 
     The class of an image is the name of the folder that it lies in. Suffixes may be in upper case, and links are
     followed. Hidden files and folders, whose names start with a dot, are left out. So are images beside the class
-    folders; but where there are no class folders, all images are of one class, named "".
+    folders; but where there are no class folders, all images are of one class, named "". A folder without any image is
+    a FileNotFoundError that says what else is there.
 
     Args:
         root: The folder that holds the class folders.
-        class_map: Numbers by class name, or the path of a text file with one class per line; images of other classes
-            are left out. None: the classes found, in natural order.
+        class_map: As of `open_folder`, or the path of a text file with one class per line.
 
     Attributes:
         samples: (path, class number) of each image, in natural order of the paths.
         class_to_idx: Numbers by class name.
         left_out: Names of files and folders, relative to the root, by the reason why they were left out.
         joined: Names of the folders, relative to the root, of each class that several folders have the name of.
-
-    Raises:
-        FileNotFoundError: There is no image in the folder; says what else is there.
     """
 
     def __init__(self, root: str | Path, class_map: dict[str, int] | str | Path | None = None):
         self.root = str(root)
         left_out: dict[str, list[str]] = defaultdict(list)
         folders: dict[str, set[str]] = defaultdict(set)
-        names = _images(self.root, left_out)
+        names: list[str] = []
+        for name, fault in _walk(self.root, "", (realpath(self.root),)):
+            (left_out[fault] if fault else names).append(name)
         loose = [name for name in names if not dirname(name)]
         if len(loose) < len(names):
             left_out["in no class folder"] += loose
@@ -79,7 +78,8 @@ def open_folder(root: str | Path, class_map: dict[str, int] | None = None) -> Im
 
     Args:
         root: The folder, or the tar.
-        class_map: Numbers by class name; images of other classes are left out. None: the classes found, sorted.
+        class_map: Numbers by class name; images of other classes are left out. None: the classes found, in
+            natural order.
 
     Raises:
         FileNotFoundError: There is no such folder, or no image in it.
@@ -110,37 +110,31 @@ def _every_suffix() -> Iterator[None]:
         set_img_extensions(before)
 
 
-def _images(root: str, left_out: dict[str, list[str]]) -> list[str]:
-    """The images below a folder by their names; all others are added to those that are left out."""
-    suffixes, images = image_suffixes(), []
-    for name, kind in _walk(root, "", (realpath(root),)):
-        if basename(name).startswith("."):
-            left_out["hidden"].append(name)
-        elif kind == "folder":
-            left_out["empty folders"].append(name)
-        elif splitext(name)[1].lower() not in suffixes:
-            left_out[_NO_SUFFIX].append(name)
-        elif kind == "other":
-            left_out["no files, or links to none"].append(name)
-        elif name != name.encode(errors="ignore").decode():
-            left_out["names that are not UTF-8"].append(name)
-        else:
-            images.append(name)
-    return images
-
-
 def _walk(folder: str, name: str, above: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Names and kinds of all files, hidden folders and empty folders. Links back to a folder above are not followed."""
+    """Names of all files, hidden folders and empty folders, and why they are left out, which is empty for images.
+
+    Links back to a folder above are not followed.
+    """
     with os.scandir(folder) as entries:
         found = sorted((entry.name, _kind(entry)) for entry in entries)
     if not found and name:
-        yield name, "folder"
+        yield name, "empty folders"
     for entry, kind in found:
         path, below = join(folder, entry), join(name, entry)
-        if kind != "folder" or entry.startswith("."):
-            yield below, kind
+        if entry.startswith("."):
+            yield below, "hidden"
+        elif kind != "folder":
+            yield below, _fault(below, kind)
         elif (real := realpath(path)) not in above:
             yield from _walk(path, below, (*above, real))
+
+
+def _fault(name: str, kind: str) -> str:
+    if splitext(name)[1].lower() not in image_suffixes():
+        return _NO_SUFFIX
+    if kind == "other":
+        return "no files, or links to none"
+    return "" if name == name.encode(errors="ignore").decode() else "names that are not UTF-8"
 
 
 def _kind(entry: os.DirEntry) -> str:

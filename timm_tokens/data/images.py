@@ -8,7 +8,6 @@ from torch.utils.data import Dataset
 
 from timm_tokens.data.reading import check_indexed, file_name, read_image
 
-UNREADABLE = "can't be read"
 _MOST_NAMED = 20
 
 
@@ -52,7 +51,7 @@ class Images(Dataset):
         """The images with these numbers alone."""
         return Images(self.dataset, self.transform, [self.rows[row] for row in rows], self.left_out)
 
-    def without(self, images: dict[int, str], why: str = UNREADABLE) -> "Images":
+    def without(self, images: dict[int, str], why: str = "can't be read") -> "Images":
         """All but the images with these numbers, which are noted as left out; the numbers' values are notes on each.
 
         Raises:
