@@ -45,11 +45,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def is_whole(path: Path) -> bool | None:
-    """Whether a file is as it was written; None if it has no digest.
-
-    Raises:
-        SafetensorError: A .safetensors file can't be read at all.
-    """
+    """Whether a file is as it was written; None if it has no digest. safetensors' own errors are not caught."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             digest = (file.metadata() or {}).get("sha256")

@@ -20,15 +20,10 @@ _PARTIAL = re.compile(r"\..+\.\d+\.partial(\.[^.]*)?")  # hidden, of a process, 
 def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` once it is on the disk, and vanishes on failure.
 
-    with replacing(path) as partial:
-        image.save(partial)
+        with replacing(path) as partial:
+            image.save(partial)
 
-    Args:
-        path: The file to be; its folder is made if need be.
-        keep: Where the file that is there now goes; None: it is lost.
-
-    Raises:
-        OSError: The disk is full, say; names `path`, which stays as it was.
+    The file that is there now goes to `keep`, or is lost. An OSError, of a full disk, say, names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")  # PIL goes by the suffix
@@ -52,11 +47,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path, remedy: str = "delete it") -> dict[str, Any]:
-    """What `write_json` wrote of a dict; empty if there is no such file.
-
-    Raises:
-        ValueError: It is something else; names the file, and what to do.
-    """
+    """What `write_json` wrote of a dict; empty if there is no such file, a ValueError if it is something else."""
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:

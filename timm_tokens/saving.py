@@ -7,11 +7,7 @@ from timm_tokens.timm_types import Wrapped
 
 
 def model_args(model: Wrapped) -> dict[str, Any]:
-    """Arguments of timm.create_model for the TokenViT as it is now.
-
-    Raises:
-        ValueError: If the base was not made by timm.create_model, so that its name is unknown.
-    """
+    """Arguments of timm.create_model for the TokenViT as it is now; a base of unknown name is a ValueError."""
     args = {name: getattr(model.base, name) for name in ("in_chans", "global_pool")}
     if getattr(blocks.stem(model.base), "img_size", None):
         args["img_size"] = list(model.image_size)

@@ -17,24 +17,10 @@ _PART = re.compile(r"t(weights|3aw|3a)|(m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?")
 
 # These change colours alone.
 _IN_PLACE = _POSTERIZE | {
-    "AutoContrast",
-    "Brightness",
-    "BrightnessIncreasing",
-    "Color",
-    "ColorIncreasing",
-    "Contrast",
-    "ContrastIncreasing",
-    "Desaturate",
-    "Equalize",
-    "GaussianBlur",
-    "GaussianBlurRand",
-    "Invert",
-    "Sharpness",
-    "SharpnessIncreasing",
-    "Solarize",
-    "SolarizeAdd",
-    "SolarizeIncreasing",
-}
+    "AutoContrast", "Brightness", "BrightnessIncreasing", "Color", "ColorIncreasing", "Contrast", "ContrastIncreasing",
+    "Desaturate", "Equalize", "GaussianBlur", "GaussianBlurRand", "Invert", "Sharpness", "SharpnessIncreasing",
+    "Solarize", "SolarizeAdd", "SolarizeIncreasing",
+}  # fmt: skip
 
 
 def _matrix(row: tuple[float, float, float], column: tuple[float, float, float]) -> Tensor:

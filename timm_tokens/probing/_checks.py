@@ -6,11 +6,7 @@ from timm_tokens.ops.finite import check_finite
 
 
 def check_pair(train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor) -> None:
-    """Refuse what is not two sets of finite features (N, D) with labels (N,), N > 0, of one width.
-
-    Raises:
-        ValueError: Says what is wrong, and which row is not finite.
-    """
+    """Refuse what is not two sets of finite features (N, D) with labels (N,), N > 0, of one width."""
     for name, x, y in (("train_features", train_features, train_labels), ("features", features, labels)):
         if x.ndim != 2 or y.shape != x.shape[:1] or not len(y):
             raise ValueError(

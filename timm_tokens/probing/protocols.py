@@ -57,8 +57,7 @@ class Sweep(Classifiers):
 
     Args:
         protocol: What they are trained by.
-        dim: D, channels of the features.
-        num_classes: K.
+        dim, num_classes: D channels of the features, and K.
         lrs: Learning rates, already scaled to the batch.
         epochs, steps_per_epoch: How long they are trained.
         generator: Draws the first weights, on the CPU: normal with a deviation of 0.01, the same for all.
