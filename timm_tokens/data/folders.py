@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import ImageDataset, get_img_extensions, set_img_extensions
-from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
@@ -32,7 +31,7 @@ class FolderReader(ReaderImageFolder):
 
     Args:
         root: The folder that holds the class folders.
-        class_map: As of `open_folder`, or the path of a text file with one class per line.
+        class_map: As of `open_folder`.
 
     Attributes:
         samples: (path, class number) of each image, in natural order of the paths.
@@ -41,7 +40,7 @@ class FolderReader(ReaderImageFolder):
         joined: Names of the folders, relative to the root, of each class that several folders have the name of.
     """
 
-    def __init__(self, root: str | Path, class_map: dict[str, int] | str | Path | None = None):
+    def __init__(self, root: str | Path, class_map: dict[str, int] | None = None):
         self.root = str(root)
         left_out: dict[str, list[str]] = defaultdict(list)
         folders: dict[str, set[str]] = defaultdict(set)
@@ -53,10 +52,8 @@ class FolderReader(ReaderImageFolder):
             left_out["in no class folder"] += loose
             names = [name for name in names if dirname(name)]
         classes = {name: basename(dirname(name)) for name in names}
-        if class_map:
-            self.class_to_idx = load_class_map(class_map if isinstance(class_map, dict) else str(class_map), self.root)
-        else:
-            self.class_to_idx = {name: i for i, name in enumerate(sorted({*classes.values()}, key=_natural))}
+        found = sorted({*classes.values()}, key=_natural)
+        self.class_to_idx = class_map or {name: i for i, name in enumerate(found)}
         left_out["of none of the classes"] += [name for name in names if classes[name] not in self.class_to_idx]
         names = sorted((name for name in names if classes[name] in self.class_to_idx), key=_natural)
         self.left_out = {why: sorted(which, key=_natural) for why, which in left_out.items() if which}
