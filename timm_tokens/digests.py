@@ -9,6 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -57,17 +58,13 @@ def is_whole(path: Path) -> bool | None:
 
 
 def _is_whole_archive(path: Path) -> bool | None:
-    start, digest = path.stat().st_size - _LENGTH - 2, hashlib.sha256()
+    start = path.stat().st_size - _LENGTH - 2
     with path.open("rb") as file:
         file.seek(max(0, start))
         length, comment = file.read(2), file.read()
-        if not comment.startswith(_MARK):
-            return None
-        file.seek(0)
-        while start > 0:
-            chunk = file.read(min(start, 1 << 20))
-            digest.update(chunk)
-            start -= len(chunk)
+    if start <= 0 or not comment.startswith(_MARK):
+        return None
+    digest = hashlib.sha256(cast(Any, np.memmap(path, mode="r", shape=start)))
     digest.update(b"\0\0")  # as torch.save wrote it, without a comment
     return length == _LENGTH.to_bytes(2, "little") and _MARK + digest.hexdigest().encode() == comment
 
