@@ -7,7 +7,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from timm_tokens import seeding
 from timm_tokens.data import Crop, DeviceCrops, MultiCrop, dino_crops, swav_crops
-from timm_tokens.data.batch_augment import blur, crop_resize, jitter
+from timm_tokens.data.device_crops import blur, crop_resize, jitter
 
 CPU = torch.device("cpu")
 STRONG = Crop(48, 2, (0.2, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), jitter_prob=1.0, grayscale=0.3, blur=0.5, solarize=0.3)
