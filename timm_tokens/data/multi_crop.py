@@ -121,11 +121,9 @@ class MultiCrop:
         """
         if isinstance(image, Image.Image):
             image = v2.functional.pil_to_tensor(image.convert(self.mode))
-        drawn = []
+        kinds = zip(self.crops, self.transforms, strict=True)
         with drawn_from(generator):
-            for crop, transform in zip(self.crops, self.transforms, strict=True):
-                drawn += [transform(image) for _ in range(crop.count)]
-        return drawn
+            return [transform(image) for crop, transform in kinds for _ in range(crop.count)]
 
     def __repr__(self) -> str:
         return f"MultiCrop({list(self.crops)}, mean={self.mean}, std={self.std})"

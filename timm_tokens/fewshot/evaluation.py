@@ -82,9 +82,9 @@ def compare(
     esfr = ESFR() if esfr is None else esfr
     drawn = sample_episodes(labels, ways, shots, queries, episodes, generator=generator)
     chosen = classifiers if isinstance(classifiers, Mapping) else {name: CLASSIFIERS[name] for name in classifiers}
-    parts, size = [], esfr.episodes_at_once(features)
-    for block in progress(list(zip(*(t.split(size) for t in drawn), strict=True))):
-        parts.append(_accuracies(features, Episodes(*block), chosen, esfr, generator))
+    size = esfr.episodes_at_once(features)
+    blocks = progress([Episodes(*block) for block in zip(*(t.split(size) for t in drawn), strict=True)])
+    parts = [_accuracies(features, block, chosen, esfr, generator) for block in blocks]
     plain, adapted = torch.cat(parts, dim=-1)  # (2, classifiers, T)
     return [
         Comparison(shots, name, interval(plain[i]), interval(adapted[i]), interval(adapted[i] - plain[i]))
