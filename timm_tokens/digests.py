@@ -7,7 +7,7 @@ comment; in a safetensors file it is an entry of the metadata.
 
 import hashlib
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,14 +22,11 @@ _BLANK = "0" * 64  # stands in the place of a safetensors file's digest while th
 def save_checkpoint(path: Path, state: Any) -> None:
     """torch.save with a digest. The same state gives the same bytes, whatever the path is."""
     with path.open("wb") as file:
-        hashing = _Hashing(file)
         try:
-            torch.save(state, cast(IO[bytes], hashing))
-        except RuntimeError:
-            if hashing.error is None:
-                raise
-            raise hashing.error from None  # what torch says of it names places in its source
-        comment = _MARK + hashing.digest.hexdigest().encode()
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch says of a failed write names places in its source
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        comment = _MARK + _sha256(path).hexdigest().encode()
         file.seek(-2, 2)  # an archive ends with the length of its comment, 0
         file.write(_LENGTH.to_bytes(2, "little") + comment)
 
@@ -64,25 +61,11 @@ def _is_whole_archive(path: Path) -> bool | None:
         length, comment = file.read(2), file.read()
     if start <= 0 or not comment.startswith(_MARK):
         return None
-    digest = hashlib.sha256(cast(Any, np.memmap(path, mode="r", shape=start)))
+    digest = _sha256(path, start)
     digest.update(b"\0\0")  # as torch.save wrote it, without a comment
     return length == _LENGTH.to_bytes(2, "little") and _MARK + digest.hexdigest().encode() == comment
 
 
-class _Hashing:
-    """A file to write to that hashes what goes by."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.digest = file, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
+def _sha256(path: Path, length: int | None = None) -> Any:
+    """The digest of the first bytes of a file, or of all."""
+    return hashlib.sha256(cast(Any, np.memmap(path, mode="r", shape=length)))
