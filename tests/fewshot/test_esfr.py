@@ -5,8 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from timm_tokens.fewshot import ESFR, bd_cspn, cosine_centroid, nearest_centroid, prepare
-from timm_tokens.fewshot.nets import Nets
-from timm_tokens.fewshot.running import Run, drop_out, glorot_uniform
+from timm_tokens.fewshot.nets import Nets, Run, drop_out, glorot_uniform
 from timm_tokens.ops import local_intrinsic_dimensionality
 
 
@@ -77,7 +76,7 @@ def test_golden_adaptation_of_twenty_updates(golden, monkeypatch):
     assert error.mean() < 2e-5
     assert error.gt(1e-4).double().mean() < 0.03
     assert error.max() < 5e-4
-    monkeypatch.setattr("timm_tokens.fewshot.running.Nets", Drifting)
+    monkeypatch.setattr("timm_tokens.fewshot.nets.Nets", Drifting)
     data = {name: tensor.double() for name, tensor in data.items()}
     adapted, updates = golden_run(data, 0)
     assert updates.item() == 20

@@ -10,8 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from timm_tokens.fewshot.nets import DEPTH, unit
-from timm_tokens.fewshot.running import Run, drop_out
+from timm_tokens.fewshot.nets import DEPTH, Run, drop_out, unit
 from timm_tokens.ops.finite import check_finite
 from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
 from timm_tokens.ops.ranges import check_positive, check_weights
