@@ -8,8 +8,7 @@ from timm.data import ImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_tokens.data.folders import open_folder
-from timm_tokens.data.images import Images
-from timm_tokens.data.reading import ImageError, image_name, image_names, read_image, unreadable
+from timm_tokens.data.images import ImageError, Images, image_name, image_names, read_image, unreadable
 
 # timm's data sets leave the closing of files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

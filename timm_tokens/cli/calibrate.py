@@ -24,7 +24,7 @@ from timm_tokens.cli.config import write_config
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import ImageOptions, LoadingOptions, MergerOptions, WeightOptions
 from timm_tokens.data import input_config, input_transform, unreadable
-from timm_tokens.data.reading import check_indexed
+from timm_tokens.data.images import check_indexed
 from timm_tokens.merger_file import NAME, save_merger
 from timm_tokens.options import option
 from timm_tokens.stopping import outlast_signals

@@ -3,7 +3,7 @@
 from timm_tokens.data.decoding import decode_image
 from timm_tokens.data.device_crops import DeviceCrops
 from timm_tokens.data.folders import open_folder
-from timm_tokens.data.images import Images
+from timm_tokens.data.images import ImageError, Images, image_names, read_image, unreadable
 from timm_tokens.data.label_dataset import LabeledTarget, TokenLabelDataset
 from timm_tokens.data.label_format import LabelMap, image_id
 from timm_tokens.data.label_store import TokenLabelStore
@@ -12,7 +12,6 @@ from timm_tokens.data.label_writer import TokenLabelWriter, flush_journals, pack
 from timm_tokens.data.masking import block_masks, random_ratio_masks
 from timm_tokens.data.model_input import input_config, input_transform
 from timm_tokens.data.multi_crop import Crop, MultiCrop, dino_crops, swav_crops
-from timm_tokens.data.reading import ImageError, image_names, read_image, unreadable
 
 __all__ = [
     "Crop",

@@ -8,9 +8,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from timm_tokens.data.images import check_indexed, image_name, image_names, read_image
 from timm_tokens.data.label_format import LabelMap
 from timm_tokens.data.label_transforms import View
-from timm_tokens.data.reading import check_indexed, image_name, image_names, read_image
 from timm_tokens.ops import others_share
 
 

@@ -22,7 +22,7 @@ from timm_tokens.cli.common.processes import joined
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions
 from timm_tokens.data import TokenLabelWriter, image_names
-from timm_tokens.data.reading import check_indexed
+from timm_tokens.data.images import check_indexed
 from timm_tokens.files import write_json
 from timm_tokens.options import option
 from timm_tokens.peers import together

@@ -21,7 +21,7 @@ from timm_tokens.cli.common.loading import batches
 from timm_tokens.cli.errors import CommandError
 from timm_tokens.cli.options import LoadingOptions, MergerOptions, WeightOptions
 from timm_tokens.data import Images, input_config, input_transform
-from timm_tokens.data.reading import file_name
+from timm_tokens.data.images import file_name
 from timm_tokens.digests import is_whole, save_tensors
 from timm_tokens.files import replacing
 from timm_tokens.merger_file import locate
