@@ -83,11 +83,10 @@ class TrackedRandAugment:
 
 def _run(op: AugmentOp, image: Image.Image) -> tuple[Image.Image, Tensor]:
     """Run one operation and return its map. It draws its argument within its call, so a copy of it notes that down."""
-    drawn: Any = None
+    drawn: list[float] = []
 
     def note(image: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
-        nonlocal drawn
-        drawn = args
+        drawn.extend(args)
         if op.name in _POSTERIZE:  # to 0 bits, an image that is all black, is what Pillow refuses
             args = tuple(max(bits, 1) for bits in args)
         return cast(Any, op.aug_fn)(image, *args, **kwargs)
@@ -95,6 +94,6 @@ def _run(op: AugmentOp, image: Image.Image) -> tuple[Image.Image, Tensor]:
     noted = copy.copy(op)
     noted.aug_fn = note
     image = noted(image)
-    if drawn is None or op.name not in _AFFINE:  # not applied, by its probability, or a change of colours
+    if not drawn or op.name not in _AFFINE:  # not applied, by its probability, or a change of colours
         return image, torch.eye(3)
     return image, _AFFINE[op.name](*drawn, *image.size)
