@@ -498,7 +498,7 @@ def test_crops(built):
         for crop, expected in zip(transform.crops, wanted, strict=False):
             assert {key: getattr(crop, key) for key in expected} == expected, name
             assert crop.ratio == (3 / 4, 4 / 3)
-        for steps in transform.transforms:
+        for _, steps in transform.steps:
             assert steps.transforms[0].interpolation == InterpolationMode(interpolation), name
         crops, _ = it.dataset[0]
         assert [x.shape[-1] for x in crops] == [side] * 2 + [local_side] * count, name

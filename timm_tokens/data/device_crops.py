@@ -51,9 +51,8 @@ class DeviceCrops:
         """An image (C, side, side) in 8 bits, and what is drawn for each of its V crops, (V, 16)."""
         image = image.convert(self.crops.mode)
         whole = torch.empty(1, image.height, image.width, dtype=torch.uint8, device="meta")
-        kinds = zip(self.crops.crops, self.crops.transforms, strict=True)
         with drawn_from(None):
-            rows = [_draw(steps, whole) for crop, steps in kinds for _ in range(crop.count)]
+            rows = [_draw(steps, whole) for _, steps in self.crops.steps]
         if image.size != (self.side, self.side):
             image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
         return v2.functional.pil_to_tensor(image), torch.stack(rows)
@@ -62,8 +61,8 @@ class DeviceCrops:
         """The V crops (B, C, size, size) of a batch of what `draw` gives, normalised, on the device."""
         images, drawn = batch
         images = images.to(device, non_blocking=True).float() / 255
-        kinds = [crop for crop in self.crops.crops for _ in range(crop.count)]
-        return [self._make(images, row, crop) for row, crop in zip(drawn.unbind(1), kinds, strict=True)]
+        pairs = zip(drawn.unbind(1), self.crops.steps, strict=True)
+        return [self._make(images, row, crop) for row, (crop, _) in pairs]
 
     def _make(self, images: Tensor, drawn: Tensor, crop: Crop) -> Tensor:
         """One crop of each image, (B, C, size, size), by its row of numbers (B, 16) on the CPU."""

@@ -106,7 +106,8 @@ class MultiCrop:
         self.crops, self.mean, self.std = tuple(crops), tuple(mean), tuple(std)
         self.interpolation = interpolation
         self.mode = "L" if len(self.mean) == 1 else "RGB"
-        self.transforms = [_transform(crop, mean, std, InterpolationMode(interpolation)) for crop in crops]
+        kinds = [(crop, _transform(crop, mean, std, InterpolationMode(interpolation))) for crop in crops]
+        self.steps = [kind for kind in kinds for _ in range(kind[0].count)]  # of each crop that an image gives
 
     @classmethod
     def for_model(cls, model: nn.Module, crops: Sequence[Crop], interpolation: str | None = None) -> "MultiCrop":
@@ -121,9 +122,8 @@ class MultiCrop:
         """
         if isinstance(image, Image.Image):
             image = v2.functional.pil_to_tensor(image.convert(self.mode))
-        kinds = zip(self.crops, self.transforms, strict=True)
         with drawn_from(generator):
-            return [transform(image) for crop, transform in kinds for _ in range(crop.count)]
+            return [transform(image) for _, transform in self.steps]
 
     def __repr__(self) -> str:
         return f"MultiCrop({list(self.crops)}, mean={self.mean}, std={self.std})"
