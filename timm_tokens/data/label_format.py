@@ -66,7 +66,7 @@ def check_label_map(name: str, label: LabelMap, num_classes: int | None) -> Labe
     return LabelMap(half, indices.int())
 
 
-def read_label_file(path: Path, name: str) -> LabelMap:
+def read_label_file(path: Path, name: str, num_classes: int | None) -> LabelMap:
     """Read one file of the published layout: a (2, top, H, W) tensor, scores and then classes.
 
     Any other content is a ValueError that names the image.
@@ -83,7 +83,7 @@ def read_label_file(path: Path, name: str) -> LabelMap:
     values, indices = stored
     if not torch.equal(indices, indices.round()):
         raise ValueError(f"label file of {name!r} holds classes that are not whole numbers: {path}")
-    return check_label_map(name, LabelMap(values, indices.int()), None)
+    return check_label_map(name, LabelMap(values, indices.int()), num_classes)
 
 
 def write_label_file(path: str | Path, label: LabelMap, name: str | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from timm_tokens.data.label_format import LabelMap, check_label_map, is_image_id, read_label_file
+from timm_tokens.data.label_format import LabelMap, is_image_id, read_label_file
 from timm_tokens.data.label_index import INDEX, read_index, shard_path
 from timm_tokens.data.label_shard import Shard, load_shard, name_key
 
@@ -97,7 +97,7 @@ class TokenLabelStore(Mapping[str, LabelMap]):
         if not is_image_id(name):
             raise KeyError(f"no label for image {name!r}: it is no path inside {self.folder}")
         try:
-            return check_label_map(name, read_label_file(self._path(name), name), self.num_classes)
+            return read_label_file(self._path(name), name, self.num_classes)
         except FileNotFoundError:
             raise KeyError(f"no label for image {name!r}: there is no {self._path(name)}") from None
 
