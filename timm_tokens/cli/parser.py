@@ -6,9 +6,10 @@ from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatt
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
 from timm_tokens.cli import config
 from timm_tokens.cli.errors import CommandError, explained
@@ -38,7 +39,7 @@ class Parser(ArgumentParser):
 def parse(command: str, of: type[Options], argv: Sequence[str], description: str | None = None) -> Options:
     """The options that a command line gives, those of a file that `--config` names included."""
     rest = next((each.name for each in fields(of) if each.metadata.get("rest")), None)
-    given = vars(make_parser(command, of, description).parse_intermixed_args(argv[:1] if rest else argv))
+    given = vars(make_parser(command, cast(Any, of), description).parse_intermixed_args(argv[:1] if rest else argv))
     if rest:
         given[rest] = argv[1:]
     for place in [name for name in given if name.startswith(_PLACE)]:
@@ -95,6 +96,7 @@ def flag(each: Field) -> str:
     return each.metadata.get("flag", "--" + each.name.replace("_", "-"))
 
 
+@cache
 def make_parser(command: str, of: type[Options], description: str | None = None) -> Parser:
     """A parser whose namespace holds what is given and nothing else."""
     parser, hints = Parser(f"timm-tokens {command}", description), get_type_hints(of)
@@ -103,11 +105,12 @@ def make_parser(command: str, of: type[Options], description: str | None = None)
     needed.sort(key=lambda each: ("data_dir", "out").index(each.name) if each.name in ("data_dir", "out") else -1)
     given = (f"{flag(each)} {each.metadata.get('metavar', each.name.upper())}" for each in needed)
     parser.usage = " ".join([parser.prog, *places, *given, "[options]"])
-    for title, members in grouped(of).items():
+    groups = grouped(of)
+    for title, members in groups.items():
         group = parser.add_argument_group(title)
         for each in members:
             _add(group, each, hints[each.name])
-    rare = parser.add_argument_group(RARE) if RARE not in grouped(of) else group
+    rare = parser.add_argument_group(RARE) if RARE not in groups else group
     words = f"take the options from the {config.CONFIG} of an earlier run; options on the command line win"
     rare.add_argument("--config", type=Path, default=SUPPRESS, metavar="FILE", help=f"{words} (default: none)")
     words = "show where in the code an error comes from, to report a bug"
