@@ -116,6 +116,8 @@ def test_as_the_transform_of_a_data_set(tmp_path):
         ([Crop(8, count=0)], "count must be at least 1, got 0"),
         ([Crop(8, blur=1.5)], "blur is a probability.* got 1.5"),
         ([Crop(8, scale=(0.5, 0.2))], r"scale must be a range .* got \(0.5, 0.2\)"),
+        ([Crop(8, ratio=(4 / 3, 0.75))], r"ratio must be a range of positive numbers, low first, got \(1.33"),
+        ([Crop(8, blur=0.0, blur_sigma=(0.0, 2.0))], r"blur_sigma must be .* positive numbers, .* got \(0.0, 2.0\)"),
     ],
 )
 def test_impossible_crops_are_refused(crops, message):

@@ -59,7 +59,8 @@ def check_label_map(name: str, label: LabelMap, num_classes: int | None) -> Labe
         raise ValueError(f"label map of {name!r}: classes must be integers, got {indices.dtype}")
     low, high = (int(x) for x in indices.aminmax())
     if low < 0 or (num_classes is not None and high >= num_classes):
-        raise ValueError(f"label map of {name!r}: classes must be in [0, {num_classes}), got {low} to {high}")
+        limit = "inf" if num_classes is None else num_classes
+        raise ValueError(f"label map of {name!r}: classes must be in [0, {limit}), got {low} to {high}")
     half = values.half()
     if not half.isfinite().all():
         raise ValueError(f"label map of {name!r}: scores must be finite in float16, got {values.aminmax()}")

@@ -162,3 +162,7 @@ def _check(crops: Sequence[Crop]) -> None:
                 raise ValueError(f"{name} is a probability, in [0, 1], got {getattr(crop, name)} in {crop}")
         if not 0 < crop.scale[0] <= crop.scale[1] <= 1:
             raise ValueError(f"scale must be a range of shares in (0, 1], low first, got {crop.scale} in {crop}")
+        for name in ("ratio", "blur_sigma"):
+            low, high = getattr(crop, name)
+            if not 0 < low <= high < math.inf:
+                raise ValueError(f"{name} must be a range of positive numbers, low first, got {low, high} in {crop}")
