@@ -1,7 +1,8 @@
 """Batches of a data set's images, without those that can't be read."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -47,29 +48,19 @@ def batches(
             count += len(labels)
         return
     chosen = range(len(dataset)) if chosen is None else chosen
-    yield from DataLoader(_Images(dataset, transform, chosen), collate_fn=_collate, **loading)
+    yield from DataLoader(cast(Any, chosen), collate_fn=partial(_read, dataset, transform), **loading)
 
 
-class _Images(Dataset):
-    """(number, transformed image (C, h, w), class), with the reason why it can't be read in the place of an image."""
-
-    def __init__(self, dataset: Dataset, transform: Callable, chosen: Sequence[int]):
-        self.dataset, self.transform, self.chosen = dataset, transform, chosen
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, row: int) -> tuple[int, Tensor | str, int]:
-        number = self.chosen[row]
+def _read(dataset: Dataset, transform: Callable, chosen: list[int]) -> Batch:
+    """The images of these numbers, read in a worker of the loader."""
+    numbers, images, labels, unread = [], [], [], {}
+    for number in chosen:
         try:
-            image, label = read_image(self.dataset, number)
+            image, label = read_image(dataset, number)
         except OSError as error:
-            return number, str(error.__cause__), -1
-        return number, self.transform(image), int(label)
-
-
-def _collate(items: list[tuple[int, Tensor | str, int]]) -> Batch:
-    good = [item for item in items if isinstance(item[1], Tensor)]
-    numbers, images, labels = ([list(column) for column in zip(*good, strict=True)]) if good else ([], [], [])
-    unread = {number: why for number, why, _ in items if isinstance(why, str)}
+            unread[number] = str(error.__cause__)
+            continue
+        numbers.append(number)
+        images.append(transform(image))
+        labels.append(int(label))
     return Batch(numbers, torch.stack(images) if images else None, labels, unread)
