@@ -47,8 +47,11 @@ def samples_a_process(x: Tensor) -> Tensor | int:
     return len(x) if world_size() == 1 else batch_size(x) / world_size()
 
 
-def as_tokens(views: Sequence[Tensor]) -> list[Tensor]:
+def as_tokens(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Views (B, K) of one token as (B, 1, K)."""
-    if any(x.ndim != 2 for x in views):
-        raise ValueError(f"views must have shape (B, K), got {[tuple(x.shape) for x in views]}")
-    return [x.unsqueeze(1) for x in views]
+    shapes = {tuple(x.shape) for x in [*student, *teacher]}
+    if any(len(shape) != 2 for shape in shapes):
+        raise ValueError(f"views must have shape (B, K), got {sorted(shapes)}")
+    if len(shapes) > 1:
+        raise ValueError(f"all views must have the same shape (B, K), got {sorted(shapes)}")
+    return [x.unsqueeze(1) for x in student], [x.unsqueeze(1) for x in teacher]

@@ -60,7 +60,7 @@ class DINOLoss(nn.Module):
             student: V logits (B, K), one per view: first the teacher's views in its order, then the others.
             teacher: Logits (B, K) of the first views; they get no gradient.
         """
-        student, teacher = as_tokens(student), as_tokens(teacher)
+        student, teacher = as_tokens(student, teacher)
         targets = self.targets(teacher)
         loss = cross_view_losses(self.compare, student, targets)[0]
         self.update(teacher, targets)

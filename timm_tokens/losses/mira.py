@@ -1,14 +1,15 @@
 """Self-supervised clustering with mutual-information-regularised pseudo-labels (MIRA, arXiv 2211.02284)."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from timm_tokens.distributed import all_reduce_mean
+from timm_tokens.losses.cross_view import as_tokens, cross_view_losses
 from timm_tokens.ops.assignment import assignment_information, check_regularisation, mira_assign
+from timm_tokens.ops.cross_entropy import soft_cross_entropy
 from timm_tokens.ops.ranges import check_positive
 
 
@@ -28,36 +29,6 @@ class MIRATerms(NamedTuple):
     mutual_information: Tensor
 
 
-def mira_loss(student: Sequence[Tensor], assignments: Sequence[Tensor], tau: float) -> Tensor:
-    """Cross entropy between the pseudo-labels of each view and the student's prediction on every other view.
-
-    Averaged over the pairs of views and the samples. With processes that hold different numbers of samples, the average
-    over processes is what the global batch gives.
-
-    Args:
-        student: V logits (B, K); the first are of the views in assignments, in their order.
-        assignments: Pseudo-labels (B, K) of the first views.
-        tau: The student's temperature.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: If there is no pair of views, or shapes differ.
-
-    Source: MIRA (arXiv 2211.02284), section 3, the swapped prediction of pseudo-labels.
-    """
-    _check_views(student, assignments)
-    losses = []
-    for view, logits in enumerate(student):
-        labels = [w for other, w in enumerate(assignments) if other != view]
-        if labels:  # the cross entropy is linear in the labels: one for their sum serves them all
-            losses.append(-(sum(labels) * (logits.float() / tau).log_softmax(1)).sum())
-    pairs = len(assignments) * (len(student) - 1)
-    samples = all_reduce_mean(torch.full((), student[0].shape[0], dtype=torch.float32, device=student[0].device))
-    return torch.stack(losses).sum() / (pairs * samples)
-
-
 class MIRALoss(nn.Module):
     """Pseudo-labels from the teacher's views by `mira_assign`, predicted from the student's other views.
 
@@ -73,7 +44,10 @@ class MIRALoss(nn.Module):
             tau_teacher, beta and iterations are then not used.
 
     Raises:
-        ValueError: If a temperature is not positive, beta is outside [0, 1) or iterations is negative.
+        ValueError: If a temperature is not positive, beta is outside [0, 1) or iterations is negative, when building;
+            if views don't fit, when called.
+
+    Source: MIRA (arXiv 2211.02284), section 3, the swapped prediction of pseudo-labels.
     """
 
     def __init__(
@@ -91,7 +65,9 @@ class MIRALoss(nn.Module):
         self.assign = assign
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], *, beta: float | None = None) -> MIRATerms:
-        """The loss, and the information in the pseudo-labels.
+        """The loss, averaged over the pairs of views and the samples, and the information in the pseudo-labels.
+
+        Processes may hold different numbers of samples: the average over them is what the global batch gives.
 
         Args:
             student: V logits (B, K), one per view: first the teacher's views in its order, then the others.
@@ -101,20 +77,13 @@ class MIRALoss(nn.Module):
         beta = self.beta if beta is None else beta
         own = partial(mira_assign, tau=self.tau_teacher, beta=beta, iterations=self.iterations)
         assignments = [(self.assign or own)(logits) for logits in teacher]
-        loss = mira_loss(student, assignments, self.tau_student)
+        loss = cross_view_losses(self._compare, *as_tokens(student, assignments))[0]
         information = zip(*(assignment_information(w) for w in assignments), strict=True)
         return MIRATerms(loss, *(torch.stack(values).mean() for values in information))
 
+    def _compare(self, student: Tensor, labels: Mapping[int, Tensor]) -> Tensor:
+        """Cross entropies (B, 1) of one view's logits (B, 1, K), summed over the pseudo-labels of other views."""
+        return soft_cross_entropy(student, reduce(torch.add, labels.values()), self.tau_student)
+
     def extra_repr(self) -> str:
         return f"tau_student={self.tau_student}, tau_teacher={self.tau_teacher}, beta={self.beta}"
-
-
-def _check_views(student: Sequence[Tensor], assignments: Sequence[Tensor]) -> None:
-    if not 1 <= len(assignments) <= len(student) or len(student) < 2:
-        raise ValueError(
-            "each of the teacher's views must be one of the student's, which needs another to predict from: got "
-            f"{len(assignments)} for the teacher and {len(student)} for the student"
-        )
-    shapes = {tuple(x.shape) for x in [*student, *assignments]}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
-        raise ValueError(f"all views must have the same shape (B, K), got {sorted(shapes)}")

@@ -49,7 +49,8 @@ class MoBYLoss(nn.Module):
             queries: The student's predictions (B, D), one per view.
             keys: The teacher's projections (B, D) of the same views; they get no gradient.
         """
-        queries, targets = as_tokens(queries), self.targets(as_tokens(keys))
+        queries, keys = as_tokens(queries, keys)
+        targets = self.targets(keys)
         loss = self.pair_weight * cross_view_losses(self.compare, queries, targets)[0]
         self.update(targets, targets)
         return loss
