@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from references import in_turns, ratio
 from torch import Tensor
 
-from timm_tokens.losses.dtm import dtm_loss
+from timm_tokens.losses import DTMLoss
 from timm_tokens.ops import morph_groups
 
 
@@ -42,7 +42,7 @@ def slow_loss(student: Tensor, teacher: Tensor, rounds: list[int]) -> Tensor:
 
 
 def fast_loss(student: Tensor, teacher: Tensor, rounds: list[int]) -> Tensor:
-    return dtm_loss(student, teacher, [rounds])
+    return DTMLoss()(student, teacher, schedules=[rounds])
 
 
 def gradient(loss: Callable[..., Tensor], student: Tensor, *args: object) -> Tensor:

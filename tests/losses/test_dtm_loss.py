@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_tokens.losses import DTMLoss
-from timm_tokens.losses.dtm import DISTANCES, dtm_loss
+from timm_tokens.losses.dtm import DISTANCES
 from timm_tokens.ops import kmeans_groups, morph, morph_groups
 
 SLOW_DISTANCES = {
@@ -22,6 +22,10 @@ def slow_loss(student, teacher, schedules, distance, mask=None, prefix=0):
         tokens = SLOW_DISTANCES[distance](morph(student, groups), morph(teacher, groups))
         losses.append(tokens.mean() if mask is None else tokens[mask].mean())
     return sum(losses) / len(losses)
+
+
+def dtm_loss(student, teacher, schedules, mask=None, **options):
+    return DTMLoss(**options)(student, teacher, mask, schedules=schedules)
 
 
 def loss_and_gradient(loss, student, *args, **kwargs):

@@ -9,15 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_tokens.distributed import all_reduce_mean
+from timm_tokens.ops import morphing
 from timm_tokens.ops.clustering import kmeans_groups
-from timm_tokens.ops.morphing import (
-    check_rounds,
-    draw_morph_rounds,
-    group_means,
-    group_sums,
-    groups_of_gram,
-    token_gram,
-)
 from timm_tokens.ops.ranges import check_counts
 
 # Between tokens (B, N, C) of student and teacher -> (B, N)
@@ -30,73 +23,18 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 GROUPINGS = ("matching", "kmeans", "superpixels")
 
 
-def dtm_loss(
-    student: Tensor, teacher: Tensor, schedules: Sequence[Sequence[int]], *,
-    distance: str = "smooth_l1", beta: float = 2.0, num_prefix_tokens: int = 0, mask: Tensor | None = None,
-    normalize: bool = False, points: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The distance between student and teacher tokens, both morphed by the teacher's groups, averaged over schedules.
-
-    The tokens of a group are all the same after morphing, so the mean over tokens is one over groups, weighed by their
-    sizes. Where processes count different numbers of tokens, the average over processes is the global batch's loss.
-
-    Args:
-        student: (B, N, C).
-        teacher: (B, N, C), gets no gradient.
-        schedules: Rounds for `morph_groups`, one sequence a draw. An empty one compares token by token.
-        distance: "smooth_l1", "l1", "l2" (squared), all averaged over channels, or "cosine", 1 - cos.
-        beta: Where smooth L1 turns from quadratic to linear.
-        num_prefix_tokens: P, leading tokens that stay alone.
-        mask: (B, N) bool, the tokens to count; None: all. All tokens take part in the morphing.
-        normalize: Whether morphed targets get mean 0 and variance 1 over their channels.
-        points: (B, N, F), whose k-means are the groups, as many as the rounds would leave; None: bipartite matching of
-            the teacher's tokens.
-
-    Raises:
-        ValueError: If shapes do not fit, schedules is empty, or as `morph_groups`.
-        TypeError: If mask is not bool, or as `morph_groups`.
-
-    Source: DTM (arXiv 2401.00254), the objective with weights w_i.
-    """
-    _check_tokens(student, teacher, mask, schedules)
-    group, teacher = _grouping(teacher, points, num_prefix_tokens), teacher.detach()
-    counted = torch.ones(student.shape[:2], device=student.device) if mask is None else mask.float()
-    total = all_reduce_mean(counted.sum()).clamp_min(1e-6)  # nothing masked anywhere: 0, not 0 / 0
-    losses = []
-    for rounds in schedules:
-        num_groups = student.shape[1] - sum(rounds)
-        groups = group(rounds)
-        u, v = group_means(student, groups, num_groups), group_means(teacher, groups, num_groups)
-        v = _normalized(v) if normalize else v
-        weight = group_sums(counted.unsqueeze(2), groups, num_groups).squeeze(2)  # (B, G)
-        losses.append((weight * DISTANCES[distance](u, v, beta)).sum() / total)
-    return torch.stack(losses).mean()
-
-
-def _grouping(teacher: Tensor, points: Tensor | None, prefix: int) -> Callable[[Sequence[int]], Tensor]:
-    """What makes groups (B, N) of rounds: by matching, or by k-means of points, as many as the rounds would leave."""
-    if points is None:
-        return partial(groups_of_gram, token_gram(teacher), num_prefix_tokens=prefix)
-    count = points.shape[1] - prefix
-    return lambda rounds: kmeans_groups(points, count - sum(rounds), num_prefix_tokens=prefix)
-
-
-def _normalized(tokens: Tensor) -> Tensor:
-    variance, mean = torch.var_mean(tokens, dim=-1, keepdim=True)
-    return (tokens - mean) * (variance + 1e-6).rsqrt()
-
-
 class DTMLoss(nn.Module):
-    """`dtm_loss` with schedules drawn anew at each call.
+    """The distance between student and teacher tokens, both morphed by the teacher's groups, in schedules drawn anew.
 
     The teacher's tokens differ from patch to patch of one thing, and predicting them one by one learns that noise. So
     patches that the teacher finds similar are averaged, on both sides, before they are compared; how many is random,
-    from none (the token-wise loss) to nearly all (close to the image-level one).
+    from none (the token-wise loss) to nearly all (close to the image-level one). The tokens of a group are all the same
+    after morphing, so the mean over tokens is one over groups, weighed by their sizes.
 
     A schedule decides shapes, so each new one makes torch.compile trace again: compile the models, not this loss.
 
     Args:
-        distance: "smooth_l1", "cosine", "l1" or "l2", see `dtm_loss`.
+        distance: "smooth_l1", "l1", "l2" (squared), all averaged over channels, or "cosine", 1 - cos.
         beta: Where smooth L1 turns from quadratic to linear.
         draws: Schedules to average over in each call.
         max_rounds: K, the most rounds of a schedule.
@@ -108,8 +46,11 @@ class DTMLoss(nn.Module):
             "superpixels": k-means of what is given as `points`, colours and places (`superpixel_features`).
 
     Raises:
-        ValueError: If an argument is out of its range, when building; as `dtm_loss`, when called. What depends on the
-            number of tokens, `check` refuses before.
+        ValueError: If an argument is out of its range, when building; if shapes do not fit, there is no schedule, or as
+            `morph_groups`, when called. What depends on the number of tokens, `check` refuses before.
+        TypeError: If mask is not bool, or as `morph_groups`, when called.
+
+    Source: DTM (arXiv 2401.00254), the objective with weights w_i.
     """
 
     def __init__(
@@ -152,7 +93,7 @@ class DTMLoss(nn.Module):
         if self.rounds is None:
             self._draw(num_tokens, torch.Generator())
         else:
-            check_rounds(self.rounds, num_tokens, self.num_prefix_tokens)
+            morphing.check_rounds(self.rounds, num_tokens, self.num_prefix_tokens)
 
     def forward(
         self,
@@ -164,38 +105,49 @@ class DTMLoss(nn.Module):
         points: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The loss, a scalar.
+        """The loss, a scalar. The teacher gets no gradient.
+
+        Where processes count different numbers of tokens, the average over processes is the global batch's loss.
 
         Args:
             student: (B, N, C) tokens, projected to the teacher's width.
             teacher: (B, N, C) tokens of the unmasked image.
-            mask: (B, N) bool, the tokens to count, for a loss on masked ones alone; None: all.
-            schedules: Instead of the loss's own.
+            mask: (B, N) bool, the tokens to count, for a loss on masked ones alone; None: all. All tokens take part in
+                the morphing.
+            schedules: Instead of the loss's own: rounds for `morph_groups`, one sequence a draw. An empty one compares
+                token by token.
             points: (B, N, F), what super-pixels are grouped by.
             generator: Random generator of the draws, on the CPU.
         """
-        if schedules is None and self.rounds is not None:
-            schedules = [self.rounds]
-        elif schedules is None:
-            schedules = [self._draw(student.shape[1], generator) for _ in range(self.draws)]
-        if self.grouping == "superpixels" and points is None:
+        if schedules is None:
+            draws = (self._draw(student.shape[1], generator) for _ in range(self.draws))
+            schedules = [*draws] if self.rounds is None else [self.rounds]
+        _check_tokens(student, teacher, mask, schedules)
+        group, teacher = self._grouping(teacher, points), teacher.detach()
+        counted = torch.ones(student.shape[:2], device=student.device) if mask is None else mask.float()
+        total = all_reduce_mean(counted.sum()).clamp_min(1e-6)  # nothing masked anywhere: 0, not 0 / 0
+        losses = []
+        for rounds in schedules:
+            groups, num_groups = group(rounds), student.shape[1] - sum(rounds)
+            u, v = morphing.group_means(student, groups, num_groups), morphing.group_means(teacher, groups, num_groups)
+            v = _normalized(v) if self.normalize_target else v
+            weight = morphing.group_sums(counted.unsqueeze(2), groups, num_groups).squeeze(2)  # (B, G)
+            losses.append((weight * DISTANCES[self.distance](u, v, self.beta)).sum() / total)
+        return torch.stack(losses).mean()
+
+    def _grouping(self, teacher: Tensor, points: Tensor | None) -> Callable[[Sequence[int]], Tensor]:
+        """What makes groups (B, N) of rounds: by matching, or by k-means, as many as the rounds would leave."""
+        prefix = self.num_prefix_tokens
+        if self.grouping == "matching":
+            return partial(morphing.groups_of_gram, morphing.token_gram(teacher), num_prefix_tokens=prefix)
+        given = F.normalize(teacher.detach().float(), dim=-1) if self.grouping == "kmeans" else points
+        if given is None:
             raise ValueError("grouping='superpixels' needs points: those that superpixel_features(images, grid) makes")
-        if self.grouping == "kmeans":
-            points = F.normalize(teacher.detach().float(), dim=-1)
-        return dtm_loss(
-            student,
-            teacher,
-            schedules,
-            distance=self.distance,
-            beta=self.beta,
-            num_prefix_tokens=self.num_prefix_tokens,
-            mask=mask,
-            normalize=self.normalize_target,
-            points=None if self.grouping == "matching" else points,
-        )
+        count = given.shape[1] - prefix
+        return lambda rounds: kmeans_groups(given, count - sum(rounds), num_prefix_tokens=prefix)
 
     def _draw(self, num_tokens: int, generator: torch.Generator | None) -> tuple[int, ...]:
-        return draw_morph_rounds(
+        return morphing.draw_morph_rounds(
             num_tokens,
             min_tokens=self.min_tokens,
             max_rounds=self.max_rounds,
@@ -224,3 +176,8 @@ def _check_tokens(student: Tensor, teacher: Tensor, mask: Tensor | None, schedul
         raise ValueError(f"mask must have shape (B, N) = {tuple(student.shape[:2])}, got {tuple(mask.shape)}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, True where a token counts, got {mask.dtype}")
+
+
+def _normalized(tokens: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(tokens, dim=-1, keepdim=True)
+    return (tokens - mean) * (variance + 1e-6).rsqrt()
