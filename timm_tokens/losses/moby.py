@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from timm_tokens.distributed import all_gather_batch
 from timm_tokens.losses.cross_view import as_tokens, cross_view_losses
+from timm_tokens.ops.ranges import check_positive
 
 
 class MoBYLoss(nn.Module):
@@ -35,9 +36,7 @@ class MoBYLoss(nn.Module):
 
     def __init__(self, dim: int = 256, queue_size: int = 4096, *, tau: float = 0.2, num_views: int = 2) -> None:
         super().__init__()
-        for name, value in [("dim", dim), ("queue_size", queue_size), ("tau", tau), ("num_views", num_views)]:
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        check_positive(dim=dim, queue_size=queue_size, tau=tau, num_views=num_views)
         self.tau, self.pair_weight = tau, float(num_views)  # the sum over directions, not their mean
         keys = torch.randn(num_views, queue_size, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("queue", F.normalize(keys, dim=-1))

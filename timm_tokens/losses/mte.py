@@ -1,25 +1,15 @@
 """Multi-token enhancing (MTE, arXiv 2411.15787): auxiliary tokens teach the global one while pre-training."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from timm_tokens.distributed import batch_mean
 from timm_tokens.losses.cross_view import cross_view_losses
-
-
-class Baseline(Protocol):
-    """What is needed of the loss that MTE builds on. `DINOLoss` and `MoBYLoss` have it; see there."""
-
-    pair_weight: float
-
-    def targets(self, teacher: Sequence[Tensor]) -> list[Tensor]: ...
-    def combine(self, target: Tensor) -> Tensor: ...
-    def compare(self, student: Tensor, targets: Mapping[int, Tensor]) -> Tensor: ...
-    def assignments(self, targets: Sequence[Tensor]) -> list[Tensor]: ...
-    def update(self, teacher: Sequence[Tensor], combined: Sequence[Tensor]) -> None: ...
+from timm_tokens.losses.dino import DINOLoss
+from timm_tokens.losses.moby import MoBYLoss
 
 
 class MTETerms(NamedTuple):
@@ -69,7 +59,7 @@ class MTELoss(nn.Module):
 
     def __init__(
         self,
-        baseline: Baseline,
+        baseline: DINOLoss | MoBYLoss,
         *,
         aux_target: str = "ensemble",
         include_global: bool = True,
@@ -95,7 +85,10 @@ class MTELoss(nn.Module):
         _check(student, teacher)
         targets = self.baseline.targets(teacher)
         combined = [self._combine(target) for target in targets]
-        losses = cross_view_losses(self.baseline.compare, student, self._of_tokens(targets, combined))
+        compared = combined  # (B, 1, K), the same for all tokens
+        if self.aux_target == "own":
+            compared = [torch.cat([all_, own[:, 1:]], 1) for all_, own in zip(combined, targets, strict=True)]
+        losses = cross_view_losses(self.baseline.compare, student, compared)
         loss = losses[0] if len(losses) == 1 else losses[1:].mean().lerp(losses[0], self.global_weight)
         watched = _watch(self.baseline.assignments(targets)) if watch else ()
         self.baseline.update(teacher, combined)
@@ -107,12 +100,6 @@ class MTELoss(nn.Module):
         if target.shape[1] == 1:
             return target
         return self.baseline.combine(target if self.include_global else target[:, 1:])
-
-    def _of_tokens(self, targets: Sequence[Tensor], combined: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What each token is compared with, (B, 1, K) where it is the same for all."""
-        if self.aux_target == "ensemble":
-            return combined
-        return [torch.cat([all_, own[:, 1:]], 1) for all_, own in zip(combined, targets, strict=True)]
 
     def extra_repr(self) -> str:
         return (
