@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from timm_tokens.losses import DINOLoss, MoBYLoss
-from timm_tokens.tasks.clustering import Prototypes
-from timm_tokens.tasks.heads import DINOHead, MoBYHead, TokenHeads
+from timm_tokens.tasks.heads import Prototypes, TokenHeads, dino_head, moby_head
 from timm_tokens.tasks.multi_crop import MultiCropEncoder
 from timm_tokens.tasks.token_encoder import PooledTokens, TokenEncoder, token_counts
 from timm_tokens.vit import TokenViT
@@ -80,11 +79,11 @@ def make_student(
     features: dict[str, int] = dict.fromkeys(counts if heads == "kind" else ["cls"], base.num_features)
     features["cls"] = getattr(base, "head_hidden_size", base.num_features)
     if objective == "moby":
-        projectors = _alike(lambda size: MoBYHead(size, hidden, width), features)
-        predictors = _alike(lambda size: MoBYHead(size, hidden, width), dict.fromkeys(features, width))
+        projectors = _alike(lambda size: moby_head(size, hidden, width), features)
+        predictors = _alike(lambda size: moby_head(size, hidden, width), dict.fromkeys(features, width))
         predictor = TokenHeads(predictors, counts)
         return MultiCropEncoder(TokenEncoder(backbone, projectors), predictor=predictor, crop_by_crop=crop_by_crop)
-    projectors = _alike(lambda size: DINOHead(size, hidden, width, batch_norm), features)
+    projectors = _alike(lambda size: dino_head(size, hidden, width, batch_norm), features)
     prototypes = Prototypes(width, num_prototypes, learn_scale)
     return MultiCropEncoder(TokenEncoder(backbone, projectors), prototypes, crop_by_crop=crop_by_crop)
 

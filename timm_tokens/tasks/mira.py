@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_tokens.losses import MIRALoss
 from timm_tokens.ops.ranges import check_weights
-from timm_tokens.tasks.clustering import Projector, Prototypes
+from timm_tokens.tasks.heads import Prototypes, mira_head
 from timm_tokens.tasks.schedules import cosine, over_the_run
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy, update_teacher, use_batch_statistics
@@ -31,7 +31,7 @@ class ProjectedBackbone(nn.Module):
     def __init__(self, backbone: Any, hidden: int, width: int, crop_by_crop: bool = False) -> None:
         super().__init__()
         self.backbone, self.crop_by_crop = backbone, crop_by_crop
-        self.projector = Projector(getattr(backbone, "head_hidden_size", backbone.num_features), hidden, width)
+        self.projector = mira_head(getattr(backbone, "head_hidden_size", backbone.num_features), hidden, width)
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         """V crops (B, 3, h, w), equal sizes next to each other -> (V B, D) of unit length, in the same order."""

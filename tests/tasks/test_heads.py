@@ -1,11 +1,11 @@
 import torch
 import torch.nn.functional as F
 
-from timm_tokens.tasks.clustering import Projector, Prototypes
+from timm_tokens.tasks.heads import Prototypes, mira_head
 
 
 def test_projections_have_unit_length():
-    projector = Projector(12, hidden=16, width=8)
+    projector = mira_head(12, hidden=16, width=8)
     torch.testing.assert_close(projector(torch.randn(6, 12)).norm(dim=1), torch.ones(6))
 
 
