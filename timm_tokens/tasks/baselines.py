@@ -7,8 +7,7 @@ from torch import nn
 
 from timm_tokens.losses import DINOLoss, MoBYLoss
 from timm_tokens.tasks.heads import Prototypes, TokenHeads, dino_head, moby_head
-from timm_tokens.tasks.multi_crop import MultiCropEncoder
-from timm_tokens.tasks.token_encoder import PooledTokens, TokenEncoder, token_counts
+from timm_tokens.tasks.token_encoder import MultiCropEncoder, PooledTokens, TokenEncoder, token_counts
 from timm_tokens.vit import TokenViT
 from timm_tokens.wrap import add_mask_token
 

@@ -4,7 +4,6 @@ Shapes: B images, V crops of each, C features, D projected, K prototypes.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from timm_tokens.tasks.heads import Prototypes, mira_head
 from timm_tokens.tasks.schedules import cosine, over_the_run
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy, update_teacher, use_batch_statistics
+from timm_tokens.tasks.token_encoder import of_one_size
 
 
 class ProjectedBackbone(nn.Module):
@@ -37,8 +37,7 @@ class ProjectedBackbone(nn.Module):
         """V crops (B, 3, h, w), equal sizes next to each other -> (V B, D) of unit length, in the same order."""
         if self.crop_by_crop:
             return torch.cat([self.projector(self.backbone(crop)) for crop in crops])
-        sizes = groupby(crops, key=lambda crop: crop.shape[1:])
-        return self.projector(torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes]))
+        return self.projector(torch.cat([self.backbone(batch) for batch in of_one_size(crops)]))
 
 
 class ClusteringStudent(nn.Module):

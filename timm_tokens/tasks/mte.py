@@ -15,11 +15,10 @@ from timm_tokens.distributed import batch_mean
 from timm_tokens.losses import IBOTPatchLoss, MTELoss, MTETerms
 from timm_tokens.ops.ranges import check_counts, check_positive, check_spans, check_weights, check_within
 from timm_tokens.tasks.baselines import BASELINES, make_loss, make_student, token_backbone, token_names
-from timm_tokens.tasks.multi_crop import CropOutputs
 from timm_tokens.tasks.schedules import cosine, linear, over_the_run
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy, update_teacher, use_batch_statistics
-from timm_tokens.tasks.token_encoder import token_counts
+from timm_tokens.tasks.token_encoder import CropOutputs, token_counts
 
 
 class MTETask(TokenTask):
