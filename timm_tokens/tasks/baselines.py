@@ -1,11 +1,11 @@
 """What DINO, iBOT and MoBY differ in: the student's heads, and the loss."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from timm_tokens.losses import DINOLoss, MoBYLoss
 from timm_tokens.tasks.heads import Prototypes, TokenHeads, dino_head, moby_head
 from timm_tokens.tasks.token_encoder import MultiCropEncoder, PooledTokens, TokenEncoder, token_counts
 from timm_tokens.vit import TokenViT
@@ -52,16 +52,9 @@ def token_backbone(model: nn.Module, objective: str) -> TokenViT | PooledTokens:
 
 
 def make_student(
-    backbone: TokenViT | PooledTokens,
-    objective: str,
-    num_prototypes: int,
-    hidden: int,
-    width: int,
-    learn_scale: bool,
-    heads: str,
-    batch_norm: bool,
-    crop_by_crop: bool = False,
-) -> MultiCropEncoder:
+    backbone: TokenViT | PooledTokens, objective: str, *,
+    num_prototypes: int, hidden: int, width: int, learn_scale: bool, heads: str, batch_norm: bool, crop_by_crop: bool,
+) -> MultiCropEncoder:  # fmt: skip
     """Heads on a backbone: for each "kind" of token, or "shared" by all of them.
 
     Prototypes are always shared, so that assignments can be averaged.
@@ -77,14 +70,14 @@ def make_student(
     counts = token_counts(backbone)
     features: dict[str, int] = dict.fromkeys(counts if heads == "kind" else ["cls"], base.num_features)
     features["cls"] = getattr(base, "head_hidden_size", base.num_features)
+    make: Callable[..., nn.Module] = moby_head if objective == "moby" else partial(dino_head, batch_norm=batch_norm)
+    make = partial(make, hidden=hidden, width=width)
+    encoder = TokenEncoder(backbone, _alike(make, features))
     if objective == "moby":
-        projectors = _alike(lambda size: moby_head(size, hidden, width), features)
-        predictors = _alike(lambda size: moby_head(size, hidden, width), dict.fromkeys(features, width))
-        predictor = TokenHeads(predictors, counts)
-        return MultiCropEncoder(TokenEncoder(backbone, projectors), predictor=predictor, crop_by_crop=crop_by_crop)
-    projectors = _alike(lambda size: dino_head(size, hidden, width, batch_norm), features)
+        predictor = TokenHeads(_alike(make, dict.fromkeys(features, width)), counts)
+        return MultiCropEncoder(encoder, predictor=predictor, crop_by_crop=crop_by_crop)
     prototypes = Prototypes(width, num_prototypes, learn_scale)
-    return MultiCropEncoder(TokenEncoder(backbone, projectors), prototypes, crop_by_crop=crop_by_crop)
+    return MultiCropEncoder(encoder, prototypes, crop_by_crop=crop_by_crop)
 
 
 def _alike(make: Callable[[int], nn.Module], features: dict[str, int]) -> dict[str, nn.Module]:
@@ -94,13 +87,3 @@ def _alike(make: Callable[[int], nn.Module], features: dict[str, int]) -> dict[s
         if size == features["cls"]:
             heads[kind].load_state_dict(heads["cls"].state_dict())
     return heads
-
-
-def make_loss(objective: str, num_prototypes: int, width: int, queue_size: int, num_tokens: int) -> DINOLoss | MoBYLoss:
-    """The baseline's loss, for so many tokens."""
-    return MoBYLoss(width, queue_size) if objective == "moby" else DINOLoss(num_prototypes, num_tokens=num_tokens)
-
-
-def token_names(counts: dict[str, int]) -> list[str]:
-    """cls, aux0, aux1, ..., pooled0, ..."""
-    return ["cls"] + [f"{kind}{i}" for kind, count in counts.items() if kind != "cls" for i in range(count)]

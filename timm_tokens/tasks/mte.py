@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from timm_tokens import blocks
 from timm_tokens.data import random_ratio_masks
 from timm_tokens.distributed import batch_mean
-from timm_tokens.losses import IBOTPatchLoss, MTELoss, MTETerms
+from timm_tokens.losses import DINOLoss, IBOTPatchLoss, MoBYLoss, MTELoss, MTETerms
 from timm_tokens.ops.ranges import check_counts, check_positive, check_spans, check_weights, check_within
-from timm_tokens.tasks.baselines import BASELINES, make_loss, make_student, token_backbone, token_names
+from timm_tokens.tasks.baselines import BASELINES, make_student, token_backbone
 from timm_tokens.tasks.schedules import cosine, linear, over_the_run
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.teacher import frozen_copy, update_teacher, use_batch_statistics
@@ -92,18 +92,21 @@ class MTETask(TokenTask):
         check_within(momentum=momentum or 1.0)
         backbone, defaults = token_backbone(model, objective), BASELINES[objective]
         prototypes = defaults.num_prototypes if num_prototypes is None else num_prototypes
-        shape = (prototypes, hidden or defaults.hidden, width, learn_scale, heads, batch_norm, crop_by_crop)
-        student = make_student(backbone, objective, *shape)
+        student = make_student(
+            backbone, objective, num_prototypes=prototypes, hidden=hidden or defaults.hidden, width=width,
+            learn_scale=learn_scale, heads=heads, batch_norm=batch_norm, crop_by_crop=crop_by_crop,
+        )  # fmt: skip
         super().__init__(student, seed=seed)
-        teacher = cast(Any, use_batch_statistics(frozen_copy(student)))
-        teacher.predictor = None
-        self.teacher: Any = teacher
+        self.teacher: Any = cast(Any, use_batch_statistics(frozen_copy(student)))
+        self.teacher.predictor = None
         self.objective, self.aux_on_local, self.global_crops = objective, aux_on_local, global_crops
-        self.names = token_names(token_counts(backbone))
-        baseline = make_loss(objective, prototypes, width, queue_size, len(self.names))
+        kinds = token_counts(backbone)
+        self.names = ["cls"] + [f"{kind}{i}" for kind in ("aux", "pooled") for i in range(kinds.get(kind, 0))]
+        moby = objective == "moby"
         self.criterion = MTELoss(
-            baseline, aux_target=aux_target, include_global=include_global, global_weight=global_weight
-        )
+            MoBYLoss(width, queue_size) if moby else DINOLoss(prototypes, num_tokens=len(self.names)),
+            aux_target=aux_target, include_global=include_global, global_weight=global_weight,
+        )  # fmt: skip
         self.patch_criterion = IBOTPatchLoss(prototypes) if objective == "ibot" else None
         self.mask_ratio, self.mask_prob, self.exact_masks = mask_ratio, mask_prob, exact_masks
         self.patch_weight, self.patch_center = patch_weight, patch_center
