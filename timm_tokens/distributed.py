@@ -149,6 +149,8 @@ def sharded_as(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, An
 
 
 def norms_of(tensors: list[Any]) -> Tensor:
-    """(P,) the norm of each tensor, sharded or not."""
+    """(P,) the norm of each tensor, sharded or not; 0 where there are none."""
+    if not tensors:
+        return torch.zeros(1)
     found = torch.stack(torch._foreach_norm([local(x) for x in tensors]))
     return all_reduce_sum(found.square()).sqrt() if any(is_sharded(x) for x in tensors) else found

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from timm_tokens.distributed import norms_of
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import Accuracy, Settings, train
-from timm_tokens.training.batches import Plan, StepBatches, plan, to_device
+from timm_tokens.training.batches import Plan, plan, step_batches, to_device
 from timm_tokens.training.history import read
-from timm_tokens.training.optimization import Optimization, clip, gradient_norms, parameter_groups
+from timm_tokens.training.optimization import Optimization, clip, parameter_groups
 
 
 class Plain(TokenTask):
@@ -37,7 +38,7 @@ def test_is_the_loop_that_one_would_write(tmp_path):
     )
     result = train(Plain(net), data, options)
     losses, norms = [], []
-    for batch in StepBatches(10, plan(data, options), options):
+    for batch in step_batches(10, plan(data, options), options):
         x, y = torch.stack([data[i][0] for _, i in batch]), torch.tensor([data[i][1] for _, i in batch])
         loss = nn.functional.cross_entropy(reference(x), y)
         gradients = torch.autograd.grad(loss, list(reference.parameters()))
@@ -69,11 +70,11 @@ def test_two_parts_make_one_batch(tmp_path):
 
 def test_an_epoch_sees_every_image_once_and_another_order_each_time():
     options = settings(".", batch_size=3, accumulate=2)
-    batches = list(StepBatches(12, plan(range(12), options), options))
+    batches = list(step_batches(12, plan(range(12), options), options))
     epochs = [[i for batch in batches[4 * e : 4 * e + 4] for n, i in batch if n == e] for e in range(3)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert batches[6:] == list(StepBatches(12, plan(range(12), options), options, start=3))
+    assert batches[6:] == list(step_batches(12, plan(range(12), options), options, start=3))
 
 
 def test_schedules(tmp_path):
@@ -99,7 +100,7 @@ def test_what_a_part_exempts_from_weight_decay_stays_exempt():
 def test_clipping_each_parameter():
     parameters = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0, 4]), torch.tensor([0.1, 0, 0])
-    clip(parameters, gradient_norms(parameters), 1.0, "parameter")
+    clip(parameters, norms_of([p.grad for p in parameters[:2]]), 1.0, "parameter")
     torch.testing.assert_close(parameters[0].grad, torch.tensor([0.6, 0, 0.8]))
     torch.testing.assert_close(parameters[1].grad, torch.tensor([0.1, 0, 0]))
 

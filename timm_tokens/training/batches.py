@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_tokens import seeding
 from timm_tokens.data.images import as_images
@@ -43,47 +43,27 @@ def plan(dataset: Dataset, settings: Settings) -> Plan:
     return Plan(joined, steps, settings.steps or settings.epochs * steps)
 
 
-class StepBatches(Sampler[list[tuple[int, int]]]):
-    """The batches of this process, from a step on to the end of the run: lists of (epoch, index).
+def step_batches(length: int, plan: Plan, settings: Settings, start: int = 0) -> Iterator[list[tuple[int, int]]]:
+    """The batches of this process, from step `start` on to the end of the run: lists of (epoch, index).
 
-    An epoch's order depends on (seed, epoch). A step takes the next part of it, cut first into accumulated parts and
-    then into processes: so two processes together see what one with the global batch sees.
-
-    Args:
-        length: Images in the data set.
-        plan: How long the run is.
-        settings: batch_size, accumulate and seed.
-        start: The first step.
+    An epoch's order of the `length` images depends on (seed, epoch). A step takes the next part of it, cut first into
+    accumulated parts and then into processes: so two processes together see what one with the global batch sees.
     """
-
-    def __init__(self, length: int, plan: Plan, settings: Settings, start: int = 0):
-        self.length, self.plan, self.start = length, plan, start
-        self.batch_size, self.accumulate, self.seed = settings.batch_size, settings.accumulate, settings.seed
-        self.rank, self.world_size = rank(), world_size()
-
-    def __len__(self) -> int:
-        return (self.plan.total_steps - self.start) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, shuffled = [], None
-        for step in range(self.start, self.plan.total_steps):
-            epoch, number = divmod(step, self.plan.steps_per_epoch)
-            if epoch != shuffled:
-                order = torch.randperm(self.length, generator=seeding.generator(self.seed, epoch)).tolist()
-                shuffled = epoch
-            first = number * self.plan.global_batch + self.rank * self.batch_size
-            for part in range(self.accumulate):
-                at = first + part * self.world_size * self.batch_size
-                yield [(epoch, index) for index in order[at : at + self.batch_size]]
+    order, shuffled, size = [], None, settings.batch_size
+    for step in range(start, plan.total_steps):
+        epoch, number = divmod(step, plan.steps_per_epoch)
+        if epoch != shuffled:
+            order = torch.randperm(length, generator=seeding.generator(settings.seed, epoch)).tolist()
+            shuffled = epoch
+        for part in range(settings.accumulate):
+            at = number * plan.global_batch + (part * world_size() + rank()) * size
+            yield [(epoch, index) for index in order[at : at + size]]
 
 
 class SeededDataset(Dataset):
     """Items by (epoch, index), whose random augmentation depends on (seed, epoch, index) alone.
 
-    Args:
-        dataset: Items by index.
-        seed: Seed of the run.
-        work: Where the time that each item takes is noted; None: nowhere.
+    The time that each takes is noted in `work`, if it is given.
     """
 
     def __init__(self, dataset: Any, seed: int, work: Work | None = None):
@@ -109,7 +89,7 @@ def step_loader(
     """The accumulated parts of each step, as lists of batches on the CPU."""
     loader = DataLoader(
         SeededDataset(dataset, settings.seed, work),
-        batch_sampler=StepBatches(len(dataset), plan, settings, start),
+        batch_sampler=step_batches(len(dataset), plan, settings, start),
         num_workers=settings.workers,
         worker_init_fn=outlast_signals,
         collate_fn=collate,

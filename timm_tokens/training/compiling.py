@@ -35,11 +35,7 @@ def check(device: torch.device) -> None:
         ValueError: Says why.
     """
     try:
-        torch.compile(_add_one, backend=BACKEND)(torch.zeros(2, device=device))
+        torch.compile(lambda x: x + 1, backend=BACKEND)(torch.zeros(2, device=device))
     except Exception as error:  # a missing compiler, a Python that is too new, a GPU that is too old: each has its own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"compile can't be used on {device}: {reason.strip()}; leave it out") from error
-
-
-def _add_one(x: torch.Tensor) -> torch.Tensor:
-    return x + 1

@@ -1,7 +1,7 @@
 """Optimizer, schedules of learning rate and weight decay, loss scaling and clipping."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class Optimization:
         """
         self.scaler.unscale_(self.optimizer)
         before()
-        norms = gradient_norms(self.parameters)
+        norms = norms_of([p.grad for p in self.parameters if p.grad is not None])
         if self.settings.clip_grad is not None:
             clip(self.parameters, norms, self.settings.clip_grad, self.settings.clip_mode)
         self.scaler.step(self.optimizer)
@@ -128,18 +128,12 @@ def _exempt(module: nn.Module, names: str | None) -> set[str]:
     }
 
 
-def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """(P,) the norm of the gradient of each parameter that has one."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return norms_of(gradients) if gradients else torch.zeros(1)
-
-
 def clip(parameters: Sequence[nn.Parameter], norms: Tensor, value: float, mode: str) -> None:
     """Clip gradients as timm does, or with mode "parameter" by the norm of each parameter's own.
 
     Args:
         parameters: Those without a gradient are left alone.
-        norms: The norms that `gradient_norms` gives for their gradients.
+        norms: The norm of each gradient.
         value: What the mode limits.
         mode: "norm", of all gradients together, "parameter", "value" or "agc".
     """
