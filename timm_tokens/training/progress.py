@@ -1,6 +1,9 @@
 """How far a run is, and how that is saved and restored."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,34 +14,33 @@ from timm_tokens.files import remove_partials
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import checkpoints
 from timm_tokens.training.batches import Plan
-from timm_tokens.training.continuing import check_same
 from timm_tokens.training.optimization import Optimization
 from timm_tokens.training.settings import Settings
 
+_LENGTH = {"epochs", "steps"}
 
+
+@dataclass
 class Progress:
     """The state of a run, which its checkpoints hold; `restore` takes it up where the last one left it.
 
-    Args:
-        settings, plan: The run's settings, and how long it is.
-        images: How many there are to train on.
-        task, optimization: Trained, and what trains it.
-        ema: The model's average, if there is one.
-
     Attributes:
+        images: How many there are to train on.
+        ema: The model's average, if there is one.
         done: How many steps have been taken when the run starts or goes on.
         saved: How many the last good checkpoint has; None: there is none yet.
         best: The best value of the first metric.
     """
 
-    def __init__(
-        self, settings: Settings, plan: Plan, images: int, task: TokenTask, optimization: Optimization,
-        ema: ModelEmaV3 | None,
-    ):  # fmt: skip
-        self.settings, self.plan, self.images = settings, plan, images
-        self.task, self.optimization, self.ema = task, optimization, ema
-        self.done, self.best = 0, None
-        self.saved: int | None = None
+    settings: Settings
+    plan: Plan
+    images: int
+    task: TokenTask
+    optimization: Optimization
+    ema: ModelEmaV3 | None
+    done: int = 0
+    saved: int | None = None
+    best: float | None = None
 
     def restore(self) -> None:
         """Take up the last good checkpoint, if there is one.
@@ -122,3 +124,22 @@ class Progress:
         self.optimization.load_state_dict(state)
         self.done = self.saved = state["step"]
         self.best = state["best"]
+
+
+def check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any], bound: Sequence[str] = ()) -> None:
+    """Refuse to continue a run with other settings than it was started with. Its length may change where nothing that
+    it has done depended on that: where `bound`, what is scheduled over the whole length, each in words, is empty.
+
+    Raises:
+        ValueError: Names each setting that differs, and what is scheduled.
+    """
+    odd = {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
+    if not odd or (odd <= _LENGTH and not bound):
+        return
+    changes = ", ".join(f"{name} {found.get(name)} -> {wanted.get(name)}" for name in sorted(odd))
+    if not odd <= _LENGTH:
+        raise ValueError(f"the run in {folder} was started with other settings ({changes}): use those, or another out")
+    raise ValueError(
+        f"the run in {folder} can't get another length ({changes}): {', and '.join(bound)}. Keep its length, or take "
+        "another out"
+    )
