@@ -8,9 +8,49 @@ from io import StringIO
 from pathlib import Path
 from statistics import fmean
 
+import torch
+from torch import Tensor
+
+from timm_tokens.distributed import all_reduce_mean
 from timm_tokens.files import naming, replacing
 
 STEPS, SUMMARY = "steps.csv", "summary.csv"
+
+
+class Scalars:
+    """Collects what the task gives to log, and leaves it on the device until `rows` reads it, as means over accumulated
+    parts and processes: so nothing waits for it every step."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._steps: list[tuple[int, float, Tensor]] = []
+
+    def add(self, step: int, lr: float, parts: list[dict[str, Tensor]]) -> None:
+        """Keep the scalars of the parts of one step.
+
+        Raises:
+            ValueError: They are not those of other steps.
+        """
+        names = list(parts[0])
+        if self._names and names != self._names:
+            raise ValueError(
+                f"a task must log the same scalars every step; {self._names} became {names} at step {step}"
+            )
+        self._names = names
+        means = torch.stack([torch.stack([part[name] for name in names]) for part in parts]).mean(0)
+        self._steps.append((step, lr, means))
+
+    def rows(self) -> list[dict[str, float]]:
+        """A row for each step since the last time: "step", the scalars, "lr". The same on all processes."""
+        if not self._steps:
+            return []
+        values = all_reduce_mean(torch.stack([means for *_, means in self._steps])).tolist()
+        rows = [
+            {"step": step} | dict(zip(self._names, row, strict=True)) | {"lr": lr}
+            for (step, lr, _), row in zip(self._steps, values, strict=True)
+        ]
+        self._steps = []
+        return rows
 
 
 class History:
@@ -54,8 +94,7 @@ def read(path: Path) -> list[dict[str, float]]:
     """
     if not path.is_file():
         return []
-    with path.open("rb") as file:
-        data = file.read()
+    data = path.read_bytes()
     try:
         whole = StringIO(data[: data.rfind(b"\n") + 1].decode(), newline="")
         return [{name: _number(cell) for name, cell in row.items() if cell} for row in csv.DictReader(whole)]

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -20,12 +21,11 @@ from timm_tokens.stopping import Requests, Stopped, listening
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import checkpoints, compiling, logs, sharding
 from timm_tokens.training.batches import plan, step_loader
-from timm_tokens.training.history import History
+from timm_tokens.training.history import History, Scalars
 from timm_tokens.training.logs import Logs
 from timm_tokens.training.optimization import Optimization
 from timm_tokens.training.pace import Pace
 from timm_tokens.training.progress import Progress
-from timm_tokens.training.scalars import Scalars, first_bad
 from timm_tokens.training.settings import Settings
 from timm_tokens.training.sharding import Sharding
 from timm_tokens.training.step import Augment, Stepper
@@ -174,7 +174,7 @@ class _Run:
     def _flush(self) -> None:
         """Read and write the losses since the last time; stop if one is infinite or NaN."""
         rows = self.scalars.rows()
-        bad = first_bad(rows)
+        bad = next((i for i, row in enumerate(rows) if not math.isfinite(row["loss"])), None)
         rows = rows if bad is None else rows[: bad + 1]
         self.history.add_steps(rows)
         self.logs.add_steps(rows)
