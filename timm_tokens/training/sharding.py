@@ -37,16 +37,8 @@ def check(settings: Settings) -> None:
 
 
 class Sharding:
-    """A task whose student is sharded, and with it what follows the student: its teacher and its average.
-
-    Args:
-        task: On its device; its modules are sharded in place.
-        device: Where it computes.
-        decay: Decay of the product's average; None: there is none.
-
-    Attributes:
-        ema: The product's average.
-    """
+    """A task whose student is sharded in place, and with it what follows the student: its teacher, and `ema`, the
+    average of its product, which there is if there is a decay for it."""
 
     def __init__(self, task: TokenTask, device: torch.device, decay: float | None = None):
         self.task, self.device = task, device

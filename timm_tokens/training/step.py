@@ -1,6 +1,7 @@
 """One step: from the batches of its accumulated parts to new weights."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,23 +18,16 @@ from timm_tokens.training.settings import Settings
 Augment = Callable[[Any, torch.device], Any]
 
 
+@dataclass
 class Stepper:
-    """Takes the steps of a run.
+    """Takes the steps of a run; `ema` is the model's average, if there is one, and `augment` that of `train`."""
 
-    Args:
-        settings, plan: The run's settings, and how long it is.
-        task, optimization: Trained, and what trains it.
-        ema: The model's average, if there is one.
-        augment: See `train`.
-    """
-
-    def __init__(
-        self, settings: Settings, plan: Plan, task: TokenTask, optimization: Optimization, ema: ModelEmaV3 | None,
-        augment: Augment | None = None,
-    ):  # fmt: skip
-        self.augment = augment
-        self.settings, self.plan, self.device = settings, plan, torch.device(settings.device)
-        self.task, self.optimization, self.ema = task, optimization, ema
+    settings: Settings
+    plan: Plan
+    task: TokenTask
+    optimization: Optimization
+    ema: ModelEmaV3 | None
+    augment: Augment | None
 
     def __call__(self, step: int, batches: list[Any]) -> list[dict[str, Tensor]]:
         """Take a step; returns the scalars that the task gave for each part, and the norm of the step's gradient."""
@@ -54,14 +48,14 @@ class Stepper:
     def autocast(self) -> torch.autocast:
         """Mixed precision as the settings say."""
         dtype = getattr(torch, self.settings.amp or "bfloat16")
-        return torch.autocast(self.device.type, dtype, enabled=self.settings.amp is not None)
+        return torch.autocast(torch.device(self.settings.device).type, dtype, enabled=self.settings.amp is not None)
 
     def _backward(self, batch: Any, parts: int) -> dict[str, Tensor]:
         """Add the gradients of one part; returns the scalars that the task gives."""
-        input, target = batch
+        (input, target), device = batch, torch.device(self.settings.device)
         if self.augment is not None:
-            input = self.augment(input, self.device)
-        input, target = to_device((input, target), self.device)
+            input = self.augment(input, device)
+        input, target = to_device((input, target), device)
         with self.autocast():
             outputs = self.task(input, target)
         self.optimization.backward(outputs["loss"] / parts)
