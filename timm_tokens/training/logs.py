@@ -12,11 +12,7 @@ Row = dict[str, float]
 
 
 def check(names: Sequence[str] | None) -> None:
-    """Refuse a log whose package is not installed.
-
-    Raises:
-        ValueError: Says what to install.
-    """
+    """Refuse a log whose package is not installed; says what to install."""
     for name in names or ():
         if find_spec(name) is None:
             raise ValueError(f"log {name} needs a package that is not installed: pip install 'timm-tokens[{name}]'")
@@ -28,18 +24,13 @@ class Logs:
     A run that goes on adds to its own logs. Weights & Biases' project is that of WANDB_PROJECT, else "timm-tokens".
 
     Args:
-        names: Any of KINDS.
         folder: The run's; None on all processes but the first: nothing is written.
         start: The first step that will be taken: what a killed run logged of later ones is dropped.
         settings: What the run is set to, for Weights & Biases to show.
-
-    Raises:
-        ValueError: A package is not installed.
     """
 
     def __init__(self, names: Sequence[str] | None, folder: Path | None, start: int, settings: dict[str, Any]):
-        check(names)
-        names = () if folder is None else names or ()
+        names = names or ()
         self.board: Any = _tensorboard(folder, start) if folder and "tensorboard" in names else None
         self.run: Any = _wandb(folder, settings) if folder and "wandb" in names else None
 
