@@ -45,8 +45,10 @@ def load(folder: Path) -> Checkpoint | None:
             state = _read(path)
         except ValueError as error:
             errors.append(str(error))
-        else:
-            return Checkpoint(state, path, _warning(path, state, errors))
+            continue
+        reason = errors[0] if errors else f"there is no {LAST}"
+        warning = f"{reason}; going on from {path}, after {state['step']} steps"
+        return Checkpoint(state, path, None if path.name == LAST else warning)
     if errors:
         raise ValueError(f"{'; '.join(errors)}. To start anew, remove {'them' if errors[1:] else 'it'}")
     return None
@@ -74,10 +76,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not state.keys() >= _PARTS:
         raise ValueError(f"{path} is not a checkpoint of a run")
     return state
-
-
-def _warning(path: Path, state: dict[str, Any], errors: list[str]) -> str | None:
-    if path.name == LAST:
-        return None
-    reason = errors[0] if errors else f"there is no {LAST}"
-    return f"{reason}; going on from {path}, after {state['step']} steps"

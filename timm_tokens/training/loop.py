@@ -128,7 +128,10 @@ class _Run:
         if complete and rank() == 0:
             checkpoints.export(path, model)
         if stop:
-            raise self._stopped(stop)
+            stopped = Stopped(stop, self.progress.how_to_go_on())
+            if rank() == 0:
+                print(stopped, file=sys.stderr)  # a SystemExit that nobody catches is silent
+            raise stopped
         return Result(model.eval(), self.history.epochs, path)
 
     def _take_steps(self, requests: Requests) -> int:
@@ -142,8 +145,7 @@ class _Run:
             for step, batches in zip(self.bar, self.pace.watch(steps), strict=True):
                 scalars = self.stepper(step, batches)
                 self.scalars.add(step, self.optimization.lr, scalars)
-                stop = self._end_step(step + 1, requests)
-                if stop:
+                if stop := self._end_step(step + 1, requests):
                     return stop
         return 0
 
@@ -201,12 +203,6 @@ class _Run:
             self.bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items() if "/" not in name))
             if line := self.pace.first_line():
                 self.bar.write(line)
-
-    def _stopped(self, number: int) -> Stopped:
-        stopped = Stopped(number, self.progress.how_to_go_on())
-        if rank() == 0:
-            print(stopped, file=sys.stderr)  # a SystemExit that nobody catches is silent
-        return stopped
 
     def _fail(self, reason: str) -> None:
         raise FloatingPointError(f"{reason}; {self.progress.last_good()}. {self.task.advice()}")
