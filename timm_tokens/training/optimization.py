@@ -17,12 +17,7 @@ from timm_tokens.training.settings import Settings
 
 
 class Optimization:
-    """What turns gradients into new weights, and how that changes with the step.
-
-    Args:
-        module: What is trained, not yet wrapped in DDP.
-        settings: Settings of the run.
-        plan: How long the run is.
+    """What turns the gradients of a module, which DDP doesn't wrap yet, into new weights, and how that changes.
 
     Raises:
         ValueError: The warm-up is longer than the run, or timm doesn't know the optimizer.
@@ -100,8 +95,6 @@ def parameter_groups(
     """timm's parameter groups, where what a part of the module exempts from weight decay stays exempt in the whole.
 
     Args:
-        module: What is trained.
-        weight_decay, layer_decay: As timm has them.
         exempt_names: The last parts of the names of what is exempt beside biases and vectors, separated by commas;
             None: What the parts of the module name.
 
@@ -129,14 +122,7 @@ def _exempt(module: nn.Module, names: str | None) -> set[str]:
 
 
 def clip(parameters: Sequence[nn.Parameter], norms: Tensor, value: float, mode: str) -> None:
-    """Clip gradients as timm does, or with mode "parameter" by the norm of each parameter's own.
-
-    Args:
-        parameters: Those without a gradient are left alone.
-        norms: The norm of each gradient.
-        value: What the mode limits.
-        mode: "norm", of all gradients together, "parameter", "value" or "agc".
-    """
+    """Clip gradients, whose norms these are, as timm does, or with mode "parameter" by the norm of each one alone."""
     if mode == "agc":
         dispatch_clip_grad(parameters, value, mode)
         return

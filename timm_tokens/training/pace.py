@@ -15,8 +15,7 @@ Batch = TypeVar("Batch")
 class Work:
     """What the processes that load images have done: the time that it took, and how many images it was.
 
-    Args:
-        workers: How many there are; 0: the main process loads them.
+    With 0 workers the main process loads them.
     """
 
     def __init__(self, workers: int):
@@ -39,11 +38,8 @@ class Pace:
     """Watches the batches and steps of a run, all but the first, which come with costs of their own, such as compiling.
 
     The time of a step is that of its Python code: where a GPU is behind it, the code waits for it now and then, when it
-    reads the losses. So the rates are right where the steps are what takes long.
-
-    Args:
-        images: How many there are in a step on this process.
-        workers: Processes that load images.
+    reads the losses. So the rates are right where the steps are what takes long. `images` is how many a step takes on
+    this process.
     """
 
     def __init__(self, images: int, workers: int):
