@@ -70,12 +70,13 @@ class DTEMTask(TokenTask):
         self.criterion = DistillLoss() if criterion is None else criterion
         self._r = model.merger.r
         self._taught: Tensor | None = None  # the sum of all that the teacher gave
-        self._shared: tuple[TokenViT, ...] = ()
         self.find_unused_parameters = _may_be_unused(model, self._range, train == "all")
         if target == "distill":
             teacher = TokenViT(model.base, head=model.head)  # around the same weights
-            self.teacher: Any = frozen_copy(teacher) if train == "all" else None
-            self._shared = () if train == "all" else (teacher.eval(),)  # no submodule: its weights are the student's
+            if train == "all":
+                self.teacher = frozen_copy(teacher)
+            else:
+                self.__dict__["teacher"] = teacher.eval()  # no submodule: its weights are the student's
         if train == "embeddings":
             model.requires_grad_(False)
             model.freeze_base()
@@ -119,8 +120,7 @@ class DTEMTask(TokenTask):
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        teacher = self._shared[0] if self._shared else self.teacher
-        taught = outputs(teacher, images, self.logits)
+        taught = outputs(self.teacher, images, self.logits)
         total = (taught if isinstance(taught, Tensor) else taught[1]).float().sum()
         self._taught = total if self._taught is None else self._taught + total  # NaN and infinity stay
         return taught

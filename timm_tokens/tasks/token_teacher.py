@@ -34,6 +34,10 @@ class TokenTeacher(nn.Module):
             where `head` asks for it.
     """
 
+    vit: Any
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         vit: Any,
@@ -46,20 +50,13 @@ class TokenTeacher(nn.Module):
         vit = frozen_copy(vit)
         self.grid, self.head = (grid[0], grid[1]), head
         self.size = _fit(vit, self.grid)
-        self._vit = (vit,)
+        self.__dict__["vit"] = vit  # no submodule
         if head and isinstance(vit.get_classifier(), nn.Identity):
             raise ValueError("head=True sends the tokens through the teacher's classifier, but this one has none")
         scale, shift = _renormalisation(normalisation, normalisation_of(vit), channels(vit))
-        self.scale: Tensor
-        self.shift: Tensor
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self.width = self._check_tokens()
-
-    @property
-    def vit(self) -> Any:
-        """The frozen copy."""
-        return self._vit[0]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -74,11 +71,7 @@ class TokenTeacher(nn.Module):
         return self.vit.get_classifier()(getattr(self.vit, "fc_norm", nn.Identity())(tokens))
 
     def _check_tokens(self) -> int:
-        """The dimension of the tokens.
-
-        Raises:
-            ValueError: If there is not one token per patch.
-        """
+        """The dimension of the tokens; refuses a teacher that has not one for each patch."""
         tokens = self(torch.zeros(1, channels(self.vit), *self.size))
         count = self.grid[0] * self.grid[1]
         if tokens.ndim != 3 or tokens.shape[1] != count:
