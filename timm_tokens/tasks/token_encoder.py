@@ -60,27 +60,8 @@ def token_counts(backbone: Any) -> dict[str, int]:
     return {kind: count for kind, count in counts.items() if count}
 
 
-class Encoded(NamedTuple):
-    """What a `TokenEncoder` makes of images.
-
-    Attributes:
-        features: (B, T, C) tokens of the backbone.
-        projected: (B, T, D) the same, projected.
-        patches: (M, D) projected patches, those asked for.
-    """
-
-    features: Tensor
-    projected: Tensor
-    patches: Tensor | None
-
-
 class TokenEncoder(nn.Module):
-    """A backbone, and a head for each kind of token: "cls", which also serves patches, "aux" and "pooled".
-
-    Args:
-        backbone: A `TokenViT` or `PooledTokens`.
-        heads: By kind; or "cls" alone, which then serves all of them.
-    """
+    """A backbone, and `TokenHeads`: for each kind of token, "cls", which also serves patches, "aux" and "pooled"."""
 
     def __init__(self, backbone: TokenViT | PooledTokens, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -88,8 +69,8 @@ class TokenEncoder(nn.Module):
 
     def forward(
         self, images: Tensor, *, aux: bool = True, mask: Tensor | None = None, patches: Tensor | None = None
-    ) -> Encoded:
-        """Tokens of images (B, 3, H, W).
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens (B, T, C) of images (B, 3, H, W), the same projected (B, T, D), and projected patches (M, D).
 
         Args:
             aux: Whether to give the auxiliary and pooled tokens.
@@ -100,7 +81,7 @@ class TokenEncoder(nn.Module):
         kinds = (tokens.cls.unsqueeze(1), tokens.aux_cls, tokens.pooled)
         features = _between_graphs(torch.cat([x for x in kinds if x is not None], 1))
         rows = None if patches is None else self.heads["cls"](tokens.patches.flatten(0, 1).index_select(0, patches))
-        return Encoded(features, self.heads(features), rows)
+        return features, self.heads(features), rows
 
 
 @torch.compiler.disable
@@ -134,7 +115,6 @@ class MultiCropEncoder(nn.Module):
     """An encoder of crops of several sizes, and the prototypes or the predictor that tell views apart.
 
     Args:
-        encoder: Encodes images of one size.
         prototypes: (..., D) -> (..., K), shared by tokens of all kinds and by patches; None for contrastive methods.
         predictor: (B, T, D) -> (B, T, D) of the student alone, or None.
         crop_by_crop: Whether crops are encoded one by one, so that batch norms see one crop of each image at a time.
@@ -169,10 +149,10 @@ class MultiCropEncoder(nn.Module):
         batches = list if self.crop_by_crop else of_one_size
         whole = [self.encoder(x, mask=mask, patches=patches) for x in batches(crops[:num_global])]
         local = [self.encoder(x, aux=aux_on_local) for x in batches(crops[num_global:])]
-        norms = _norms_of_gradient([encoded.features for encoded in whole])
-        tokens, rows = self._compare([encoded.projected for encoded in whole + local], whole[0].patches)
+        norms = _norms_of_gradient([features for features, _, _ in whole])
+        tokens, rows = self._compare([projected for _, projected, _ in whole + local], whole[0][2])
         views = [view for x in tokens for view in x.split(len(crops[0]))]
-        return CropOutputs(views, rows, torch.cat([encoded.projected for encoded in whole]), norms)
+        return CropOutputs(views, rows, torch.cat([projected for _, projected, _ in whole]), norms)
 
     def _compare(self, projected: list[Tensor], patches: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """Logits of all tokens by one product with the prototypes; or the predictions."""
