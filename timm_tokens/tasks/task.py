@@ -1,7 +1,7 @@
 """What every task of this package has in common: the contract between a task and the trainer."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -169,11 +169,17 @@ class TokenTask(TrainingTask):
         if next(self.trainable_module.parameters()).device.type == "cpu":  # on GPUs timm's convert_sync_batchnorm does
             make_batch_norms_global(self)
 
-    def no_sync(self) -> AbstractContextManager:
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
         """A context in which DDP, or FSDP2, does not average gradients, for all but the last part of a batch."""
-        if hasattr(self.trainable_module, "set_requires_gradient_sync"):
-            return _without_sync(self.trainable_module)
-        return self.trainable_module.no_sync() if hasattr(self.trainable_module, "no_sync") else nullcontext()
+        module = self.trainable_module
+        with ExitStack() as stack:
+            if hasattr(module, "set_requires_gradient_sync"):
+                module.set_requires_gradient_sync(False)
+                stack.callback(module.set_requires_gradient_sync, True)
+            elif hasattr(module, "no_sync"):
+                stack.enter_context(module.no_sync())
+            yield
 
     # The rest is the protocol of timm's own training script, of timm 1.0.31; 1.0.26 has less of it and never calls it.
 
@@ -211,15 +217,6 @@ class TokenTask(TrainingTask):
             raise RuntimeError(
                 f"the state is not one of this {type(self).__name__}: missing {missing}, unexpected {unexpected}"
             )
-
-
-@contextmanager
-def _without_sync(module: Any) -> Iterator[None]:
-    module.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        module.set_requires_gradient_sync(True)
 
 
 _EMA, _DDP = "trainable_module_ema.", "trainable_module.module."
