@@ -63,7 +63,7 @@ class TokenLabelTask(TokenTask):
         self.mix, self.even_boxes, self.mixup = mix and mixup is None, even_boxes, mixup
         self.find_unused_parameters = isinstance(model, TokenViT) and _has_unused(model)
         if num_classes is not None:
-            check_classes(model, num_classes)
+            _check_classes(model, num_classes)
 
     def forward(self, input: Tensor, target: Any) -> dict[str, Tensor]:
         """The loss of images (B, 3, H, W) and their targets; "output": class logits (B, K), without the patches'.
@@ -113,17 +113,14 @@ def _has_unused(model: TokenViT) -> bool:
     return own or any(part is not None for part in (model.aux, model.merger, model.mask_token))
 
 
-def check_classes(model: nn.Module, num_classes: int) -> None:
-    """Refuse labels over other classes than the model's.
-
-    Raises:
-        ValueError: Names the number of classes of each.
-    """
-    head = model.head if isinstance(model, TokenViT) else None
-    counts = {"the model": model.num_classes} if head is None else {"the model's token-label head": head.num_classes}
-    for name, count in counts.items():
-        if count != num_classes:
-            raise ValueError(
-                f"the labels are over {num_classes} classes, {name} has {count}: make the model with "
-                f"num_classes={num_classes}, or annotate with a classifier of {count} classes"
-            )
+def _check_classes(model: nn.Module, num_classes: int) -> None:
+    """Refuse labels over other classes than the model's."""
+    name, labelled = "the model", model
+    if isinstance(model, TokenViT) and model.head is not None:
+        name, labelled = "the model's token-label head", model.head
+    count = labelled.num_classes
+    if count != num_classes:
+        raise ValueError(
+            f"the labels are over {num_classes} classes, {name} has {count}: make the model with "
+            f"num_classes={num_classes}, or annotate with a classifier of {count} classes"
+        )
