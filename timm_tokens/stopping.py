@@ -28,11 +28,7 @@ class Stopped(SystemExit):
 
 @dataclass
 class Requests:
-    """What `listening` heard.
-
-    Attributes:
-        received: The number of the first signal; 0: none came yet.
-    """
+    """What `listening` heard: the number of the first signal; 0: none came yet."""
 
     received: int = 0
 

@@ -40,9 +40,7 @@ def load(objective: str, name: str) -> Recipe:
     """
     if name not in names(objective):
         raise ValueError(f"{objective} has no recipe {name!r}: choose from {', '.join(names(objective))}")
-    text = (files(__package__) / objective / f"{name}.yaml").read_text(encoding="utf-8")
-    kept = yaml.safe_load(text)
-    options = kept.pop("options")
-    values = {option: value for option, (value, _) in options.items()}
-    sources = {option: source for option, (_, source) in options.items()}
-    return Recipe(**kept | {"options": values, "sources": sources, "differs": tuple(kept.get("differs", ()))})
+    kept = yaml.safe_load((files(__package__) / objective / f"{name}.yaml").read_text(encoding="utf-8"))
+    options = {option: value for option, (value, _) in kept["options"].items()}
+    sources = {option: source for option, (_, source) in kept["options"].items()}
+    return Recipe(**kept | {"options": options, "sources": sources, "differs": tuple(kept.get("differs", ()))})

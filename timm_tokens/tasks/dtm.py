@@ -20,12 +20,7 @@ from timm_tokens.wrap import add_mask_token
 
 
 class MaskedStudent(nn.Module):
-    """A ViT whose masked patches are a learned token, and a linear map of its tokens to the teacher's width.
-
-    Args:
-        vit: The student with a mask token.
-        width: D.
-    """
+    """A ViT whose masked patches are a learned token, and a linear map of its tokens to the teacher's width D."""
 
     def __init__(self, vit: TokenViT | MaskedBeit, width: int) -> None:
         super().__init__()
@@ -134,13 +129,12 @@ def _masked(student: Any) -> Any:
 
 def _image_size(vit: Any, wanted: int | tuple[int, int] | None) -> tuple[int, int]:
     """The size of the images to come, which the student must take."""
-    size = vit.image_size if wanted is None else to_2tuple(wanted)
-    if size != vit.image_size and getattr(blocks.stem(vit.base), "strict_img_size", False):
+    size, stem = vit.image_size if wanted is None else to_2tuple(wanted), blocks.stem(vit.base)
+    if size != vit.image_size and getattr(stem, "strict_img_size", False):
         raise ValueError(
             f"the student takes images of {vit.image_size}, got image_size={wanted}: make it with img_size={size}, or "
             "with dynamic_img_size=True"
         )
-    stem = blocks.stem(vit.base)
     patch = to_2tuple(getattr(stem, "patch_size", 1))
     odd = not getattr(stem, "dynamic_img_pad", False) and any(s % p for s, p in zip(size, patch, strict=True))
     if min(size) < 1 or odd:

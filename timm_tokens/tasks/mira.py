@@ -19,14 +19,7 @@ from timm_tokens.tasks.token_encoder import of_one_size
 
 
 class ProjectedBackbone(nn.Module):
-    """A backbone and a projector, run on crops of several sizes, those of one size as one batch, or one by one.
-
-    Args:
-        backbone: Any timm model with num_classes=0.
-        hidden: Width of the projector's hidden layers.
-        width: D.
-        crop_by_crop: Whether batch norms see one crop of each image at a time.
-    """
+    """A backbone and a projector, run on crops of several sizes, those of one size as one batch, or one by one."""
 
     def __init__(self, backbone: Any, hidden: int, width: int, crop_by_crop: bool = False) -> None:
         super().__init__()

@@ -11,28 +11,16 @@ from timm_tokens.tasks.task import TokenTask
 
 
 def check_mixup(mixup: Mixup | None) -> None:
-    """Refuse a Mixup that does not draw once for the whole batch.
-
-    Raises:
-        ValueError: Names its mode.
-    """
+    """Refuse a Mixup that does not draw once for the whole batch."""
     if mixup is not None and mixup.mode != "batch":
         raise ValueError(f"mixup must have mode='batch', got {mixup.mode!r}")
 
 
 def mix_neighbours(task: TokenTask, mixup: Mixup, images: Tensor, target: Any = None) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) and targets mixed with their neighbours', which is what a flip makes of this order.
+    """Images (B, 3, H, W), and probabilities (B, K) of classes (B,), each mixed with its neighbour's.
 
-    Args:
-        task: What is trained; its seed and step decide the draw.
-        mixup: timm's, which mixes a batch with its flip.
-        target: Classes (B,); None: there are none.
-
-    Returns:
-        The images, and probabilities (B, K).
-
-    Raises:
-        ValueError: The batch is odd.
+    timm's Mixup mixes a batch with its flip, which in the order of `place_mirrored` exchanges neighbours. Without
+    targets the probabilities mean nothing.
     """
     if len(images) % 2:
         raise ValueError(f"mixup mixes neighbours, so each process needs an even batch, got {len(images)} images")
