@@ -10,17 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from timm_tokens import seeding
 from timm_tokens.distributed import all_reduce_max, rank, world_size
 from timm_tokens.outputs import evaluating
 from timm_tokens.peers import together
 from timm_tokens.stopping import Requests, Stopped, listening
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import checkpoints, compiling, logs, sharding
-from timm_tokens.training.batches import plan, step_loader
+from timm_tokens.training.batches import plan, step_loader, to_device
 from timm_tokens.training.history import History, Scalars
 from timm_tokens.training.logs import Logs
 from timm_tokens.training.optimization import Optimization
@@ -28,9 +29,9 @@ from timm_tokens.training.pace import Pace
 from timm_tokens.training.progress import Progress
 from timm_tokens.training.settings import Settings
 from timm_tokens.training.sharding import Sharding
-from timm_tokens.training.step import Augment, Stepper
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
+Augment = Callable[[Any, torch.device], Any]
 
 
 class Result(NamedTuple):
@@ -91,6 +92,7 @@ class _Run:
         if settings.compile:
             compiling.check(self.device)
         self.plan, self.dataset, self.collate, self.evaluate = plan(dataset, settings), dataset, collate, evaluate
+        self.augment = augment
         self.task = task.to(self.device)
         self.task.seed = settings.seed
         if world_size() > 1 and self.device.type == "cuda":
@@ -101,7 +103,6 @@ class _Run:
         self.progress = Progress(settings, self.plan, len(dataset), self.task, self.optimization, self.ema)
         self.progress.restore()
         self.start = self.progress.done
-        self.stepper = Stepper(settings, self.plan, self.task, self.optimization, self.ema, augment)
         if world_size() > 1 and not settings.fsdp:
             self.task.prepare_distributed(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         ended = self.start // self.plan.steps_per_epoch + (self.start == self.plan.total_steps)  # the last may be short
@@ -143,11 +144,43 @@ class _Run:
         compiled = compiling.compiled(self.task, self.settings.compile)
         with closing(self.bar), closing(steps), closing(self.logs), compiled, sharding.quiet():
             for step, batches in zip(self.bar, self.pace.watch(steps), strict=True):
-                scalars = self.stepper(step, batches)
+                scalars = self._take_step(step, batches)
                 self.scalars.add(step, self.optimization.lr, scalars)
                 if stop := self._end_step(step + 1, requests):
                     return stop
         return 0
+
+    def _take_step(self, step: int, batches: list[Any]) -> list[dict[str, Tensor]]:
+        """Take a step; returns the scalars that the task gave for each part, and the norm of the step's gradient."""
+        self.optimization.start_step(step)
+        self.task.start_step(step, self.plan.total_steps, self.plan.steps_per_epoch)
+        torch.manual_seed(seeding.derived_seed(self.settings.seed, step, rank()))  # for dropout and the like
+        scalars = []
+        for part in batches[:-1]:
+            with self.task.no_sync():
+                scalars.append(self._backward(part, len(batches)))
+        scalars.append(self._backward(batches[-1], len(batches)))
+        norm = self.optimization.step(self.task.before_optimizer)
+        self.task.end_step()
+        if self.ema is not None:
+            self.ema.update(self.task.product, step=step)
+        return [part | {"grad_norm": norm} for part in scalars]
+
+    def _autocast(self) -> torch.autocast:
+        """Mixed precision as the settings say."""
+        dtype = getattr(torch, self.settings.amp or "bfloat16")
+        return torch.autocast(self.device.type, dtype, enabled=self.settings.amp is not None)
+
+    def _backward(self, batch: Any, parts: int) -> dict[str, Tensor]:
+        """Add the gradients of one part; returns the scalars that the task gives."""
+        input, target = batch
+        if self.augment is not None:
+            input = self.augment(input, self.device)
+        input, target = to_device((input, target), self.device)
+        with self._autocast():
+            outputs = self.task(input, target)
+        self.optimization.backward(outputs["loss"] / parts)
+        return {name: x.detach().float() for name, x in outputs.items() if x.ndim == 0}
 
     def _end_step(self, done: int, requests: Requests) -> int:
         """Log, validate and save, if it is time; returns the number of the signal to stop for, or 0."""
@@ -191,7 +224,7 @@ class _Run:
             distribute_bn(self.task.student, world_size(), reduce=True)
         metrics = {}
         if self.evaluate is not None and (last or (epoch + 1) % self.settings.eval_every == 0):
-            with torch.no_grad(), self.stepper.autocast(), evaluating(self.model) as model:
+            with torch.no_grad(), self._autocast(), evaluating(self.model) as model:
                 metrics = self.evaluate(model)
         row = self.history.end_epoch(epoch, epoch * self.plan.steps_per_epoch, metrics)
         self.logs.add_epoch(row, done - 1)

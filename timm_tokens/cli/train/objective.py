@@ -28,10 +28,9 @@ from timm_tokens.hub import check_repository, push_model_to_hub
 from timm_tokens.options import option
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import Result, Settings, checkpoints, history, train
-from timm_tokens.training.loop import Evaluate
+from timm_tokens.training.loop import Augment, Evaluate
 from timm_tokens.training.progress import check_same
 from timm_tokens.training.settings import FREE
-from timm_tokens.training.step import Augment
 
 
 class Objective(NamedTuple):
