@@ -7,20 +7,23 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def logit_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) in nats of the classes' probabilities, (..., K) -> (...), in float32 or better."""
-    student, teacher = (x if x.dtype.itemsize > 4 else x.float() for x in (student, teacher))
-    student, teacher = student.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
-    return (teacher.exp() * (teacher - student)).sum(dim=-1)
+    student, teacher = (_wide(x).log_softmax(dim=-1) for x in (student, teacher))
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """1 - cosine of features, (..., C) -> (...) in [0, 2], in float32 or better."""
-    student, teacher = (x if x.dtype.itemsize > 4 else x.float() for x in (student, teacher))
-    return 1 - nn.functional.cosine_similarity(student, teacher, dim=-1)
+    return 1 - F.cosine_similarity(_wide(student), _wide(teacher), dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class DistillLoss(nn.Module):
