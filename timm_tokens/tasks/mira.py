@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens.losses import MIRALoss
-from timm_tokens.ops.ranges import check_weights
+from timm_tokens.ops.ranges import check_counts, check_weights
 from timm_tokens.tasks.heads import Prototypes, mira_head
 from timm_tokens.tasks.schedules import cosine, over_the_run
 from timm_tokens.tasks.task import TokenTask
@@ -94,8 +94,8 @@ class MIRATask(TokenTask):
     ) -> None:
         if publish not in ("student", "teacher"):
             raise ValueError(f"publish must be 'student' or 'teacher', got {publish!r}")
-        counts = {"num_prototypes": num_prototypes, "hidden": hidden, "width": width, "global_crops": global_crops}
-        _check(backbone, counts, beta, momentum)
+        _check(backbone, beta, momentum)
+        check_counts(num_prototypes=num_prototypes, hidden=hidden, width=width, global_crops=global_crops)
         check_weights(frozen_epochs=frozen_epochs)
         encoder = ProjectedBackbone(backbone, hidden, width, crop_by_crop)
         super().__init__(ClusteringStudent(encoder, Prototypes(width, num_prototypes)), seed=seed)
@@ -144,20 +144,13 @@ class MIRATask(TokenTask):
         update_teacher(self.teacher, self.student.encoder, self.momentum)
 
 
-def _check(
-    backbone: nn.Module, counts: dict[str, int], beta: tuple[float, float], momentum: tuple[float, float]
-) -> None:
+def _check(backbone: nn.Module, beta: tuple[float, float], momentum: tuple[float, float]) -> None:
     if backbone.num_classes:
         raise ValueError(
             f"the backbone has a classifier for {backbone.num_classes} classes, but its features are to be clustered: "
             "make it with num_classes=0, or call backbone.reset_classifier(0)"
         )
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    for share in beta:
-        if not 0 <= share < 1:
-            raise ValueError(f"beta must stay in [0, 1), got {beta}; 0 is the plain softmax")
-    for share in momentum:
-        if not 0 <= share <= 1:
-            raise ValueError(f"momentum must stay in [0, 1], got {momentum}")
+    if not all(0 <= share < 1 for share in beta):
+        raise ValueError(f"beta must stay in [0, 1), got {beta}; 0 is the plain softmax")
+    if not all(0 <= share <= 1 for share in momentum):
+        raise ValueError(f"momentum must stay in [0, 1], got {momentum}")
