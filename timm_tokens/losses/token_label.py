@@ -54,10 +54,8 @@ class TokenLabelLoss(nn.Module):
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
         check_weights(dense_weight=dense_weight, cls_weight=cls_weight)
-        self.dense_weight = dense_weight
-        self.cls_weight = cls_weight
-        self.ground_truth = ground_truth
-        self.smoothing = smoothing
+        self.dense_weight, self.cls_weight = dense_weight, cls_weight
+        self.ground_truth, self.smoothing = ground_truth, smoothing
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={getattr(self, k)}" for k in ("dense_weight", "cls_weight", "ground_truth", "smoothing"))

@@ -4,6 +4,7 @@ Shapes: B images, V crops of each, T tokens of a crop, K prototypes.
 """
 
 import math
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -189,9 +190,8 @@ class MTETask(TokenTask):
         """(global_crops B, N) on the CPU."""
         generators = self.sample_generators(len(crops[0]))
         grid = blocks.grid_size(self.student.encoder.backbone.base, crops[0].shape[-2:])
-        options: dict[str, Any] = dict(ratio=self.mask_ratio, prob=self.mask_prob, exact=self.exact_masks)
-        options |= {"generator": generators}
-        return torch.cat([random_ratio_masks(len(generators), grid, **options) for _ in range(self.global_crops)])
+        draw = partial(random_ratio_masks, ratio=self.mask_ratio, prob=self.mask_prob, exact=self.exact_masks)
+        return torch.cat([draw(len(generators), grid, generator=generators) for _ in range(self.global_crops)])
 
     def _check(self, crops: Tensor | list[Tensor]) -> list[Tensor]:
         least, most = max(2, self.global_crops), 2 if self.objective == "moby" else 10**6
