@@ -28,10 +28,8 @@ def leave(group: dist.ProcessGroup | None = None) -> None:
     """Leave the group of processes, once all of them are here; it must not be used after that.
 
     Without the wait gloo can hang: its threads need Python's lock to let go of the last reduction's tensors, and
-    whoever destroys the group holds that lock while waiting for the threads. At a barrier the lock is free.
-
-    Args:
-        group: To wait in, when the default group would lose its patience.
+    whoever destroys the group holds that lock while waiting for the threads. At a barrier the lock is free. The wait
+    is in `group` first, if the default group would lose its patience.
     """
     if group is not None:
         dist.barrier(group=group)
@@ -103,11 +101,7 @@ def all_gather_batch(x: Tensor) -> Tensor:
 
 
 def gather_objects(item: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What each process has, in their order, the same on each: anything that can be pickled.
-
-    Args:
-        group: The processes; None: all of them.
-    """
+    """What each process (of the group) has, in their order, the same on each: anything that can be pickled."""
     if world_size() == 1:
         return [item]
     items: list[Any] = [None] * world_size()

@@ -13,18 +13,13 @@ Compare = Callable[[Tensor, Mapping[int, Tensor]], Tensor]
 
 
 def cross_view_losses(compare: Compare, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """The loss of each token, averaged over all pairs of a teacher's and another of the student's views.
+    """The loss (T,) of each token, averaged over the batch and all pairs of a teacher's and another student's view.
+
+    Its average over processes is what the global batch gives; their sizes may differ.
 
     Args:
-        compare: The loss of one view of the student towards targets from other views.
         student: V views (B, T, K), first those of the teacher, in its order. Later ones may lack the last tokens.
         targets: Targets of the teacher's views, (B, T, K), or (B, 1, K) for all tokens.
-
-    Returns:
-        (T,), the batch's mean. Its average over processes is what the global batch gives; sizes may differ.
-
-    Raises:
-        ValueError: If there is no pair of views.
     """
     if not 1 <= len(targets) <= len(student) or len(student) < 2:
         raise ValueError(

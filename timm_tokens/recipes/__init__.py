@@ -33,11 +33,7 @@ def names(objective: str) -> list[str]:
 
 
 def load(objective: str, name: str) -> Recipe:
-    """A recipe by its name.
-
-    Raises:
-        ValueError: There is none of this name.
-    """
+    """A recipe by its name."""
     if name not in names(objective):
         raise ValueError(f"{objective} has no recipe {name!r}: choose from {', '.join(names(objective))}")
     kept = yaml.safe_load((files(__package__) / objective / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -28,12 +28,7 @@ BASELINES = {
 
 
 def token_backbone(model: nn.Module, objective: str) -> TokenViT | PooledTokens:
-    """The model as one that gives `Tokens`; for iBOT with a mask token.
-
-    Raises:
-        ValueError: If the objective is unknown, the model has a classifier, or it has no patches that iBOT could mask.
-        TypeError: If the model can't be driven.
-    """
+    """The model as one that gives `Tokens`; for iBOT with a mask token. Refuses what can't be."""
     if objective not in BASELINES:
         raise ValueError(f"objective must be one of {', '.join(BASELINES)}, got {objective!r}")
     base = getattr(model, "base", model)
@@ -58,9 +53,6 @@ def make_student(
     """Heads on a backbone: for each "kind" of token, or "shared" by all of them.
 
     Prototypes are always shared, so that assignments can be averaged.
-
-    Raises:
-        ValueError: If heads is unknown, or crops are to be encoded one by one for iBOT.
     """
     if crop_by_crop and objective == "ibot":
         raise ValueError("crop_by_crop is for DINO and MoBY, and iBOT encodes its masked crops together: leave it out")

@@ -64,8 +64,7 @@ class GlobalBatchNormAct(GlobalBatchNorm):
 def make_batch_norms_global(module: nn.Module) -> nn.Module:
     """Replace the batch norms in a module, in place, by global ones with the same parameters and buffers.
 
-    Returns:
-        The module, or what takes its place if it is a batch norm itself.
+    Returns the module, or what takes its place if it is a batch norm itself.
     """
     for name, child in module.named_children():
         setattr(module, name, make_batch_norms_global(child))

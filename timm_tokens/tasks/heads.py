@@ -84,11 +84,9 @@ class Prototypes(nn.Module):
 
 
 class TokenHeads(nn.ModuleDict):
-    """(B, T, C) -> (B, T, D): a head for each kind of token, or one for all, whose batch norm then sees all.
+    """(B, T, C) -> (B, T, D): a head for each kind of token, or "cls" alone for all, whose batch norm then sees all.
 
-    Args:
-        heads: By kind, in the order of `counts`; or "cls" alone.
-        counts: How many tokens of each kind there are, the global one first. Views may have that one alone.
+    `counts` is how many tokens of each kind there are, the global one first. Views may have that one alone.
     """
 
     def __init__(self, heads: Mapping[str, nn.Module], counts: Mapping[str, int]) -> None:

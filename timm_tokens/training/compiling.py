@@ -29,11 +29,7 @@ def compiled(task: TokenTask, wanted: bool) -> Iterator[None]:
 
 
 def check(device: torch.device) -> None:
-    """Refuse to compile where a trivial function can't be compiled.
-
-    Raises:
-        ValueError: Says why.
-    """
+    """Refuse to compile, and say why, where a trivial function can't be compiled."""
     try:
         torch.compile(lambda x: x + 1, backend=BACKEND)(torch.zeros(2, device=device))
     except Exception as error:  # a missing compiler, a Python that is too new, a GPU that is too old: each has its own

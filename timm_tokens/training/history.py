@@ -26,11 +26,7 @@ class Scalars:
         self._steps: list[tuple[int, float, Tensor]] = []
 
     def add(self, step: int, lr: float, parts: list[dict[str, Tensor]]) -> None:
-        """Keep the scalars of the parts of one step.
-
-        Raises:
-            ValueError: They are not those of other steps.
-        """
+        """Keep the scalars of the parts of one step, which must be those of all steps."""
         names = list(parts[0])
         if self._names and names != self._names:
             raise ValueError(
@@ -54,12 +50,9 @@ class Scalars:
 
 
 class History:
-    """Writes `steps.csv`, one row per step, and `summary.csv`, one row per epoch.
+    """Writes `steps.csv`, one row per step, and `summary.csv`, one row per epoch; without a folder, nothing.
 
-    Args:
-        folder: Where the files are; None: nothing is written (on all processes but the first).
-        step: How many steps are done; rows of later ones, of a run that was killed, are dropped.
-        epoch: How many epochs are in the summary.
+    `step` steps and `epoch` epochs are done: rows of later ones, of a run that was killed, are dropped.
     """
 
     def __init__(self, folder: Path | None, step: int = 0, epoch: int = 0):
@@ -87,11 +80,7 @@ class History:
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The rows of a file, without empty cells and a last row that a kill cut short; none if there is no file.
-
-    Raises:
-        ValueError: It is corrupt; names the file.
-    """
+    """The rows of a file, without empty cells and a last row that a kill cut short; none if there is no file."""
     if not path.is_file():
         return []
     data = path.read_bytes()

@@ -23,8 +23,6 @@ class Neighbours:
         train: Indexed, (image, class), with the transform of validation: the neighbours.
         val: The images whose classes are voted for, alike.
         k: Number of neighbours, at most as many as there are training images.
-        batch_size: Images in each batch.
-        workers: Processes that load images.
     """
 
     def __init__(self, train: Any, val: Any, k: int = 20, batch_size: int = 64, workers: int = 0):

@@ -19,11 +19,7 @@ OPTIMIZERS = ("adamw", "adam", "nadamw", "radam", "adan", "lion", "lamb", "lars"
 
 
 def check(settings: Settings) -> None:
-    """Refuse what does not go together with sharding.
-
-    Raises:
-        ValueError: Names it, and what to do.
-    """
+    """Refuse what does not go together with sharding; says what to do."""
     if world_size() == 1:
         raise ValueError("fsdp needs several processes to share the model: start them with torchrun, or leave it out")
     if settings.device.startswith("cpu") and not hasattr(torch.cpu.Stream, "record_event"):
