@@ -81,10 +81,7 @@ class DTMLoss(nn.Module):
         self.normalize_target, self.grouping = normalize_target, grouping
 
     def check(self, num_tokens: int) -> None:
-        """Refuse numbers of tokens that can't be morphed so.
-
-        Args:
-            num_tokens: N.
+        """Refuse numbers of tokens N that can't be morphed so.
 
         Raises:
             ValueError: If there are fewer tokens than min_tokens, or a round merges more than half of them.

@@ -85,7 +85,7 @@ class TokenLabelLoss(nn.Module):
         smoothing, num_classes = self.smoothing, logits.cls.shape[1]
         if isinstance(target, Tensor) and target.ndim < 3:  # one for the whole image
             cls = _probabilities(target, num_classes, smoothing)
-            tokens = _broadcast_cross_entropy(logits.tokens, cls)
+            tokens = -(cls * logits.tokens.log_softmax(-1, dtype=torch.float32).mean(1)).sum(-1).mean()
         else:
             off = smoothing / num_classes
             on = 1 - smoothing + off
@@ -104,11 +104,6 @@ def _token_cross_entropy(logits: Tensor, target: SparseLabels | Tensor, on: floa
         return sparse_cross_entropy(logits, target.classes, target.excess * on, target.background * on + off).mean()
     # (B, N, K) -> (B, K, N), where cross_entropy expects the classes
     return F.cross_entropy(logits.float().transpose(1, 2), target[:, :, 1:].float() * on + off)
-
-
-def _broadcast_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over all tokens (B, N, K) of the cross entropy with one target (B, K) an image."""
-    return -(target * logits.log_softmax(-1, dtype=torch.float32).mean(1)).sum(-1).mean()
 
 
 def _mix_truth(cls: Tensor, truth: Tensor) -> Tensor:

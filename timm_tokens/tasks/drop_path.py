@@ -48,11 +48,8 @@ class GlobalDropPath(DropPath):
 def make_drop_paths_global(module: nn.Module) -> list[GlobalDropPath]:
     """Replace timm's DropPaths in a module, in place, by global ones; those are returned."""
     made = []
-    for name, child in module.named_children():
-        if type(child) is DropPath:
-            new = GlobalDropPath(child.drop_prob, child.scale_by_keep).train(child.training)
-            setattr(module, name, new)
-            made.append(new)
-        else:
-            made += make_drop_paths_global(child)
+    for name, old in list(module.named_modules(remove_duplicate=False)):
+        if name and type(old) is DropPath:
+            made.append(GlobalDropPath(old.drop_prob, old.scale_by_keep).train(old.training))
+            module.set_submodule(name, made[-1])
     return made

@@ -87,8 +87,7 @@ class DTEMTask(TokenTask):
     @property
     def product(self) -> TokenViT:
         """The model, whose merging is trained."""
-        model: TokenViT = self.student
-        return model
+        return self.student
 
     def start_step(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         super().start_step(step, total_steps, steps_per_epoch)

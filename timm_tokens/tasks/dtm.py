@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from timm_tokens import blocks
 from timm_tokens.data.masking import block_masks
+from timm_tokens.data.model_input import check_size
 from timm_tokens.losses import DTMLoss
 from timm_tokens.ops import superpixel_features
+from timm_tokens.ops.ranges import check_counts
 from timm_tokens.tasks.masked_beit import MaskedBeit, is_beit
 from timm_tokens.tasks.task import TokenTask
 from timm_tokens.tasks.token_teacher import TokenTeacher, channels, normalisation_of
@@ -90,8 +92,7 @@ class DTMTask(TokenTask):
     @property
     def product(self) -> nn.Module:
         """The student as a plain timm ViT."""
-        base: nn.Module = self.student.vit.base
-        return base
+        return self.student.vit.base
 
     def forward(self, input: Tensor | list[Tensor], target: Any = None) -> dict[str, Tensor]:
         """The loss of images (B, C, H, W); of [images, mask (B, N)] with these masks instead of drawn ones."""
@@ -129,16 +130,14 @@ def _masked(student: Any) -> Any:
 
 def _image_size(vit: Any, wanted: int | tuple[int, int] | None) -> tuple[int, int]:
     """The size of the images to come, which the student must take."""
-    size, stem = vit.image_size if wanted is None else to_2tuple(wanted), blocks.stem(vit.base)
-    if size != vit.image_size and getattr(stem, "strict_img_size", False):
+    size = vit.image_size if wanted is None else to_2tuple(wanted)
+    if size != vit.image_size and getattr(blocks.stem(vit.base), "strict_img_size", False):
         raise ValueError(
             f"the student takes images of {vit.image_size}, got image_size={wanted}: make it with img_size={size}, or "
             "with dynamic_img_size=True"
         )
-    patch = to_2tuple(getattr(stem, "patch_size", 1))
-    odd = not getattr(stem, "dynamic_img_pad", False) and any(s % p for s, p in zip(size, patch, strict=True))
-    if min(size) < 1 or odd:
-        raise ValueError(f"image_size must be a multiple of the student's patches of {patch}, got {wanted}")
+    check_counts(image_size=min(size))
+    check_size(vit.base, *size)
     return size
 
 

@@ -119,8 +119,7 @@ class MTETask(TokenTask):
     def product(self) -> nn.Module:
         """The teacher's plain timm model, frozen: call requires_grad_() to train it further. Of MoBY the student's."""
         source = self.student if self.objective == "moby" else self.teacher
-        base: nn.Module = source.encoder.backbone.base
-        return base
+        return source.encoder.backbone.base
 
     def bound_to_length(self) -> list[str]:
         return over_the_run("teacher's momentum", self.momenta)
