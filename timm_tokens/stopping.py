@@ -20,7 +20,7 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int, message: str):
         super().__init__(128 + number)
-        self.number, self.message = number, f"stopped by {signal.Signals(number).name}: {message}"
+        self.message = f"stopped by {signal.Signals(number).name}: {message}"
 
     def __str__(self) -> str:
         return self.message

@@ -114,22 +114,15 @@ class TokenTask(TrainingTask):
         """New generators on the CPU, one for each of the images of this part, by their place in the global batch.
 
         So an image's draws are the same on however many processes, and in however many parts, the batch is computed.
-        Each call in a step is for the next part.
-
-        Args:
-            batch: How many images this process has in this part, as many as every other.
+        Each call in a step is for the next part, of which this process has `batch` images, as every other has.
         """
         first = (self._parts * world_size() + rank()) * batch
         self._parts += 1
         return [seeding.generator(self.seed, self.step, -1, place) for place in range(first, first + batch)]
 
     def place(self, rows: Tensor, total: int) -> None:
-        """Say where this process's images are in the global batch, before a forward: stochastic depth goes by it.
-
-        Args:
-            rows: (B,) int64.
-            total: How many images the global batch has.
-        """
+        """Say where this process's images are, rows (B,) int64, in the global batch of `total`, before a forward:
+        stochastic depth goes by it."""
         if not self.drop_paths:
             return
         device = next(self.trainable_module.parameters()).device
@@ -145,8 +138,7 @@ class TokenTask(TrainingTask):
     def place_mirrored(self, images: Tensor) -> Tensor:
         """`place` of a batch in an order in which its flip exchanges neighbours: 0, 2, 4, ..., 5, 3, 1.
 
-        Returns:
-            That order, (B,) int64 on the images' device.
+        Returns that order, (B,) int64 on the images' device.
         """
         batch, total = len(images), len(images) * world_size()
         order = _mirrored_neighbours(batch)
