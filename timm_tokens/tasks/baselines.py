@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -11,19 +11,10 @@ from timm_tokens.tasks.token_encoder import MultiCropEncoder, PooledTokens, Toke
 from timm_tokens.vit import TokenViT
 from timm_tokens.wrap import add_mask_token
 
-
-class Defaults(NamedTuple):
-    """What a paper sets: the heads' hidden width, the number of prototypes, the teacher's momentum at first."""
-
-    hidden: int
-    num_prototypes: int
-    momentum: float
-
-
-BASELINES = {
-    "dino": Defaults(2048, 65536, 0.996),
-    "ibot": Defaults(2048, 8192, 0.996),
-    "moby": Defaults(4096, 0, 0.99),
+BASELINES = {  # what a paper sets: the heads' hidden width, the number of prototypes, the teacher's momentum at first
+    "dino": (2048, 65536, 0.996),
+    "ibot": (2048, 8192, 0.996),
+    "moby": (4096, 0, 0.99),
 }
 
 

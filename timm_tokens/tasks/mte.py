@@ -91,10 +91,10 @@ class MTETask(TokenTask):
         check_positive(**{f"tau_teacher[{i}]": tau for i, tau in enumerate(tau_teacher)})
         _check_masks(mask_ratio, mask_prob, patch_center)
         check_within(momentum=momentum or 1.0)
-        backbone, defaults = token_backbone(model, objective), BASELINES[objective]
-        prototypes = defaults.num_prototypes if num_prototypes is None else num_prototypes
+        backbone, (own_hidden, prototypes, first) = token_backbone(model, objective), BASELINES[objective]
+        prototypes = prototypes if num_prototypes is None else num_prototypes
         student = make_student(
-            backbone, objective, num_prototypes=prototypes, hidden=hidden or defaults.hidden, width=width,
+            backbone, objective, num_prototypes=prototypes, hidden=hidden or own_hidden, width=width,
             learn_scale=learn_scale, heads=heads, batch_norm=batch_norm, crop_by_crop=crop_by_crop,
         )  # fmt: skip
         super().__init__(student, seed=seed)
@@ -112,7 +112,7 @@ class MTETask(TokenTask):
         self.mask_ratio, self.mask_prob, self.exact_masks = mask_ratio, mask_prob, exact_masks
         self.patch_weight, self.patch_center = patch_weight, patch_center
         self.temperatures, self.tau_epochs, self.frozen_epochs = tau_teacher, tau_epochs, frozen_epochs
-        self.momenta = momentum or (defaults.momentum, 1.0)
+        self.momenta = momentum or (first, 1.0)
         self.start_step(0, 2, 1)
 
     @property
