@@ -13,8 +13,7 @@ from timm_tokens.losses import DistillLoss
 from timm_tokens.meta_copy import is_quantized
 from timm_tokens.ops.finite import check_weights
 from timm_tokens.outputs import classifies, outputs
-from timm_tokens.tasks.mixing import check_mixup, mix_neighbours
-from timm_tokens.tasks.task import TokenTask
+from timm_tokens.tasks.task import TokenTask, check_mixup
 from timm_tokens.tasks.teacher import frozen_copy
 from timm_tokens.vit import TokenViT
 
@@ -107,7 +106,7 @@ class DTEMTask(TokenTask):
         """
         mixup = self.mixup if self.training else None
         if mixup is not None:
-            input, target = mix_neighbours(self, mixup, input, target)
+            input, target = self.mix_neighbours(mixup, input, target)
         else:
             self.place_in_order(len(input))
         given: Any = outputs(self.trainable_module, input, self.logits)

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from timm.data import Mixup
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -145,6 +146,19 @@ class TokenTask(TrainingTask):
         self.place(_mirrored_neighbours(total).argsort()[batch * rank() + order], total)
         return order.to(images.device, non_blocking=True)
 
+    def mix_neighbours(self, mixup: Mixup, images: Tensor, target: Any = None) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), and probabilities (B, K) of classes (B,), each mixed with its neighbour's.
+
+        timm's Mixup mixes a batch with its flip, which in the order of `place_mirrored` exchanges neighbours. Without
+        targets the probabilities mean nothing.
+        """
+        if len(images) % 2:
+            raise ValueError(f"mixup mixes neighbours, so each process needs an even batch, got {len(images)} images")
+        order = self.place_mirrored(images)
+        target = torch.zeros_like(order) if target is None else target[order]
+        with seeding.seeded(self.seed, self.step):  # timm draws from NumPy; without the rank: the same on all processes
+            return mixup(images[order], target)
+
     def train(self, mode: bool = True) -> "TokenTask":
         self.training = mode
         self.trainable_module.train(mode)
@@ -212,6 +226,12 @@ class TokenTask(TrainingTask):
 
 
 _EMA, _DDP = "trainable_module_ema.", "trainable_module.module."
+
+
+def check_mixup(mixup: Mixup | None) -> None:
+    """Refuse a Mixup that does not draw once for the whole batch."""
+    if mixup is not None and mixup.mode != "batch":
+        raise ValueError(f"mixup must have mode='batch', got {mixup.mode!r}")
 
 
 def _mirrored_neighbours(batch: int) -> Tensor:

@@ -11,8 +11,7 @@ from timm_tokens import blocks
 from timm_tokens.data import LabeledTarget
 from timm_tokens.losses import TokenLabelLoss
 from timm_tokens.ops import draw_mix_box, warp_token_labels
-from timm_tokens.tasks.mixing import check_mixup, mix_neighbours
-from timm_tokens.tasks.task import TokenTask
+from timm_tokens.tasks.task import TokenTask, check_mixup
 from timm_tokens.vit import TokenViT
 
 
@@ -75,7 +74,7 @@ class TokenLabelTask(TokenTask):
         if self.mixup is not None and self.training:
             if labelled:
                 raise ValueError("mixup and CutMix mix classes, not token labels: leave them out, for MixToken")
-            input, target = mix_neighbours(self, self.mixup, input, target)
+            input, target = self.mix_neighbours(self.mixup, input, target)
         else:
             self.place_in_order(len(input))
         if not self.dense:
