@@ -62,7 +62,12 @@ class Progress:
                 f"there is a run in {folder} already, at step {found.state['step']}: resume it, or take another folder"
             )
         self._check(found.state)
-        self._take_up(found.state)
+        self.task.load_task_state(found.state["task_state"])
+        if self.ema is not None:
+            module = self.ema.module
+            module.load_state_dict(sharded_as(found.state["state_dict_ema"], module.state_dict()))
+        self.optimization.load_state_dict(found.state)
+        self.done, self.saved, self.best = found.state["step"], found.state["step"], found.state["best"]
         if found.warning and rank() == 0:
             print(found.warning, file=sys.stderr)
             found.path.replace(folder / checkpoints.LAST)  # the next one must not push it out for a corrupt one
@@ -115,15 +120,6 @@ class Progress:
             raise ValueError(
                 f"the processes find checkpoints after {seen} steps in {self.settings.out}: all must share one folder"
             )
-
-    def _take_up(self, state: dict[str, Any]) -> None:
-        self.task.load_task_state(state["task_state"])
-        if self.ema is not None:
-            module = self.ema.module
-            module.load_state_dict(sharded_as(state["state_dict_ema"], module.state_dict()))
-        self.optimization.load_state_dict(state)
-        self.done = self.saved = state["step"]
-        self.best = state["best"]
 
 
 def check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any], bound: Sequence[str] = ()) -> None:
