@@ -17,13 +17,19 @@ from timm_tokens.files import naming, replacing
 STEPS, SUMMARY = "steps.csv", "summary.csv"
 
 
-class Scalars:
-    """Collects what the task gives to log, and leaves it on the device until `rows` reads it, as means over accumulated
-    parts and processes: so nothing waits for it every step."""
+class History:
+    """Collects what the task gives to log, and leaves it on the device until `rows` reads it: so nothing waits for it
+    every step. Writes `steps.csv`, one row per step, and `summary.csv`, one row per epoch; without a folder, nothing.
 
-    def __init__(self) -> None:
+    `step` steps and `epoch` epochs are done: rows of later ones, of a run that was killed, are dropped.
+    """
+
+    def __init__(self, folder: Path | None, step: int = 0, epoch: int = 0):
+        self.folder = folder
+        self.steps = _cut(folder / STEPS, "step", step) if folder else []
+        self.epochs = _cut(folder / SUMMARY, "epoch", epoch) if folder else []
         self._names: list[str] = []
-        self._steps: list[tuple[int, float, Tensor]] = []
+        self._waiting: list[tuple[int, float, Tensor]] = []
 
     def add(self, step: int, lr: float, parts: list[dict[str, Tensor]]) -> None:
         """Keep the scalars of the parts of one step, which must be those of all steps."""
@@ -34,36 +40,28 @@ class Scalars:
             )
         self._names = names
         means = torch.stack([torch.stack([part[name] for name in names]) for part in parts]).mean(0)
-        self._steps.append((step, lr, means))
+        self._waiting.append((step, lr, means))
 
     def rows(self) -> list[dict[str, float]]:
-        """A row for each step since the last time: "step", the scalars, "lr". The same on all processes."""
-        if not self._steps:
+        """A row for each step since the last time, the same on all processes: "step", the scalars, as means over
+        accumulated parts and processes, and "lr"."""
+        if not self._waiting:
             return []
-        values = all_reduce_mean(torch.stack([means for *_, means in self._steps])).tolist()
+        values = all_reduce_mean(torch.stack([means for *_, means in self._waiting])).tolist()
         rows = [
             {"step": step} | dict(zip(self._names, row, strict=True)) | {"lr": lr}
-            for (step, lr, _), row in zip(self._steps, values, strict=True)
+            for (step, lr, _), row in zip(self._waiting, values, strict=True)
         ]
-        self._steps = []
+        self._waiting = []
         return rows
-
-
-class History:
-    """Writes `steps.csv`, one row per step, and `summary.csv`, one row per epoch; without a folder, nothing.
-
-    `step` steps and `epoch` epochs are done: rows of later ones, of a run that was killed, are dropped.
-    """
-
-    def __init__(self, folder: Path | None, step: int = 0, epoch: int = 0):
-        self.folder = folder
-        self.steps = _cut(folder / STEPS, "step", step) if folder else []
-        self.epochs = _cut(folder / SUMMARY, "epoch", epoch) if folder else []
 
     def add_steps(self, rows: list[dict[str, float]]) -> None:
         """Append rows, one per step, each with "step" first and "lr" last."""
         if self.folder and rows:
-            _append(self.folder / STEPS, rows)
+            path = self.folder / STEPS
+            text = _text(rows, header=not path.is_file())
+            with naming(path), path.open("a", newline="") as file:
+                file.write(text)
         self.steps += rows
 
     def end_epoch(self, epoch: int, first_step: int, metrics: dict[str, float]) -> dict[str, float]:
@@ -106,12 +104,6 @@ def _cut(path: Path, key: str, end: int) -> list[dict[str, float]]:
     else:
         path.unlink(missing_ok=True)
     return rows
-
-
-def _append(path: Path, rows: list[dict[str, float]]) -> None:
-    text = _text(rows, header=not path.is_file())
-    with naming(path), path.open("a", newline="") as file:
-        file.write(text)
 
 
 def _write(path: Path, rows: list[dict[str, float]]) -> None:

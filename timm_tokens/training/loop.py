@@ -22,7 +22,7 @@ from timm_tokens.stopping import Requests, Stopped, listening
 from timm_tokens.tasks import TokenTask
 from timm_tokens.training import checkpoints, compiling, logs, sharding
 from timm_tokens.training.batches import plan, step_loader, to_device
-from timm_tokens.training.history import History, Scalars
+from timm_tokens.training.history import History
 from timm_tokens.training.logs import Logs
 from timm_tokens.training.optimization import Optimization
 from timm_tokens.training.pace import Pace
@@ -107,7 +107,7 @@ class _Run:
             self.task.prepare_distributed(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         ended = self.start // self.plan.steps_per_epoch + (self.start == self.plan.total_steps)  # the last may be short
         self.history = History(settings.out if rank() == 0 else None, self.start, ended)
-        self.scalars, self.pace = Scalars(), Pace(settings.batch_size * settings.accumulate, settings.workers)
+        self.pace = Pace(settings.batch_size * settings.accumulate, settings.workers)
         self.logs = Logs(settings.log, settings.out if rank() == 0 else None, self.start, settings.curve())
 
     def _average(self) -> ModelEmaV3 | None:
@@ -145,7 +145,7 @@ class _Run:
         with closing(self.bar), closing(steps), closing(self.logs), compiled, sharding.quiet():
             for step, batches in zip(self.bar, self.pace.watch(steps), strict=True):
                 scalars = self._take_step(step, batches)
-                self.scalars.add(step, self.optimization.lr, scalars)
+                self.history.add(step, self.optimization.lr, scalars)
                 if stop := self._end_step(step + 1, requests):
                     return stop
         return 0
@@ -208,7 +208,7 @@ class _Run:
 
     def _flush(self) -> None:
         """Read and write the losses since the last time; stop if one is infinite or NaN."""
-        rows = self.scalars.rows()
+        rows = self.history.rows()
         bad = next((i for i, row in enumerate(rows) if not math.isfinite(row["loss"])), None)
         rows = rows if bad is None else rows[: bad + 1]
         self.history.add_steps(rows)
