@@ -6,19 +6,13 @@ from torch import Tensor, nn
 
 
 class GlobalDropPath(DropPath):
-    """timm's DropPath, which draws for the images of all processes and takes its own.
+    """timm's DropPath, which draws for the images of all processes and takes its own."""
 
-    Attributes:
-        generator: The stream that one process would draw from, on the images' device.
-        rows: (B,) where this process's images are in the global batch; None: it draws for its own, as timm's does.
-        total: How many images the global batch has.
-        outside: Whether a compiled model calls it from outside of its graphs, which take no generators; otherwise a
-            compiled one draws as timm's does.
-    """
-
-    generator: torch.Generator | None = None
-    rows: Tensor | None = None
-    total: int = 0
+    generator: torch.Generator | None = None  # the stream that one process would draw from, on the images' device
+    rows: Tensor | None = None  # (B,) of its images in the global batch; None: it draws for its own, as timm's does
+    total: int = 0  # how many images the global batch has
+    # Whether a compiled model calls it from outside of its graphs, which take no generators; otherwise a compiled one
+    # draws as timm's does.
     outside: bool = False
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,8 +17,6 @@ from timm_tokens.tasks.task import TokenTask, check_mixup
 from timm_tokens.tasks.teacher import frozen_copy
 from timm_tokens.vit import TokenViT
 
-TARGETS, TRAINED = ("distill", "labels"), ("embeddings", "all")
-
 
 class DTEMTask(TokenTask):
     """A ViT learns which of its tokens to merge: to give the outputs that it gives without merging, or to classify.
@@ -133,8 +131,9 @@ class DTEMTask(TokenTask):
 
 
 def _check(model: nn.Module, target: str, train: str) -> None:
-    if target not in TARGETS or train not in TRAINED:
-        raise ValueError(f"target must be one of {TARGETS} and train one of {TRAINED}, got {target!r} and {train!r}")
+    targets, trained = ("distill", "labels"), ("embeddings", "all")
+    if target not in targets or train not in trained:
+        raise ValueError(f"target must be one of {targets} and train one of {trained}, got {target!r} and {train!r}")
     merger = getattr(model, "merger", None)
     if not isinstance(model, TokenViT) or merger is None:
         raise ValueError(f"this {type(model).__name__} merges no tokens: apply_dtem_merging(model) gives it a merger")
@@ -158,10 +157,10 @@ def _range(r: int | Sequence[int] | None) -> tuple[int, int] | None:
     """(lowest, highest) r of a step."""
     if r is None:
         return None
-    bounds: Sequence[Any] = (r, r) if isinstance(r, int) else tuple(r) if len(r) == 2 else (None, None)
-    lowest, highest = bounds
-    if not all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds):
+    bounds: Sequence[Any] = (r, r) if isinstance(r, int) else tuple(r)
+    if len(bounds) != 2 or not all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds):
         raise TypeError(f"r must be an int or a range (lowest, highest) of ints, got {r!r}")
+    lowest, highest = bounds
     if not 1 <= lowest <= highest:
         raise ValueError(f"r must be at least 1, and a range go from the lowest to the highest, got {r!r}")
     return lowest, highest

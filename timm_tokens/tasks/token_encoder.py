@@ -52,11 +52,8 @@ class PooledTokens(nn.Module):
 
 def token_counts(backbone: Any) -> dict[str, int]:
     """How many tokens of each kind a TokenViT or PooledTokens gives; kinds that it lacks are left out."""
-    if isinstance(backbone, PooledTokens):
-        counts = {"cls": 1, "pooled": backbone.num_pooled}
-    else:
-        aux = backbone.aux
-        counts = {"cls": 1, "aux": 0 if aux is None else aux.num_cls, "pooled": 0 if aux is None else aux.num_pooled}
+    aux = backbone if isinstance(backbone, PooledTokens) else backbone.aux
+    counts = {"cls": 1, "aux": getattr(aux, "num_cls", 0), "pooled": getattr(aux, "num_pooled", 0)}
     return {kind: count for kind, count in counts.items() if count}
 
 
@@ -96,19 +93,12 @@ def of_one_size(crops: Sequence[Tensor]) -> list[Tensor]:
 
 
 class CropOutputs(NamedTuple):
-    """What a `MultiCropEncoder` makes of crops.
+    """What a `MultiCropEncoder` makes of crops."""
 
-    Attributes:
-        tokens: A view each, (B, T, K): logits, or (B, T, D) where there are no prototypes.
-        patches: (M, K) logits of the patches asked for, None if none were.
-        projected: (V B, T, D) of the V global crops.
-        gradient_norms: (T,) of the global crops' features, averaged over the batch; 0 until backward fills it in.
-    """
-
-    tokens: list[Tensor]
-    patches: Tensor | None
-    projected: Tensor
-    gradient_norms: Tensor
+    tokens: list[Tensor]  # a view each, (B, T, K): logits, or (B, T, D) where there are no prototypes
+    patches: Tensor | None  # (M, K) logits of the patches asked for, None if none were
+    projected: Tensor  # (V B, T, D) of the V global crops
+    gradient_norms: Tensor  # (T,) of the global crops' features, averaged over the batch; 0 until backward fills it in
 
 
 class MultiCropEncoder(nn.Module):

@@ -22,33 +22,20 @@ _LENGTH = {"epochs", "steps"}
 
 @dataclass
 class Progress:
-    """The state of a run, which its checkpoints hold; `restore` takes it up where the last one left it.
-
-    Attributes:
-        images: How many there are to train on.
-        ema: The model's average, if there is one.
-        done: How many steps have been taken when the run starts or goes on.
-        saved: How many the last good checkpoint has; None: there is none yet.
-        best: The best value of the first metric.
-    """
+    """The state of a run, which its checkpoints hold; `restore` takes it up where the last one left it."""
 
     settings: Settings
     plan: Plan
-    images: int
+    images: int  # how many there are to train on
     task: TokenTask
     optimization: Optimization
-    ema: ModelEmaV3 | None
-    done: int = 0
-    saved: int | None = None
-    best: float | None = None
+    ema: ModelEmaV3 | None  # the model's average
+    done: int = 0  # how many steps have been taken when the run starts or goes on
+    saved: int | None = None  # how many the last good checkpoint has; None: there is none yet
+    best: float | None = None  # the best value of the first metric
 
     def restore(self) -> None:
-        """Take up the last good checkpoint, if there is one.
-
-        Raises:
-            ValueError: It is of a run with other settings, or can't be read.
-            FileExistsError: There is one, and `resume` is not set.
-        """
+        """Take up the last good checkpoint, if there is one, which must be of a run with the same settings."""
         folder = self.settings.out
         found = checkpoints.load(folder)
         self._check_shared(0 if found is None else found.state["step"])
@@ -125,9 +112,6 @@ class Progress:
 def check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any], bound: Sequence[str] = ()) -> None:
     """Refuse to continue a run with other settings than it was started with. Its length may change where nothing that
     it has done depended on that: where `bound`, what is scheduled over the whole length, each in words, is empty.
-
-    Raises:
-        ValueError: Names each setting that differs, and what is scheduled.
     """
     odd = {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
     if not odd or (odd <= _LENGTH and not bound):
