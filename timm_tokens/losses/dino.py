@@ -19,8 +19,7 @@ class DINOLoss(nn.Module):
         loss(student_logits, teacher_logits)      # lists of (B, K), one per view; the teacher's views first
 
     The teacher's logits are centred, against one prototype for everything, and sharpened, against all alike. In
-    training mode each call moves the centre, after it was used. Both temperatures are plain attributes, to be set by a
-    schedule.
+    training mode each call moves the centre, after it was used. Schedules set both temperatures as plain attributes.
 
     Args:
         num_prototypes: K.
@@ -30,8 +29,7 @@ class DINOLoss(nn.Module):
         num_tokens: T, centres: one for each token that `MTELoss` compares; DINO itself has one.
 
     Raises:
-        ValueError: If a temperature is not positive or a count less than 1, when building; if views don't fit, when
-            called.
+        ValueError: If a temperature is not positive or a count below 1, when building; if views don't fit, when called.
 
     Source: DINO (arXiv 2104.14294), algorithm 1.
     """

@@ -111,8 +111,7 @@ class DTMLoss(nn.Module):
             teacher: (B, N, C) tokens of the unmasked image.
             mask: (B, N) bool, the tokens to count, for a loss on masked ones alone; None: all. All tokens take part in
                 the morphing.
-            schedules: Instead of the loss's own: rounds for `morph_groups`, one sequence a draw. An empty one compares
-                token by token.
+            schedules: Instead of the loss's own: rounds for `morph_groups`, one sequence a draw; () is token by token.
             points: (B, N, F), what super-pixels are grouped by.
             generator: Random generator of the draws, on the CPU.
         """

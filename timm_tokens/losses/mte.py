@@ -51,8 +51,7 @@ class MTELoss(nn.Module):
         global_weight: w, in (0, 1], the share of the global token's loss.
 
     Raises:
-        ValueError: If aux_target is unknown or global_weight out of range, when building; if views don't fit, when
-            called.
+        ValueError: If aux_target or global_weight is out of range, when building; if views don't fit, when called.
 
     Source: Our definition, after the abstract of MTE (arXiv 2411.15787): its loss is not public.
     """

@@ -44,11 +44,7 @@ class TokenLabelLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        dense_weight: float = 0.5,
-        cls_weight: float = 1.0,
-        ground_truth: bool = False,
-        smoothing: float = 0.0,
+        self, dense_weight: float = 0.5, cls_weight: float = 1.0, ground_truth: bool = False, smoothing: float = 0.0
     ):
         super().__init__()
         if not 0 <= smoothing < 1:

@@ -56,7 +56,8 @@ class DTMTask(TokenTask):
     Raises:
         TypeError: If the student can't be driven.
         ValueError: If mask_ratio is not in (0, 1], the teacher can't be brought to the student's grid, their channels
-            differ, the student can't take images of this size, or the criterion so many tokens.
+            differ, it has no classifier for teacher_head, the student can't take images of this size, or the criterion
+            so many tokens.
 
     Source: DTM (arXiv 2401.00254), section 3; the masks are BEiT's (arXiv 2106.08254).
     """

@@ -18,9 +18,6 @@ from timm_tokens.vit import Tokens
 class MaskedBeit(nn.Module):
     """A timm BEiT that stays as it is, at `.base`, and a learned token (1, C) for masked patches, at `.mask_token`.
 
-    Raises:
-        TypeError: The model is no BEiT of timm's, or has a forward of its own.
-
     Source: BEiT (arXiv 2106.08254), section 2.
     """
 

@@ -51,8 +51,7 @@ class MIRATask(TokenTask):
 
     The teacher is a moving average of the student's backbone and projector, and compares with the student's own
     prototypes; its batch norms use the batch. Pseudo-labels are made over the batches of all processes together, and
-    the batch norms see them together, too; on GPUs those of the backbone after `timm.layers.convert_sync_batchnorm`,
-    which the trainer calls.
+    the batch norms see them together, too: on GPUs the trainer calls `timm.layers.convert_sync_batchnorm` for that.
 
     Args:
         backbone: Any timm model, a conv net or a ViT, with num_classes=0; a ViT with dynamic_img_size=True if crops

@@ -43,9 +43,8 @@ class MTETask(TokenTask):
         heads: "kind": a head for each kind of token; "shared": one for all.
         batch_norm: Whether the heads of DINO and iBOT have batch norm, as MoBY's always do. Not so in the papers, but
             where a run is short it keeps the images apart, see docs/mte.md.
-        aux_target: What auxiliary tokens learn from; see `MTELoss`.
-        include_global: Whether the global token is a member of the ensemble; see `MTELoss`.
-        global_weight: Weight of the global token in the loss; see `MTELoss`.
+        aux_target, include_global, global_weight: What auxiliary tokens learn from, and how much that counts; see
+            `MTELoss`.
         aux_on_local: Whether the student's local crops have auxiliary tokens, too, where they cost most.
         global_crops: How many crops, the first, the teacher sees.
         tau_teacher: From and to, in a line over the first tau_epochs.
@@ -66,8 +65,7 @@ class MTETask(TokenTask):
         ValueError: If the model has a classifier, or a value is out of its range.
         TypeError: If the model can't be driven.
 
-    Source: MTE (arXiv 2411.15787) as `MTELoss` defines it; DINO (arXiv 2104.14294), iBOT (arXiv 2111.07832), MoBY
-    (arXiv 2105.04553).
+    Source: MTE (arXiv 2411.15787) as `MTELoss` has it; DINO, iBOT, MoBY (arXiv 2104.14294, 2111.07832, 2105.04553).
     """
 
     def __init__(

@@ -122,8 +122,7 @@ class TokenTask(TrainingTask):
         return [seeding.generator(self.seed, self.step, -1, place) for place in range(first, first + batch)]
 
     def place(self, rows: Tensor, total: int) -> None:
-        """Say where this process's images are, rows (B,) int64, in the global batch of `total`, before a forward:
-        stochastic depth goes by it."""
+        """Before a forward, say where in the global batch of `total` this process's images are: rows (B,) int64."""
         if not self.drop_paths:
             return
         device = next(self.trainable_module.parameters()).device

@@ -28,10 +28,6 @@ class TokenTeacher(nn.Module):
         grid: (H, W), the student's patches in a column and in a row.
         normalisation: (mean, std) of the images that come; None: as the teacher's own.
         head: Give each token through the teacher's classifier; for CLIP it is the projection to the shared space.
-
-    Raises:
-        ValueError: If the teacher can't be brought to the grid, takes another number of channels, or has no classifier
-            where `head` asks for it.
     """
 
     vit: Any
@@ -39,12 +35,7 @@ class TokenTeacher(nn.Module):
     shift: Tensor
 
     def __init__(
-        self,
-        vit: Any,
-        grid: tuple[int, int],
-        *,
-        normalisation: Normalisation | None = None,
-        head: bool = False,
+        self, vit: Any, grid: tuple[int, int], *, normalisation: Normalisation | None = None, head: bool = False
     ) -> None:
         super().__init__()
         vit = frozen_copy(vit)

@@ -25,12 +25,7 @@ class Plan(NamedTuple):
 
 
 def plan(dataset: Dataset, settings: Settings) -> Plan:
-    """The plan of a run over an indexed data set; what does not fill a global batch is left to other epochs.
-
-    Raises:
-        TypeError: The data set is a stream.
-        ValueError: It has fewer images than a global batch.
-    """
+    """The plan of a run over an indexed data set, no stream; what fills no global batch is left to other epochs."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(f"{type(dataset).__name__} is a stream: training takes data sets with a length and an index")
     joined = settings.batch_size * settings.accumulate * world_size()

@@ -57,16 +57,15 @@ def train(
         previous.pth        the checkpoint before it, used where the last one is corrupt
         model.safetensors   the product, for timm.create_model(name, checkpoint_path=...)
         best.safetensors    the product when `evaluate` liked it best
-        steps.csv           every scalar of every step, and the gradient's norm; summary.csv: every epoch's means and
-                            validation
+        steps.csv           every scalar of every step, and the gradient's norm
+        summary.csv         every epoch's means and validation
 
     Args:
         task: On any device; it is moved.
         dataset: Items by index, (input, target).
         settings: Settings of the run.
         collate: Makes a batch (input, target) of a list of items; None: torch's default.
-        evaluate: Metrics of the product, called on all processes. By the first of them, higher being better, the best
-            model is chosen.
+        evaluate: Metrics of the product, called on all processes. The best model has the highest first one.
         augment: Called with the input of each batch, on the CPU, and the device; returns the input that the task gets,
             such as `DeviceCrops` makes it. It draws nothing: randomness belongs into the items, whose seeds are kept.
 

@@ -97,9 +97,6 @@ def parameter_groups(
     Args:
         exempt_names: The last parts of the names of what is exempt beside biases and vectors, separated by commas;
             None: What the parts of the module name.
-
-    Raises:
-        ValueError: layer_decay is given, and the module doesn't sort its parameters into layers.
     """
     exempt = _exempt(module, exempt_names)
     if layer_decay is None:

@@ -38,8 +38,7 @@ class Pace:
     """Watches the batches and steps of a run, all but the first, which come with costs of their own, such as compiling.
 
     The time of a step is that of its Python code: where a GPU is behind it, the code waits for it now and then, when it
-    reads the losses. So the rates are right where the steps are what takes long. `images` is how many a step takes on
-    this process.
+    reads the losses. So the rates are right where the steps are what takes long. A step takes `images` on this process.
     """
 
     def __init__(self, images: int, workers: int):
