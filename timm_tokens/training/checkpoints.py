@@ -42,7 +42,9 @@ def load(folder: Path) -> Checkpoint | None:
     errors = []
     for path in filter(Path.is_file, (folder / LAST, folder / PREVIOUS)):
         try:
-            state = _read(path)
+            state = read_checkpoint(path)
+            if not isinstance(state, dict) or not state.keys() >= _PARTS:
+                raise ValueError(f"{path} is not a checkpoint of a run")
         except ValueError as error:
             errors.append(str(error))
             continue
@@ -69,10 +71,3 @@ def all_finite(module: nn.Module) -> bool:
     """Whether on no process a parameter has become infinite or NaN."""
     finite = [local(parameter).isfinite().all() for parameter in module.parameters()]
     return not finite or not bool(all_reduce_max(~torch.stack(finite).all()))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    state = read_checkpoint(path)
-    if not isinstance(state, dict) or not state.keys() >= _PARTS:
-        raise ValueError(f"{path} is not a checkpoint of a run")
-    return state

@@ -17,8 +17,6 @@ from timm_tokens.training.batches import Plan
 from timm_tokens.training.optimization import Optimization
 from timm_tokens.training.settings import Settings
 
-_LENGTH = {"epochs", "steps"}
-
 
 @dataclass
 class Progress:
@@ -114,10 +112,11 @@ def check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any], boun
     it has done depended on that: where `bound`, what is scheduled over the whole length, each in words, is empty.
     """
     odd = {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
-    if not odd or (odd <= _LENGTH and not bound):
+    length_alone = odd <= {"epochs", "steps"}
+    if not odd or (length_alone and not bound):
         return
     changes = ", ".join(f"{name} {found.get(name)} -> {wanted.get(name)}" for name in sorted(odd))
-    if not odd <= _LENGTH:
+    if not length_alone:
         raise ValueError(f"the run in {folder} was started with other settings ({changes}): use those, or another out")
     raise ValueError(
         f"the run in {folder} can't get another length ({changes}): {', and '.join(bound)}. Keep its length, or take "
