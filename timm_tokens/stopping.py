@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 
 class Stopped(SystemExit):
     """What was going on has ended in good order because of a signal; the process ends with exit code 128 + signal.
@@ -43,7 +41,7 @@ def listening() -> Iterator[Requests]:
     if threading.current_thread() is not threading.main_thread():
         yield heard
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
 
     def note(number: int, frame: object) -> None:

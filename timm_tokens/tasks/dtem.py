@@ -37,6 +37,7 @@ class DTEMTask(TokenTask):
         r: Tokens to merge in each block while training: one number; or a range (lowest, highest), of which each step
             draws one, the same on all processes, so that one merger learns to serve every r. None: as the merger is
             set, which it always is between steps.
+        mixup: Mixes images, and classes if there are any, with their neighbours' in training; None: nothing is mixed.
         criterion: Compares a student's outputs with a teacher's; None: `DistillLoss()`.
         seed: Seed of the run.
 
@@ -66,7 +67,7 @@ class DTEMTask(TokenTask):
         self.target, self.logits, self.mixup = target, classifies(model), mixup
         self.criterion = DistillLoss() if criterion is None else criterion
         self._r = model.merger.r
-        self._taught: Tensor | None = None  # the sum of all that the teacher gave
+        self._taught = torch.zeros(())  # the sum of all that the teacher gave, in which NaN and infinity stay
         self.find_unused_parameters = _may_be_unused(model, self._range, train == "all")
         if target == "distill":
             teacher = TokenViT(model.base, head=model.head)  # around the same weights
@@ -117,12 +118,11 @@ class DTEMTask(TokenTask):
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         taught = outputs(self.teacher, images, self.logits)
-        total = (taught if isinstance(taught, Tensor) else taught[1]).float().sum()
-        self._taught = total if self._taught is None else self._taught + total  # NaN and infinity stay
+        self._taught = (taught if isinstance(taught, Tensor) else taught[1]).float().sum() + self._taught
         return taught
 
     def advice(self) -> str:
-        if self._taught is not None and not self._taught.isfinite():
+        if not self._taught.isfinite():
             return (
                 "The outputs without merging are not finite themselves: look at the model's weights and at the images "
                 "for values that are corrupt or far too large, and at amp"
