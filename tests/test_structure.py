@@ -47,6 +47,7 @@ ALLOWED = {  # what may import what, inside the package
         "classification",
         "flops",
         "meta_copy",
+        "outputs",
         "protocol",
         "tracing",
         "hooks",

@@ -7,7 +7,7 @@ does something else, and is refused. A test compares every driven model with the
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from timm.layers import AttentionRope, DiffAttention
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from timm_tokens import rotary
 from timm_tokens.timm_types import Block, ViT
+
+Edit: TypeAlias = Callable[[Tensor], Tensor] | None  # of patches (B, N, C), before they get their position embedding
 
 
 class Embedded(NamedTuple):
@@ -106,10 +108,8 @@ def name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def embed(base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Embedded:
+def embed(base: ViT, images: Tensor, edit: Edit = None) -> Embedded:
     """Patches, position embedding, prefix tokens, patch dropout, norm: everything before the first block.
-
-    `edit` changes the patches (B, N, C) before they get their position embedding.
 
     Raises:
         TypeError: If the base itself is wrapped, compiled or patched, which is bypassed.
@@ -134,7 +134,7 @@ def embed(base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | None = N
     return Embedded(base.norm_pre(base.patch_drop(base._pos_embed(x))), None)
 
 
-def _embed_naflex(base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | None) -> Embedded:
+def _embed_naflex(base: ViT, images: Tensor, edit: Edit) -> Embedded:
     if not isinstance(images, Tensor):
         raise TypeError(f"NaFlexVit is supported with images as a tensor (B, 3, H, W), got a {type(images).__name__}")
     stem = base._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)

@@ -7,7 +7,7 @@ from timm_tokens.driver import Trace
 from timm_tokens.ops.matching import Matching
 from timm_tokens.parts import DenseLogits, TokenLabelHead
 from timm_tokens.parts.merger import unmerge_all
-from timm_tokens.timm_types import ViT
+from timm_tokens.timm_types import ViT, Wrapped
 
 
 def check_call(head: TokenLabelHead | None, dense: bool, box: object, tokens: bool | str) -> None:
@@ -26,16 +26,9 @@ def check_call(head: TokenLabelHead | None, dense: bool, box: object, tokens: bo
         raise ValueError("box mixes the batch's patches (MixToken), whose logits need dense=True")
 
 
-def class_logits(base: ViT, head: TokenLabelHead | None, x: Tensor, size: Tensor | None, trace: Trace) -> Tensor:
-    """Logits (B, K) of an image.
-
-    Args:
-        base: The timm ViT.
-        head: Adds the patches' logits to the class token's; None: there are no others.
-        x: (B, P + N, C) tokens after the final norm.
-        size: (B, P + N), how many patches each stands for; None: one each.
-        trace: What was merged.
-    """
+def class_logits(model: Wrapped, x: Tensor, size: Tensor | None, trace: Trace) -> Tensor:
+    """Logits (B, K) of tokens x (B, P + N, C) after the final norm, of sizes (B, P + N), None for one patch each."""
+    base, head = model.base, model.head
     if head is None:
         return _classify(base, None, x, size, trace)
     cls = _classify(base, head.cls, x, size, trace)
@@ -44,8 +37,9 @@ def class_logits(base: ViT, head: TokenLabelHead | None, x: Tensor, size: Tensor
     return head(cls, _patches(base, x), None if size is None else size[:, base.num_prefix_tokens :])
 
 
-def dense_logits(base: ViT, head: TokenLabelHead, x: Tensor, size: Tensor | None, trace: Trace) -> DenseLogits:
+def dense_logits(model: Wrapped, x: Tensor, size: Tensor | None, trace: Trace) -> DenseLogits:
     """Logits of the class token and of every patch, un-merged; arguments as in `class_logits`."""
+    base, head = model.base, model.head
     cls = _classify(base, head.cls, x, size, trace)
     return DenseLogits(cls, head.tokens(_patches(base, unmerge_all(trace, x))))
 

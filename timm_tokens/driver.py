@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from timm_tokens import blocks, hooks, last_block, rotary, tracing
 from timm_tokens.ops.matching import Matching
 from timm_tokens.ops.relaxed import RelaxedMatching
-from timm_tokens.parts import AuxTokens, TokenMerger
+from timm_tokens.parts import TokenMerger
 from timm_tokens.parts.merger import Merged, unmerge_all
-from timm_tokens.timm_types import Block, ViT
+from timm_tokens.timm_types import Block, Wrapped
 
 Trace: TypeAlias = list[Matching | RelaxedMatching]  # what was merged, in order
-UNLIMITED: Mapping[str, Any] = {}
+OnBlock: TypeAlias = Callable[[int, Tensor, Trace], None] | None
+Limits: TypeAlias = Mapping[str, Any]  # from `limited`
+UNLIMITED: Limits = {}
 
 
 class Stream(NamedTuple):
@@ -56,19 +58,14 @@ def limited(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
 
 
 def encode(
-    base: ViT, images: Tensor, edit: Callable[[Tensor], Tensor] | None = None, *,
-    merger: TokenMerger | None = None, aux: AuxTokens | None = None,
-    on_block: Callable[[int, Tensor, Trace], None] | None = None,
-    depth: int | None = None, limits: Mapping[str, Any] = UNLIMITED, logits_only: bool = False,
+    model: Wrapped, images: Tensor, edit: blocks.Edit = None, *, aux: bool = False, on_block: OnBlock = None,
+    depth: int | None = None, limits: Limits = UNLIMITED, logits_only: bool = False,
 ) -> tuple[Stream, Trace]:  # fmt: skip
-    """Run the first blocks of a timm ViT: the tokens, and what was merged on the way.
+    """Run the first blocks of a TokenViT: the tokens of images (B, 3, H, W), and what was merged on the way.
 
     Args:
-        base: The timm ViT.
-        images: (B, 3, H, W).
         edit: Changes the patches (B, N, C) before they get their position embedding.
-        merger: Merges tokens in the blocks.
-        aux: Auxiliary tokens that travel beside the model's own.
+        aux: Whether auxiliary tokens travel beside the model's own, if it has any.
         on_block: Called after each block with its index, the tokens, and the merges so far.
         depth: How many blocks to run; None: all.
         limits: What each token may attend to, from `limited`.
@@ -79,28 +76,28 @@ def encode(
         ValueError: If there are limits, and tokens that they don't tell about: merged or auxiliary ones.
         RuntimeError: If torch.onnx.export(..., dynamo=False) traces a merger.
     """
+    base = model.base
     x, ropes = blocks.embed(base, images, edit)
-    stream = _start(x, merger, aux, limits)
+    stream = _start(model, x, aux, limits)
     trace: Trace = []
     watched = hooks.has_own(base.blocks) and not limits and on_block is None and blocks.calls_them_at_once(base)
-    run = partial(_run_blocks, base, ropes, trace, merger, aux, limits, on_block, depth, logits_only and not watched)
+    run = partial(_run_blocks, model, ropes, trace, limits, on_block, depth, logits_only and not watched)
     return (hooks.around(base.blocks, run, stream) if watched else run(stream)), trace
 
 
 def _run_blocks(
-    base: ViT,
+    model: Wrapped,
     ropes: list[Tensor] | None,
     trace: Trace,
-    merger: TokenMerger | None,
-    aux: AuxTokens | None,
-    limits: Mapping[str, Any],
-    on_block: Callable[[int, Tensor, Trace], None] | None,
+    limits: Limits,
+    on_block: OnBlock,
     depth: int | None,
     logits_only: bool,
     stream: Stream,
 ) -> Stream:
-    """The tokens after the blocks of `encode`, which adds to the trace what was merged."""
-    prefix, recompute = base.num_prefix_tokens, base.grad_checkpointing
+    """The tokens after the blocks of `encode`; what was merged is added to the trace."""
+    base, merger = model.base, model.merger
+    recompute = base.grad_checkpointing
     watching = merger.unmerged if merger is not None and merger.watched else None
     short = logits_only and watching is None and last_block.needs_prefix_alone(base)
     last = len(base.blocks) - 1 if short else None
@@ -109,7 +106,7 @@ def _run_blocks(
         if i == depth:
             break
         rope = None if ropes is None else ropes[i]
-        arguments = (i, block, stream, rope, prefix, merger, aux, limits, i == last)
+        arguments = (model, i, block, stream, rope, limits, i == last)
         stream, matching = checkpoint(run_block, *arguments) if recompute else run_block(*arguments)
         if matching is not None:
             trace.append(matching)
@@ -120,59 +117,57 @@ def _run_blocks(
     return stream
 
 
-def _start(x: Tensor, merger: TokenMerger | None, aux: AuxTokens | None, limits: Mapping[str, Any]) -> Stream:
+def _start(model: Wrapped, x: Tensor, aux: bool, limits: Limits) -> Stream:
     """The tokens that enter the first block: those of the stem, (B, N, C), and auxiliary ones."""
     (b, n), numbers = x.shape[:2], None
-    if merger is not None:
+    if model.merger is not None:
         tracing.refuse_old_onnx()
         numbers = torch.arange(b * n, device=x.device)
-    if aux is None or aux.tokens is None:
+    if not aux or model.aux is None or model.aux.tokens is None:
         return Stream(x, 0, effective=n, numbers=numbers)
     if limits:
         _refuse(limits, "auxiliary", "; call with aux=False")
-    return Stream(aux.append(x), aux.num_cls, effective=n, numbers=numbers)
+    return Stream(model.aux.append(x), model.aux.num_cls, effective=n, numbers=numbers)
 
 
 def run_block(
-    i: int,
-    block: Block,
-    stream: Stream,
-    rope: Tensor | None,
-    prefix: int,
-    merger: TokenMerger | None,
-    aux: AuxTokens | None,
-    limits: Mapping[str, Any],
-    prefix_alone: bool = False,
+    model: Wrapped, i: int, block: Block, stream: Stream, rope: Tensor | None, limits: Limits, prefix_only: bool = False
 ) -> tuple[Stream, Matching | RelaxedMatching | None]:
     """Run block i of `encode`: the tokens after it, and what it merged, None if nothing."""
     x, num_aux, effective, size, rows, numbers = stream
-    attention = _attention(stream, rope, prefix, merger, aux)
+    merger, prefix = model.merger, model.base.num_prefix_tokens
+    attention = _attention(model, stream, rope, prefix, merger)
     r = 0 if merger is None else merger.count(i, effective, prefix)
-    if merger is None or not r or (prefix_alone and not last_block.is_watched(merger, i)):
-        first = partial(blocks.first_tokens, block, prefix) if prefix_alone else None
-        x = _call(block, first, x, {**attention, **limits})
+    if merger is None or not r or (prefix_only and not last_block.is_watched(merger, i)):
+        options = {**attention, **limits}
+        if prefix_only:
+            x = hooks.call(block, partial(blocks.first_tokens, block, prefix), (x,), options)
+        else:
+            x = block(x, **options)
         return Stream(x, num_aux, effective, size, rows, numbers), None
     if limits:
         _refuse(limits, "merged", f", and block {i} merges {r}; set model.merger.r = 0, or call model.base")
-    x, (_, size, effective, matching) = _merging(i, block, stream, attention, r, prefix, merger, prefix_alone)
+    x, (_, size, effective, matching) = _merging(merger, i, block, stream, attention, r, prefix, prefix_only)
     rows = None if rope is None else _kept_rows(rows, matching, prefix)
     return Stream(x, num_aux, effective, size, rows, numbers), matching
 
 
 def _merging(
+    merger: TokenMerger,
     i: int,
     block: Block,
     stream: Stream,
     attention: dict[str, Tensor],
     r: int,
     prefix: int,
-    merger: TokenMerger,
-    prefix_alone: bool,
+    prefix_only: bool,
 ) -> tuple[Tensor, Merged]:
     """What the block makes of the stream's tokens with a merge between its halves, and the merge."""
     (read, attend, feed), (_, num_aux, effective, size, _, numbers) = blocks.halves(block), stream
 
-    def run(x: Tensor, attention: dict[str, Tensor]) -> tuple[Tensor, Merged]:
+    merges: list[Merged] = []
+
+    def forward(x: Tensor, **attention: Tensor) -> Tensor:
         y = read(block, x)
         # chosen before the attention, while y is in the caches
         choice = merger.choose(i, block, stream.split(y)[0] if num_aux else y, r, effective, prefix, numbers)
@@ -180,34 +175,19 @@ def _merging(
         if num_aux:
             x, extra = stream.split(x)
         merged = merger(choice, x, size, r, effective, prefix)
-        x = merged.x[:, :prefix] if prefix_alone else merged.x
-        return feed(block, torch.cat([x, extra], dim=1) if num_aux else x), merged
-
-    if not hooks.is_hooked(block):
-        return run(stream.x, attention)
-    merges: list[Merged] = []
-
-    def forward(x: Tensor, **attention: Tensor) -> Tensor:
-        x, merged = run(x, attention)
         merges.append(merged)
-        return x
+        x = merged.x[:, :prefix] if prefix_only else merged.x
+        return feed(block, torch.cat([x, extra], dim=1) if num_aux else x)
 
     return hooks.call(block, forward, (stream.x,), attention), merges[0]
 
 
-def _refuse(limits: Mapping[str, Any], kind: str, advice: str) -> None:
+def _refuse(limits: Limits, kind: str, advice: str) -> None:
     raise ValueError(f"{' and '.join(limits)} can't say what {kind} tokens may attend to{advice}")
 
 
-def _call(block: Block, forward: Callable[..., Tensor] | None, x: Tensor, attention: dict[str, Any]) -> Any:
-    """What the block gives, or (not None) `forward` in its place with the block's hooks."""
-    if forward is None:
-        return block(x, **attention)
-    return hooks.call(block, forward, (x,), attention) if hooks.is_hooked(block) else forward(x, **attention)
-
-
 def _attention(
-    stream: Stream, rope: Tensor | None, prefix: int, merger: TokenMerger | None, aux: AuxTokens | None
+    model: Wrapped, stream: Stream, rope: Tensor | None, prefix: int, merger: TokenMerger | None
 ) -> dict[str, Tensor]:
     """The arguments by which a block's attention learns of rotary positions, sizes and auxiliary tokens."""
     x, num_aux, _, size, rows, _ = stream
@@ -217,8 +197,8 @@ def _attention(
     if rope is not None:
         rope = rotary.rope_rows(rope, rows)
         arguments["rope"] = rotary.unrotated(rope, num_aux) if num_aux else rope
-    if aux is not None and num_aux:
-        mask = aux.mask(x, prefix)
+    if num_aux:
+        mask = model.aux.mask(x, prefix)
         bias = mask if bias is None else mask + nn.functional.pad(bias, (0, num_aux))
     if bias is not None:
         arguments["attn_mask"] = bias

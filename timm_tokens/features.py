@@ -1,17 +1,19 @@
 """What the blocks of a ViT give, un-merged to the full grid of patches: for dense tasks, teachers and pictures."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from timm_tokens import blocks
-from timm_tokens.driver import UNLIMITED, Stream, Trace, encode
-from timm_tokens.parts import AuxTokens, TokenMerger
+from timm_tokens.blocks import Edit
+from timm_tokens.driver import Limits, Stream, Trace, encode
 from timm_tokens.parts.merger import groups, unmerge_all
-from timm_tokens.timm_types import ViT
+from timm_tokens.timm_types import ViT, Wrapped
+
+Indices: TypeAlias = int | Sequence[int] | None
 
 
 class Tokens(NamedTuple):
@@ -51,69 +53,45 @@ class MergedTokens(NamedTuple):
     groups: Tensor
 
 
-def forward_merged(
-    base: ViT,
-    images: Tensor,
-    edit: Callable[[Tensor], Tensor] | None = None,
-    *,
-    merger: TokenMerger | None = None,
-    limits: Mapping[str, Any] = UNLIMITED,
-) -> MergedTokens:
+def forward_merged(model: Wrapped, images: Tensor, edit: Edit, limits: Limits) -> MergedTokens:
     """The merged features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`.
 
     Raises:
         ValueError: If the merging is relaxed, which leaves all tokens, or patches are missing from the grid.
     """
-    if merger is not None and merger.relaxed:
+    if model.merger is not None and model.merger.relaxed:
         raise ValueError(
             "tokens='merged' gives what is left after merging, but in training learned merging is relaxed and leaves "
             "every token: call model.merger.eval() to merge outright while the rest trains, or model.eval()"
         )
-    stream, trace = encode(base, images, edit, merger=merger, limits=limits)
+    base, (stream, trace) = model.base, encode(model, images, edit, limits=limits)
     x, prefix = base.norm(stream.x), base.num_prefix_tokens
     patches = x[:, prefix:]
     size = torch.ones(patches.shape[:2], device=x.device) if stream.size is None else stream.size[:, prefix:]
     return MergedTokens(x[:, :prefix], patches, size, _group_map(base, images, trace, patches.shape[1]))
 
 
-def forward_tokens(
-    base: ViT,
-    images: Tensor,
-    edit: Callable[[Tensor], Tensor] | None = None,
-    *,
-    merger: TokenMerger | None = None,
-    aux: AuxTokens | None = None,
-    limits: Mapping[str, Any] = UNLIMITED,
-    has_class_token: bool = True,
-) -> Tokens:
+def forward_tokens(model: Wrapped, images: Tensor, edit: Edit, limits: Limits, aux: bool) -> Tokens:
     """The features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`.
-
-    Args:
-        has_class_token: Whether the first prefix token is a class token.
 
     Raises:
         ValueError: If pooled tokens are asked for and patches are missing.
     """
-    stream, trace = encode(base, images, edit, merger=merger, aux=aux, limits=limits)
-    tokens = tokens_of(base, stream, trace, has_class_token)
-    if aux is None or aux.pool is None:
+    tokens = tokens_of(model, *encode(model, images, edit, aux=aux, limits=limits))
+    if not aux or model.aux is None or model.aux.pool is None:
         return tokens
-    pooled = aux.pool(_map(tokens.patches, blocks.grid_size(base, images.shape[-2:])))
+    grid = blocks.grid_size(model.base, images.shape[-2:])
+    _check_grid(tokens.patches.shape[1], grid, "pooled tokens need")
+    pooled = model.aux.pool(tokens.patches.transpose(1, 2).unflatten(2, grid))
     return Tokens(tokens.cls, tokens.prefix, tokens.patches, tokens.aux_cls, pooled)  # torch 2.6 compiles no _replace
 
 
-def tokens_of(base: ViT, stream: Stream, trace: Trace, has_class_token: bool) -> Tokens:
+def tokens_of(model: Wrapped, stream: Stream, trace: Trace) -> Tokens:
     """The features of tokens after the last block, as `encode` gives them, without pooled tokens."""
-    x, extra = stream.split(base.norm(stream.x))
-    x, prefix = unmerge_all(trace, x), base.num_prefix_tokens
-    cls = x[:, 0] if has_class_token else base.forward_head(x, pre_logits=True)
+    x, extra = stream.split(model.base.norm(stream.x))
+    x, prefix = unmerge_all(trace, x), model.num_prefix_tokens
+    cls = x[:, 0] if model.has_class_token else model.base.forward_head(x, pre_logits=True)
     return Tokens(cls, x[:, :prefix], x[:, prefix:], extra if stream.num_aux else None)
-
-
-def _map(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patches (B, N, C) as a map (B, C, rows, columns)."""
-    _check_grid(patches.shape[1], grid, "pooled tokens need")
-    return patches.transpose(1, 2).unflatten(2, grid)
 
 
 def _check_grid(count: int, grid: tuple[int, int], as_what_needs: str) -> None:
@@ -125,44 +103,27 @@ def _check_grid(count: int, grid: tuple[int, int], as_what_needs: str) -> None:
 
 
 def intermediates(
-    base: ViT,
-    merger: TokenMerger | None,
-    images: Tensor,
-    indices: int | Sequence[int] | None,
-    *,
-    norm: bool,
-    stop_early: bool,
-    final: bool,
-    limits: Mapping[str, Any],
+    model: Wrapped, images: Tensor, indices: Indices, limits: Limits, *, norm: bool, stop_early: bool, final: bool
 ) -> tuple[list[Tensor], Tensor | None]:
     """Tokens (B, P + N, C) after chosen blocks and, with `final`, at the end: see `TokenViT.forward_intermediates`."""
-    taken, final_norm = [], base.norm
-    take_indices, last = feature_take_indices(
-        len(base.blocks), indices if indices is None or isinstance(indices, int) else list(indices)
-    )
+    taken, final_norm = [], model.base.norm
+    indices = list(indices) if isinstance(indices, Sequence) else indices
+    take_indices, last = feature_take_indices(len(model.base.blocks), indices)
 
     def on_block(i: int, x: Tensor, trace: Trace) -> None:
         if i in take_indices:
             taken.append(unmerge_all(trace, final_norm(x) if norm else x))
 
     depth = last + 1 if stop_early else None
-    stream, trace = encode(base, images, merger=merger, on_block=on_block, depth=depth, limits=limits)
+    stream, trace = encode(model, images, on_block=on_block, depth=depth, limits=limits)
     return taken, unmerge_all(trace, final_norm(stream.x)) if final else None
 
 
 def pack(
     taken: list[Tensor], final: Tensor | None, prefix: int, grid: tuple[int, int] | None, prefixed: bool, as_dict: bool
 ) -> Any:
-    """The results of forward_intermediates in timm's forms.
-
-    Args:
-        taken: (B, P + N, C) tokens of the chosen blocks.
-        final: (B, P + N, C) tokens after the final norm, or None to leave them out.
-        prefix: P.
-        grid: Rows and columns of patches to make maps (B, C, rows, columns) of them, or None.
-        prefixed: Whether prefix tokens are wanted, too.
-        as_dict: Whether to name the results.
-    """
+    """What `intermediates` gives in timm's forms: as maps (B, C, rows, columns) if there is a grid, and with names if
+    `as_dict`; without the final tokens where they are None."""
     maps = [x[:, prefix:] for x in taken]
     if grid is not None:
         maps = [x.transpose(1, 2).unflatten(2, grid).contiguous() for x in maps]
@@ -174,10 +135,10 @@ def pack(
     return given if final is None else (final, given)
 
 
-def token_groups(base: ViT, merger: TokenMerger | None, images: Tensor, depth: int | None = None) -> Tensor:
+def token_groups(model: Wrapped, images: Tensor, depth: int | None) -> Tensor:
     """Which token, counted after the prefix, each patch ends in: (B, rows, columns) int64; see `TokenViT`."""
-    stream, trace = encode(base, images, merger=merger, depth=depth)
-    return _group_map(base, images, trace, stream.x.shape[1] - base.num_prefix_tokens)
+    stream, trace = encode(model, images, depth=depth)
+    return _group_map(model.base, images, trace, stream.x.shape[1] - model.num_prefix_tokens)
 
 
 def _group_map(base: ViT, images: Tensor, trace: Trace, left: int) -> Tensor:

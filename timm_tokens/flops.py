@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_tokens import blocks, last_block, pooling
 from timm_tokens.ops.schedule import schedule, token_counts
-from timm_tokens.parts import TokenLabelHead, TokenMerger
-from timm_tokens.timm_types import Block, ViT
+from timm_tokens.parts import TokenMerger
+from timm_tokens.timm_types import Block, Wrapped
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 
@@ -44,17 +44,12 @@ class Costs:
     """What the pieces of a ViT with parts cost, from which the FLOPs of any schedule follow.
 
     Args:
-        base, merger, head: The parts of a TokenViT in evaluation mode, on meta: see `meta_copy`.
+        model: A TokenViT in evaluation mode, on meta: see `meta_copy`.
         image_size: (height, width).
     """
 
-    def __init__(
-        self,
-        base: ViT,
-        merger: TokenMerger | None,
-        head: TokenLabelHead | None,
-        image_size: tuple[int, int],
-    ) -> None:
+    def __init__(self, model: Wrapped, image_size: tuple[int, int]) -> None:
+        base, merger, head = model.base, model.merger, model.head
         self.base, self.head, self.prefix = base, head, base.num_prefix_tokens
         rows, columns = blocks.grid_size(base, image_size)
         self.num_tokens = self.prefix + rows * columns

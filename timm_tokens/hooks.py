@@ -57,6 +57,8 @@ def call(module: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwa
     Raises:
         TypeError: If the module has a backward hook of the kind that torch deprecates.
     """
+    if not is_hooked(module):
+        return forward(*args, **kwargs)
     result, done = None, set()
 
     def run() -> Any:

@@ -48,19 +48,19 @@ class Replay:
 
     def _run(self, states: list[State], ropes: list[Tensor] | None) -> list[State]:
         """The states before each block and after the last, given the first of them."""
-        base, merger, states = self.model.base, self.model.merger, list(states)
+        base, states = self.model.base, list(states)
         for i in range(len(states) - 1, len(base.blocks)):
             stream, trace = states[-1]
             rope = None if ropes is None else ropes[i]
-            stream, matching = run_block(i, base.blocks[i], stream, rope, base.num_prefix_tokens, merger, None, {})
+            stream, matching = run_block(self.model, i, base.blocks[i], stream, rope, {})
             states.append((stream, trace if matching is None else [*trace, matching]))
         return states
 
     def _outputs(self, stream: Stream, trace: Trace) -> Outputs:
         if self.logits:
             x = self.model.base.norm(stream.x)
-            return class_logits(self.model.base, self.model.head, x, stream.size, trace)
-        tokens = features.tokens_of(self.model.base, stream, trace, self.model.has_class_token)
+            return class_logits(self.model, x, stream.size, trace)
+        tokens = features.tokens_of(self.model, stream, trace)
         return tokens.cls, tokens.patches
 
 

@@ -113,18 +113,17 @@ class _Way:
 
     def run(self, images: Tensor) -> tuple[Tensor, features.Tokens]:
         """Logits, or pooled features, and tokens; the time for the former counts."""
-        merger = self.net.merger
-        if merger is not None:
-            merger.r = self.r
+        if self.net.merger is not None:
+            self.net.merger.r = self.r
         if not self.images:
-            encode(self.net.base, images, merger=merger)  # to warm up
+            encode(self.net, images)  # to warm up
         _synchronize(images)
         start = time.perf_counter()
-        stream, trace = encode(self.net.base, images, merger=merger)
-        logits = class_logits(self.net.base, self.net.head, self.net.base.norm(stream.x), stream.size, trace)
+        stream, trace = encode(self.net, images)
+        logits = class_logits(self.net, self.net.base.norm(stream.x), stream.size, trace)
         _synchronize(images)
         self.seconds += time.perf_counter() - start
-        return logits, features.tokens_of(self.net.base, stream, trace, self.net.has_class_token)
+        return logits, features.tokens_of(self.net, stream, trace)
 
     def row(self, costs: Costs, image_size: tuple[int, int]) -> Tradeoff:
         """What was measured."""

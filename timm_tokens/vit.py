@@ -17,6 +17,7 @@ from timm_tokens.forward_type import Box, Forward, Mask, typed
 from timm_tokens.meta_copy import meta_copy
 from timm_tokens.ops import mix_tokens
 from timm_tokens.ops.schedule import token_counts
+from timm_tokens.outputs import evaluating
 from timm_tokens.parts import AuxTokens, DenseLogits, TokenLabelHead, TokenMerger
 from timm_tokens.parts.merger import unmerge_all
 from timm_tokens.protocol import TimmProtocol
@@ -110,16 +111,14 @@ class TokenViT(TimmProtocol):
     ) -> Tensor | DenseLogits | Tokens | MergedTokens:
         edit = None if box is None and mask is None else patch_edit(self._grid(images), box, mask, self.mask_token)
         if tokens == "merged":
-            return features.forward_merged(self.base, images, edit, merger=self.merger, limits=limits)
+            return features.forward_merged(self, images, edit, limits)
         if tokens:
-            options: dict[str, Any] = dict(aux=self.aux if aux else None, has_class_token=self.has_class_token)
-            return features.forward_tokens(self.base, images, edit, merger=self.merger, limits=limits, **options)
-        alone = self.head is None
-        stream, trace = encode(self.base, images, edit, merger=self.merger, limits=limits, logits_only=alone)
+            return features.forward_tokens(self, images, edit, limits, aux)
+        stream, trace = encode(self, images, edit, limits=limits, logits_only=self.head is None)
         x = self.base.norm(stream.x)
         if not dense:
-            return class_logits(self.base, self.head, x, stream.size, trace)
-        cls, patches = dense_logits(self.base, self.head, x, stream.size, trace)
+            return class_logits(self, x, stream.size, trace)
+        cls, patches = dense_logits(self, x, stream.size, trace)
         return DenseLogits(cls, patches if box is None else mix_tokens(patches, box, self._grid(images)))
 
     if TYPE_CHECKING:
@@ -131,7 +130,7 @@ class TokenViT(TimmProtocol):
         So `forward_head` needs no sizes: the mean over patches is the mean over tokens weighted by size. The arguments
         are those of `forward`.
         """
-        stream, trace = encode(self.base, images, merger=self.merger, limits=limited(attn_mask, is_causal))
+        stream, trace = encode(self, images, limits=limited(attn_mask, is_causal))
         return unmerge_all(trace, self.base.norm(stream.x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -139,7 +138,7 @@ class TokenViT(TimmProtocol):
         if self.head is None or pre_logits:
             logits: Tensor = self.base.forward_head(x, pre_logits=pre_logits)
             return logits
-        return class_logits(self.base, self.head, x, None, [])
+        return class_logits(self, x, None, [])
 
     def forward_intermediates(
         self,
@@ -174,8 +173,8 @@ class TokenViT(TimmProtocol):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         options = dict(norm=norm, stop_early=stop_early, final=not intermediates_only)
-        limits, grid = limited(attn_mask, is_causal), self._grid(x) if output_fmt == "NCHW" else None
-        taken, final = features.intermediates(self.base, self.merger, x, indices, limits=limits, **options)
+        taken, final = features.intermediates(self, x, indices, limited(attn_mask, is_causal), **options)
+        grid = self._grid(x) if output_fmt == "NCHW" else None
         return features.pack(taken, final, self.num_prefix_tokens, grid, return_prefix_tokens, output_dict)
 
     @torch.no_grad()
@@ -185,11 +184,8 @@ class TokenViT(TimmProtocol):
         Tokens are merged as in evaluation, whatever mode the model is in. With `block`, it is the token after so many
         blocks.
         """
-        training = self.training
-        try:
-            return features.token_groups(self.base, self.eval().merger, images, block)
-        finally:
-            self.train(training)
+        with evaluating(self):
+            return features.token_groups(self, images, block)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of the images' patches."""
@@ -206,8 +202,7 @@ class TokenViT(TimmProtocol):
 
     def costs(self, image_size: tuple[int, int] | None = None) -> Costs:
         """What the model's pieces cost for one image, to count the FLOPs of many schedules; arguments as in `flops`."""
-        twin = meta_copy(self)
-        return Costs(twin.base, twin.merger, twin.head, image_size or self.image_size)
+        return Costs(meta_copy(self), image_size or self.image_size)
 
     def token_counts(self, r: Any = None, image_size: tuple[int, int] | None = None) -> list[int]:
         """Tokens, prefix included, before the first block and after each; arguments as in `flops`."""
