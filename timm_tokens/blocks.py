@@ -109,11 +109,7 @@ def name(module: nn.Module) -> str:
 
 
 def embed(base: ViT, images: Tensor, edit: Edit = None) -> Embedded:
-    """Patches, position embedding, prefix tokens, patch dropout, norm: everything before the first block.
-
-    Raises:
-        TypeError: If the base itself is wrapped, compiled or patched, which is bypassed.
-    """
+    """Patches, position embedding, prefix tokens, patch dropout, norm: everything before the first block."""
     # FSDP2 gives what it wraps a method `unshard`
     replaced = "forward" in base.__dict__ or "forward_features" in base.__dict__
     if replaced or hasattr(type(base), "unshard") or base._compiled_call_impl is not None:
@@ -165,11 +161,7 @@ def _edit_naflex(base: ViT, x: Tensor, grid: tuple[int, int], edit: Callable[[Te
 
 
 def halves(block: Block) -> Halves:
-    """How the block is called in halves, so that its tokens can change in between.
-
-    Raises:
-        TypeError: If the block is wrapped or its forward replaced by now: what calls its halves goes past that.
-    """
+    """How the block is called in halves, so that its tokens can change in between."""
     found = _HALVES.get(type(block).forward)
     if found is None or "forward" in block.__dict__:
         raise TypeError(

@@ -11,11 +11,7 @@ from timm_tokens.timm_types import ViT, Wrapped
 
 
 def check_call(head: TokenLabelHead | None, dense: bool, box: object, tokens: bool | str) -> None:
-    """Refuse arguments of `TokenViT.forward` that don't fit each other or the model.
-
-    Raises:
-        ValueError: It says what they need.
-    """
+    """Refuse arguments of `TokenViT.forward` that don't fit each other or the model."""
     if isinstance(tokens, str) and tokens != "merged":
         raise ValueError(f"tokens must be False, True or 'merged', got {tokens!r}")
     if dense and head is None:

@@ -47,11 +47,7 @@ class Stream(NamedTuple):
 
 
 def limited(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-    """The arguments by which timm's blocks learn what each token may attend to; none where it may attend to all.
-
-    Raises:
-        ValueError: If both are given.
-    """
+    """The arguments by which timm's blocks learn what each token may attend to; none where it may attend to all."""
     if attn_mask is not None and is_causal:
         raise ValueError("give attn_mask or is_causal=True, not both: put the causal mask into attn_mask")
     return {"attn_mask": attn_mask} if attn_mask is not None else {"is_causal": True} if is_causal else {}

@@ -11,13 +11,8 @@ from timm_tokens.ops import mix_tokens
 def patch_edit(
     grid: tuple[int, int], box: Tensor | Sequence[int] | None, mask: Tensor | None, mask_token: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
-    """What happens to the patches (B, N, C) before their position embedding: masking, then mixing.
-
-    Args:
-        grid: Rows and columns of patches.
-        box: (top, left, bottom, right) of the patches that the flipped batch gives, or None.
-        mask: (B, N) bool, the patches that become the mask token (1, C), or zeros without one; or None.
-    """
+    """What happens to the patches (B, N, C) of a grid before their position embedding: those of the mask (B, N) become
+    the mask token (1, C), or zeros without one, and those in the box are taken from the flipped batch."""
 
     def edit(x: Tensor) -> Tensor:
         if mask is not None:

@@ -54,11 +54,7 @@ class MergedTokens(NamedTuple):
 
 
 def forward_merged(model: Wrapped, images: Tensor, edit: Edit, limits: Limits) -> MergedTokens:
-    """The merged features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`.
-
-    Raises:
-        ValueError: If the merging is relaxed, which leaves all tokens, or patches are missing from the grid.
-    """
+    """The merged features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`."""
     if model.merger is not None and model.merger.relaxed:
         raise ValueError(
             "tokens='merged' gives what is left after merging, but in training learned merging is relaxed and leaves "
@@ -72,11 +68,7 @@ def forward_merged(model: Wrapped, images: Tensor, edit: Edit, limits: Limits) -
 
 
 def forward_tokens(model: Wrapped, images: Tensor, edit: Edit, limits: Limits, aux: bool) -> Tokens:
-    """The features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`.
-
-    Raises:
-        ValueError: If pooled tokens are asked for and patches are missing.
-    """
+    """The features of images (B, 3, H, W) after the final norm; the arguments are those of `encode`."""
     tokens = tokens_of(model, *encode(model, images, edit, aux=aux, limits=limits))
     if not aux or model.aux is None or model.aux.pool is None:
         return tokens

@@ -41,12 +41,7 @@ class BlockCost(NamedTuple):
 
 
 class Costs:
-    """What the pieces of a ViT with parts cost, from which the FLOPs of any schedule follow.
-
-    Args:
-        model: A TokenViT in evaluation mode, on meta: see `meta_copy`.
-        image_size: (height, width).
-    """
+    """What the pieces of a TokenViT, given as a `meta_copy`, cost: from that the FLOPs of any schedule follow."""
 
     def __init__(self, model: Wrapped, image_size: tuple[int, int]) -> None:
         base, merger, head = model.base, model.merger, model.head
@@ -66,13 +61,8 @@ class Costs:
             self.blocks.append(counted[key])
 
     def flops(self, schedule: Sequence[int], features: bool = False) -> int:
-        """Multiply-adds for one image where block i merges schedule[i] tokens.
-
-        Args:
-            schedule: A number for each block.
-            features: Whether the features of all tokens are wanted, as the plain model computes them in any case;
-                otherwise class logits, for which the last block may have less to do.
-        """
+        """Multiply-adds for the class logits of one image where block i merges schedule[i] tokens; or for the features
+        of all tokens, for which the last block may have more to do."""
         tokens = token_counts(schedule, self.num_tokens, self.prefix)
         inside = list(map(BlockCost.flops, self.blocks, tokens, tokens[1:], repeat(self.prefix)))
         if self.prefix_alone and not features:
@@ -123,11 +113,7 @@ def _per_token_and_pair(function: Callable[[Tensor], Tensor], width: int) -> tup
 
 
 def schedule_of(merger: TokenMerger | None, depth: int, r: Any = None) -> tuple[int, ...]:
-    """How many tokens each block merges at r, as in `timm_tokens.ops.schedule`; None: as the merger is set.
-
-    Raises:
-        ValueError: If r is given to a model that merges no tokens.
-    """
+    """How many tokens each block merges at r, as in `timm_tokens.ops.schedule`; None: as the merger is set."""
     if r is None:
         return (0,) * depth if merger is None else merger.schedule
     counts = schedule(r, depth)

@@ -52,11 +52,7 @@ def is_ordinary(weight: object) -> bool:
 
 
 def call(module: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """What module(*args, **kwargs) gives, with its hooks, where `forward` stands for the module's own.
-
-    Raises:
-        TypeError: If the module has a backward hook of the kind that torch deprecates.
-    """
+    """What module(*args, **kwargs) gives, with its hooks, where `forward` stands for the module's own."""
     if not is_hooked(module):
         return forward(*args, **kwargs)
     result, done = None, set()
@@ -86,11 +82,8 @@ def call(module: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwa
 
 
 def around(module: nn.Module, run: Callable[[Any], Any], state: Any) -> Any:
-    """What run(state) gives, with the hooks of a module for which it stands, and which takes and gives tokens alone.
-
-    Args:
-        run: Takes a named tuple whose first field is the tokens, and gives one.
-    """
+    """What run(state) gives, with the hooks of a module for which it stands, and which takes and gives tokens alone:
+    the first field of `state`, a named tuple."""
     ends: list[Any] = []
 
     def forward(x: Tensor) -> Tensor:

@@ -76,14 +76,8 @@ def push_model_to_hub(
 ) -> CommitInfo:
     """Upload a trained timm model, for `timm.create_model("hf-hub:user/name", pretrained=True)`.
 
-    Args:
-        model: A model of timm or of this package.
-        repo_id: "user/name"; the repository is made where there is none, and its model card stays if it has one.
-        model_args: What timm.create_model needs beside the architecture's name, such as img_size; plain data.
-        made_by: How it was trained, for the card, as code.
-        results: What was measured, for the card.
-        token: Access token; None: the one that is stored on this machine.
-        private: Whether a new repository is private.
+    `model_args` is what timm.create_model needs beside the architecture's name, such as img_size; `made_by` says for
+    the card how the model was trained, as code, and `results` what was measured. The rest: see `push_merger_to_hub`.
     """
     api = HfApi(token=token, library_name="timm-tokens")
     with TemporaryDirectory() as folder:
@@ -95,11 +89,7 @@ def push_model_to_hub(
 
 
 def check_repository(repo_id: str) -> None:
-    """Refuse a name that can't be a repository's, or a machine without access to the hub, before there is work to lose.
-
-    Raises:
-        ValueError: Says which.
-    """
+    """Refuse a name that is no repository's, or a machine without access to the hub, before there is work to lose."""
     try:
         validate_repo_id(repo_id)
         if repo_id.count("/") != 1:
@@ -150,10 +140,7 @@ def merger_card(
     table: Rows | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """The model card of a merger: its base, its data, how to use it, and a table of what it does by r.
-
-    Arguments are those of `push_merger_to_hub`.
-    """
+    """The model card of a merger, of what `push_merger_to_hub` takes."""
     model = unwrap_model(model)
     merger, name = merger_of(model), identity.base_name(model.base)
     header = ModelCardData(

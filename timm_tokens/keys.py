@@ -31,15 +31,8 @@ def mean_keys(attn: Attention, y: Tensor) -> Tensor:
 def mean_projection(attn: Attention, unit: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
     """Weight (E, C) and bias (E,) that make the keys, averaged over as many groups of heads as give E = width channels.
 
-    Where the keys are not made by a plain linear map, the map is read off what becomes of the unit vectors.
-
-    Args:
-        attn: The attention.
-        unit: (C, C) the unit vectors, of the type and on the device that the attention takes.
-        width: E.
-
-    Returns:
-        None if the heads can't be grouped to that width.
+    Where the keys are not made by a plain linear map, the map is read off what becomes of the unit vectors (C, C). None
+    if the heads can't be grouped to that width.
     """
     weight, bias = _weights(attn) or _probed(attn, unit)
     groups, rest = divmod(width, attn.head_dim)

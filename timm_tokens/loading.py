@@ -50,11 +50,7 @@ def before_loading(
 
 
 def after_loading(model: Wrapped, incompatible: Any) -> None:
-    """A hook of TokenViT: what a plain checkpoint lacks is not missing, and is initialised if it never was.
-
-    Raises:
-        RuntimeError: If something of a model that was made on the meta device would stay there.
-    """
+    """A hook of TokenViT: what a plain checkpoint lacks is not missing, and is initialised if it never was."""
     load = model.__dict__.pop("_load")
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in load["kept"]]
     fresh = model._unset or (load["assigns"] and on_meta(model))
@@ -72,16 +68,13 @@ def after_loading(model: Wrapped, incompatible: Any) -> None:
 
 
 @torch.no_grad()
-def initialise_parts(model: Wrapped, kept: set[str] | None = None) -> None:
-    """Give the parts new weights, as when they are built, on the base's device and in its type.
-
-    Args:
-        kept: Names of those weights that get new values; None: all.
-    """
+def initialise_parts(model: Wrapped, names: set[str] | None = None) -> None:
+    """Give the parts' weights of these names (None: all) new values, as when they are built, on the base's device and
+    in its type."""
     options = blocks.placement(model.base)
     for name, part in model.parts.items():
         own = {} if part is None else part.state_dict()
-        wanted = set(own) if kept is None else {key for key in own if f"{name}.{key}" in kept}
+        wanted = {key for key in own if names is None or f"{name}.{key}" in names}
         if not wanted:
             continue
         loaded = {key: value.clone() for key, value in own.items() if key not in wanted}
@@ -89,7 +82,7 @@ def initialise_parts(model: Wrapped, kept: set[str] | None = None) -> None:
             part.to_empty(device=options["device"]).to(options["dtype"])
         part.reset_parameters(*(() if part is not model.merger else (model.base,)))
         part.load_state_dict(loaded, strict=False)
-    if model.mask_token is not None and (kept is None or "mask_token" in kept):
+    if model.mask_token is not None and (names is None or "mask_token" in names):
         if model.mask_token.is_meta:
             model.mask_token = nn.Parameter(torch.empty(model.mask_token.shape, **options))
         trunc_normal_(model.mask_token, std=0.02)

@@ -80,11 +80,7 @@ def save_merger(
 
 
 def merger_of(model: nn.Module) -> TokenMerger:
-    """The merger of a TokenViT.
-
-    Raises:
-        ValueError: If it has none.
-    """
+    """The merger of a TokenViT; a ValueError if it has none."""
     merger = getattr(model, "merger", None)
     if not isinstance(merger, TokenMerger):
         raise ValueError(f"this {type(model).__name__} merges no tokens: apply_dtem_merging(model) gives it a merger")
@@ -92,19 +88,9 @@ def merger_of(model: nn.Module) -> TokenMerger:
 
 
 class SavedMerger(NamedTuple):
-    """What a merger's file holds.
+    """What a merger's file holds: the tensors, and the metadata that this module's docstring lists."""
 
-    Attributes:
-        source: Where it was read from, for messages.
-        base: The name of the base in timm, or "unknown".
-        config: The arguments of `TokenMerger`.
-        shape: Blocks, channels and heads of the base.
-        digest: From `identity.digest`, of the base.
-        notes: What its author noted.
-        weights: The merger's state dict.
-    """
-
-    source: str
+    source: str  # where it was read from, for messages
     base: str
     config: dict[str, Any]
     shape: dict[str, int]
@@ -113,15 +99,9 @@ class SavedMerger(NamedTuple):
     weights: dict[str, Tensor]
 
     def build(self, base: ViT, r: Any = None, **options: Any) -> TokenMerger:
-        """The merger, for a base that it fits; warns if the base has other weights than it was trained for.
+        """The merger, for a plain timm ViT that it fits; warns if that has other weights than it was trained for.
 
-        Args:
-            base: A plain timm ViT.
-            r: Instead of the saved r; None keeps it.
-            options: Arguments of `TokenMerger`. They must be as saved, or None.
-
-        Raises:
-            ValueError: If the base is another model, or an option or a weight does not fit.
+        `r` is taken instead of the saved one; other options of `TokenMerger` must be as saved, or None.
         """
         self._check_base(base)
         for name, value in options.items():
@@ -159,12 +139,7 @@ class SavedMerger(NamedTuple):
 
 
 def read_merger(source: str | PathLike[str]) -> SavedMerger:
-    """Read a merger from a file, a training run's folder, or the hub: "hf-hub:user/name", with or without "@revision".
-
-    Raises:
-        OSError: If there is no such file, or it can't be downloaded.
-        ValueError: If the file is corrupt, or is no merger's.
-    """
+    """Read a merger from what `locate` finds; a ValueError if the file is corrupt, or is no merger's."""
     path = locate(source)
     try:
         with safe_open(path, "pt") as file:
@@ -185,11 +160,8 @@ def read_merger(source: str | PathLike[str]) -> SavedMerger:
 
 
 def locate(source: str | PathLike[str]) -> Path:
-    """The file of a merger that is given as a file, a training run's folder, or "hf-hub:user/name".
-
-    Raises:
-        OSError: If there is none, or it can't be downloaded.
-    """
+    """The file of a merger that is given as a file, a training run's folder, or "hf-hub:user/name[@revision]"; an
+    OSError if there is none, or it can't be downloaded."""
     if isinstance(source, str) and source.startswith(("hf-hub:", "hf_hub:")):
         repo, _, revision = source[len("hf-hub:") :].partition("@")
         try:

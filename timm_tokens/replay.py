@@ -17,12 +17,8 @@ State = tuple[Stream, Trace]
 class Replay:
     """A model's outputs on some batches of images, for any schedule, computed from the first block that differs.
 
-    The tokens after each block of the schedule that was last kept stay in memory: 0.2 GB for 128 images and ViT-Tiny.
-
-    Args:
-        model: A TokenViT with a merger, in evaluation mode.
-        batches: Images (B, 3, H, W), all of one size.
-        logits: Whether the outputs are logits, or features: see `outputs.outputs`.
+    They are logits or features, as `outputs.outputs` gives them. The tokens after each block of the schedule that was
+    last kept stay in memory: 0.2 GB for 128 images and ViT-Tiny.
     """
 
     def __init__(self, model: TokenViT, batches: Sequence[Tensor], logits: bool) -> None:
@@ -68,10 +64,6 @@ def as_batches(images: Tensor | Iterable[Tensor], size: int, device: torch.devic
     """Batches of at most `size` images (B, 3, H, W) of one tensor, or of an iterable of images or batches.
 
     Of a pair, such as a data loader gives, the first is taken.
-
-    Raises:
-        TypeError: If something is no tensor.
-        ValueError: If there are no images, or they differ in size.
     """
     batches = []
     for item in [images] if isinstance(images, Tensor) else images:

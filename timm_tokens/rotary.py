@@ -19,14 +19,9 @@ def unrotated(rope: Tensor, count: int) -> Tensor:
 
 
 def rope_rows(rope: Tensor, rows: Tensor | None) -> Tensor:
-    """The rotary embedding of the tokens that are left: that of patch `rows` (B, M); all if None.
+    """The rotary embedding (B, 1 or heads, M, D) of the tokens that are left: that of patch `rows` (B, M); all if None.
 
-    Args:
-        rope: (N, D), (heads, N, D) or (B, 1 or heads, N, D).
-        rows: (B, M) int64.
-
-    Returns:
-        (B, 1 or heads, M, D).
+    `rope` is (N, D), (heads, N, D) or (B, 1 or heads, N, D).
     """
     if rows is None:
         return rope

@@ -9,11 +9,7 @@ from torch.fx import Proxy
 
 
 def refuse_symbols(images: object) -> None:
-    """Refuse images that torch.fx stands in for, whose number of tokens can't be computed.
-
-    Raises:
-        TypeError: If they are no tensor but torch.fx's.
-    """
+    """Refuse images that torch.fx stands in for, whose number of tokens can't be computed."""
     if isinstance(images, Proxy):
         raise TypeError(
             "torch.fx can't trace a TokenViT symbolically, as its shapes are computed in Python; take features by "
@@ -23,11 +19,7 @@ def refuse_symbols(images: object) -> None:
 
 
 def refuse_old_onnx() -> None:
-    """Refuse torch.onnx.export(..., dynamo=False), which turns sorts and sums over indices into wrong ones.
-
-    Raises:
-        RuntimeError: While it traces.
-    """
+    """Refuse torch.onnx.export(..., dynamo=False), which turns sorts and sums over indices into wrong ones."""
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         raise RuntimeError(
             "torch.onnx.export(..., dynamo=False) exports merging wrongly; pass dynamo=True, and "

@@ -204,11 +204,7 @@ def _with_part(model: nn.Module, mask_token: bool = False, **part: nn.Module) ->
 
 
 def smallest_r(model: TokenViT, flops_ratio: float) -> int:
-    """The smallest constant r with which the model needs at most this share of the base's FLOPs.
-
-    Raises:
-        ValueError: If the share is not in (0, 1], or no r reaches it.
-    """
+    """The smallest constant r with which the model needs at most this share of the base's FLOPs."""
     if not 0 < flops_ratio <= 1:
         raise ValueError(f"flops_ratio must lie in (0, 1], got {flops_ratio}")
     costs, depth = model.costs(), len(model.base.blocks)

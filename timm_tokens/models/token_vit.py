@@ -120,8 +120,7 @@ def cfgs(variants: dict[str, str]) -> dict[str, Any]:
 def fit_position_embedding(state_dict: dict[str, Tensor], model: TokenViT, described: bool = True) -> dict[str, Tensor]:
     """Resample a whole checkpoint's position embedding to the model's grid.
 
-    Args:
-        described: Whether timm described to the model the checkpoint that it now loads, image size included.
+    `described` says whether timm told the model of the checkpoint that it now loads, image size included.
     """
     own, given = getattr(model.base, "pos_embed", None), state_dict.get("base.pos_embed")
     if own is None or given is None:

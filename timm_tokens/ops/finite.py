@@ -4,11 +4,7 @@ from torch import Tensor, nn
 
 
 def check_finite(**tensors: Tensor) -> None:
-    """Refuse tensors (..., D) with numbers that are not finite. Waits for the device.
-
-    Raises:
-        ValueError: Names the tensor and the place of the first such number, and says how many rows have some.
-    """
+    """Refuse tensors (..., D) with numbers that are not finite. Waits for the device."""
     for name, x in tensors.items():
         bad = ~x.isfinite()
         if bad.any():
@@ -21,11 +17,7 @@ def check_finite(**tensors: Tensor) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse a model with weights that are not finite, or statistics that are NaN. Waits for the device.
-
-    Raises:
-        ValueError: Names the first such weight, and says how many of its numbers are wrong.
-    """
+    """Refuse a model with weights that are not finite, or statistics that are NaN. Waits for the device."""
     wrong = {name: ~x.isfinite() for name, x in model.named_parameters() if not x.is_meta}
     wrong |= {name: x.isnan() for name, x in model.named_buffers() if not x.is_meta}  # a mask may hold -inf
     for name, bad in wrong.items():

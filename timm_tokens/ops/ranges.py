@@ -1,59 +1,39 @@
-"""Numbers that can't be meant, refused by their names: each function takes arguments as keywords."""
+"""Numbers that can't be meant: each function takes arguments as keywords, and its ValueError has name and value."""
 
 import math
 from collections.abc import Sequence
 
 
 def check_counts(least: int = 1, **counts: int) -> None:
-    """Refuse counts below `least`.
-
-    Raises:
-        ValueError: Names the argument and its value.
-    """
+    """Refuse counts below `least`."""
     for name, value in counts.items():
         if not value >= least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_positive(**numbers: float) -> None:
-    """Refuse what is not a positive number; NaN and infinity are none.
-
-    Raises:
-        ValueError: Names the argument and its value.
-    """
+    """Refuse what is not a positive number; NaN and infinity are none."""
     for name, value in numbers.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}")
 
 
 def check_within(low: float = 0.0, high: float = 1.0, **numbers: float | Sequence[float]) -> None:
-    """Refuse numbers, and pairs of them, outside [low, high].
-
-    Raises:
-        ValueError: Names the argument and its value.
-    """
+    """Refuse numbers, and pairs of them, outside [low, high]."""
     for name, value in numbers.items():
         if not all(low <= part <= high for part in (value if isinstance(value, Sequence) else (value,))):
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
 
 
 def check_weights(**numbers: float) -> None:
-    """Refuse weights that are negative or not finite.
-
-    Raises:
-        ValueError: Names the argument and its value.
-    """
+    """Refuse weights that are negative or not finite."""
     for name, value in numbers.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must not be negative, got {value}")
 
 
 def check_spans(low: float = 0.0, high: float = math.inf, **spans: tuple[float, float]) -> None:
-    """Refuse ranges that do not lie in (low, high], their lower end first.
-
-    Raises:
-        ValueError: Names the argument and its value.
-    """
+    """Refuse ranges that do not lie in (low, high], their lower end first."""
     for name, (first, last) in spans.items():
         if not (low < first <= last <= high and last < math.inf):
             raise ValueError(f"{name} must be a range in ({low:g}, {high:g}], low first, got {(first, last)}")

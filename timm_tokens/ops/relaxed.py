@@ -94,15 +94,8 @@ class _Choices(Function):
 def relaxed_match(
     metric: Tensor, r: int, effective: int, *, num_prefix_tokens: int, tau1: float, tau2: float, candidates: int
 ) -> Tensor:
-    """The soft counterpart of `bipartite_match`: which part of each token of A goes to each token of B.
-
-    Args:
-        metric: (B, N, E); compared by cosine, in float32.
-        r, effective, num_prefix_tokens: As in `relaxed_merge`. tau1, tau2, candidates: as in `relaxed_top_k`.
-
-    Returns:
-        (B, |A|, |B|) float32: A are the tokens P, P + 2, ..., B the tokens P + 1, P + 3, ..., below `effective`.
-    """
+    """The soft counterpart of `bipartite_match`, with the arguments of `relaxed_merge`: which part of each token of A
+    (P, P + 2, ... below `effective`) goes to each token of B (P + 1, P + 3, ...), (B, |A|, |B|) float32."""
     r = mergeable(r, effective, num_prefix_tokens)
     first, second = slice(num_prefix_tokens, effective, 2), slice(num_prefix_tokens + 1, effective, 2)
     scores = cosine_similarity(metric, first, second)
