@@ -55,15 +55,12 @@ def warp_windows(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> 
         size: Rows and columns of tokens.
     """
     (H, W), (rows, cols) = grid, size
-    view = _view_in_cells(maps, H, W)
-    origin, down, right = view.origin, view.down / rows, view.right / cols  # the edges of one token
+    origin, down, right, length_down, length_right = _view_in_cells(maps, H, W)
+    down, right = down / rows, right / cols  # the edges of one token
 
     # Places of the samples from the token's centre: (B, 2) -> (B, n, n, 2) -> (B, 1, n * n, 2)
     most = _WARP_REACH * max(grid) / min(size)
-    (a, on_a), (b, on_b) = (
-        _spread(view.length_down / rows, math.ceil(most)),
-        _spread(view.length_right / cols, math.ceil(most)),
-    )
+    (a, on_a), (b, on_b) = _spread(length_down / rows, math.ceil(most)), _spread(length_right / cols, math.ceil(most))
     within = down[:, None, None] * (a - 0.5)[:, :, None, None] + right[:, None, None] * (b - 0.5)[:, None, :, None]
     taps = _num_taps(most)
     reach = (taps - 2) / 2  # a footprint too long for the window is sampled over its middle
@@ -80,24 +77,15 @@ def warp_windows(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> 
     return Windows((y * W + x).flatten(2), weights.flatten(2))
 
 
-class _View(NamedTuple):
+def _view_in_cells(maps: Tensor, H: int, W: int) -> tuple[Tensor, ...]:
     """Corner, left and top edge of a view as (row, column) in cells, (B, 2) each, and the edges' lengths (B,)."""
-
-    origin: Tensor
-    down: Tensor
-    right: Tensor
-    length_down: Tensor
-    length_right: Tensor
-
-
-def _view_in_cells(maps: Tensor, H: int, W: int) -> _View:
     down, right, origin = torch.stack([maps[:, 0] * H, maps[:, 1] * W], 1).float().unbind(-1)
     length_down, length_right = down.norm(dim=-1), right.norm(dim=-1)
     # RoIAlign makes a side shorter than one cell one cell long, and keeps its top left end in place.
     long_down = down / length_down.clamp(1e-6, 1)[:, None]
     long_right = right / length_right.clamp(1e-6, 1)[:, None]
     origin = origin - 0.5 + (down - long_down).clamp(min=0) + (right - long_right).clamp(min=0)
-    return _View(origin, long_down, long_right, length_down, length_right)
+    return origin, long_down, long_right, length_down, length_right
 
 
 def _align_axis(start: Tensor, length: Tensor, cells: int, tokens: int) -> tuple[Tensor, Tensor]:

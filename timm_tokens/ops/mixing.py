@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from timm_tokens.ops.chunking import makes_graph
 from timm_tokens.ops.ranges import check_counts
 
 
@@ -79,8 +80,7 @@ def mix_ratio(box: Tensor | Sequence[int], num_tokens: int) -> Tensor | float:
 def _check_box(box: Tensor | Sequence[int], num_tokens: int, rows: float = math.inf, columns: float = math.inf) -> None:
     """Refuse what is no box of a grid, where that can be told without waiting for a device or tracing a branch."""
     if isinstance(box, Tensor):
-        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # torch has no types for it
-        if box.device.type != "cpu" or torch.compiler.is_compiling() or tracing:
+        if box.device.type != "cpu" or makes_graph():
             return
         box = box.tolist()
     top, left, bottom, right = box

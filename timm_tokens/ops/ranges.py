@@ -11,6 +11,21 @@ def check_counts(least: int = 1, **counts: int) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_ints(least: int = 1, **counts: object) -> None:
+    """Refuse what is no int, by a TypeError, and ints below `least`."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        check_counts(least, **{name: value})
+
+
+def check_choices(choices: Sequence[str], **names: str) -> None:
+    """Refuse what is none of the choices."""
+    for name, value in names.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def check_positive(**numbers: float) -> None:
     """Refuse what is not a positive number; NaN and infinity are none."""
     for name, value in numbers.items():

@@ -179,15 +179,10 @@ def relaxed_merge(
 def relaxed_unmerge(matching: RelaxedMatching, x: Tensor) -> Tensor:
     """Give every token of before the merge its mixture of the tokens it went to: (B, N, C) -> (B, N, C)."""
     assignment, order, p, effective = matching
-    x = take(x, order.argsort(dim=1))
-    xa, xb = _alternate(x, p, effective)
+    prefix, (xa, xb), rest = _split(take(x, order.argsort(dim=1)), p, effective)
     kept = (1 - assignment.sum(dim=2, keepdim=True)).to(x.dtype)
     mixed = torch.baddbmm(xa * kept, assignment.to(x.dtype), xb)
-    return torch.cat([x[:, :p], _interleave(mixed, xb), x[:, effective:]], dim=1)
-
-
-def _alternate(x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    return x[:, start:stop:2], x[:, start + 1 : stop : 2]
+    return torch.cat([prefix, _interleave(mixed, xb), rest], dim=1)
 
 
 def _split(x: Tensor, p: int, effective: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from timm_tokens.hooks import is_plain
 from timm_tokens.ops import aux_attention_mask
+from timm_tokens.ops.ranges import check_choices, check_ints
 
 POOL_WEIGHTS = ("spatial", "channel")
 POOL_NORMS = ("softmax", "none")
@@ -52,8 +53,7 @@ class AuxTokens(nn.Module):
         aux_sees_aux: bool = False,
     ) -> None:
         super().__init__()
-        _check_count("num_cls", num_cls)
-        _check_count("num_pooled", num_pooled)
+        check_ints(0, num_cls=num_cls, num_pooled=num_pooled)
         self.num_cls, self.num_pooled = num_cls, num_pooled
         self.aux_sees_cls, self.aux_sees_aux = aux_sees_cls, aux_sees_aux
         self.pool_options: dict[str, Any] = dict(kernel_size=kernel_size, pool_weight=pool_weight, pool_norm=pool_norm)
@@ -123,12 +123,11 @@ class AdaptivePool(nn.Module):
         pool_norm: str = "softmax",
     ) -> None:
         super().__init__()
-        _check_count("num_pooled", num_pooled, least=1)
-        _check_count("kernel_size", kernel_size, least=1)
+        check_ints(num_pooled=num_pooled, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        _check_choice("pool_weight", pool_weight, POOL_WEIGHTS)
-        _check_choice("pool_norm", pool_norm, POOL_NORMS)
+        check_choices(POOL_WEIGHTS, pool_weight=pool_weight)
+        check_choices(POOL_NORMS, pool_norm=pool_norm)
         self.num_pooled, self.per_channel, self.softmax = num_pooled, pool_weight == "channel", pool_norm == "softmax"
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         out, groups = (num_pooled * dim, dim) if self.per_channel else (num_pooled, 1)
@@ -146,12 +145,8 @@ class AdaptivePool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Pooled tokens (B, k_p, C) of a map x (B, C, H, W)."""
         u = self.normed(x)
-        flat = u.flatten(2)  # (B, C, N)
-        if self.per_channel:
-            pooled = torch.einsum("bckn,bcn->bkc", self.weights(u).to(u.dtype), flat)
-        else:
-            pooled = torch.einsum("bkn,bcn->bkc", self.weights(u).to(u.dtype), flat)
-        return self.out_norm(pooled)
+        equation = "bckn,bcn->bkc" if self.per_channel else "bkn,bcn->bkc"
+        return self.out_norm(torch.einsum(equation, self.weights(u).to(u.dtype), u.flatten(2)))
 
     def normed(self, x: Tensor) -> Tensor:
         """A map (B, C, H, W), normed over its channels."""
@@ -171,15 +166,3 @@ class AdaptivePool(nn.Module):
         """What the convolution makes of a map, (B, C, H, W) for each token: at once they take CPUs twice as long."""
         for kernel in self.conv.weight.unflatten(0, (-1, self.num_pooled)).unbind(1):  # (C, 1, side, side)
             yield nn.functional.conv2d(u, kernel, padding=self.conv.padding, groups=len(kernel))
-
-
-def _check_count(name: str, value: int, least: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-POOLS = ("max", "avg")
+from timm_tokens.ops.ranges import check_ints
 
 
 class DenseLogits(NamedTuple):
@@ -52,11 +52,8 @@ class TokenLabelHead(nn.Module):
         pool_weight: float = 0.5,
     ) -> None:
         super().__init__()
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes must be an int, got {num_classes!r}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if pool not in POOLS:
+        check_ints(num_classes=num_classes)
+        if pool not in ("max", "avg"):
             raise ValueError(f"pool must be 'max' or 'avg', got {pool!r}")
         if isinstance(pool_weight, bool) or not isinstance(pool_weight, (int, float)):
             raise TypeError(f"pool_weight must be a number, got {pool_weight!r}")

@@ -10,10 +10,9 @@ from timm_tokens import blocks, keys
 from timm_tokens.ops import bipartite_match, merge, schedule, size_bias
 from timm_tokens.ops.attention import LearnableBias, aligned
 from timm_tokens.ops.matching import Matching, mergeable, take
+from timm_tokens.ops.ranges import check_choices
 from timm_tokens.ops.relaxed import RelaxedMatching, relaxed_apply, relaxed_match, relaxed_unmerge
 from timm_tokens.timm_types import Block, ViT
-
-METRICS = ("learned", "keys")
 
 
 class Merged(NamedTuple):
@@ -62,8 +61,7 @@ class TokenMerger(nn.Module):
         prop_attn: bool = True,
     ) -> None:
         super().__init__()
-        if metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
+        check_choices(("learned", "keys"), metric=metric)
         _check_positive("candidates", candidates, int)
         _check_positive("tau1", tau1, float)
         _check_positive("tau2", tau2, float)
@@ -150,13 +148,7 @@ class TokenMerger(nn.Module):
         return relaxed_match(metric, r, effective, num_prefix_tokens=num_prefix_tokens, **options)
 
     def forward(
-        self,
-        choice: Matching | Tensor,
-        x: Tensor,
-        size: Tensor | None,
-        r: int,
-        effective: int,
-        num_prefix_tokens: int,
+        self, choice: Matching | Tensor, x: Tensor, size: Tensor | None, r: int, effective: int, num_prefix_tokens: int
     ) -> Merged:
         """Merge, in the middle of a block, what was chosen.
 
