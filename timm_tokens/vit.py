@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from timm_tokens import blocks, features, hooks, tracing
 from timm_tokens.classification import check_call, class_logits, dense_logits
 from timm_tokens.driver import encode, limited
-from timm_tokens.editing import patch_edit
 from timm_tokens.features import MergedTokens, Tokens
 from timm_tokens.flops import Costs, schedule_of
 from timm_tokens.forward_type import Box, Forward, Mask, typed
@@ -109,7 +108,7 @@ class TokenViT(TimmProtocol):
     def _forward(
         self, dense: bool, box: Box, tokens: bool | str, mask: Mask, aux: bool, images: Tensor, **limits: Any
     ) -> Tensor | DenseLogits | Tokens | MergedTokens:
-        edit = None if box is None and mask is None else patch_edit(self._grid(images), box, mask, self.mask_token)
+        edit = None if box is None and mask is None else partial(self._edit, box, mask, self._grid(images))
         if tokens == "merged":
             return features.forward_merged(self, images, edit, limits)
         if tokens:
@@ -120,6 +119,18 @@ class TokenViT(TimmProtocol):
             return class_logits(self, x, stream.size, trace)
         cls, patches = dense_logits(self, x, stream.size, trace)
         return DenseLogits(cls, patches if box is None else mix_tokens(patches, box, self._grid(images)))
+
+    def _edit(self, box: Box, mask: Mask, grid: tuple[int, int], x: Tensor) -> Tensor:
+        """Mask patches x (B, N, C) before their position embedding, and mix them."""
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+                raise ValueError(
+                    f"mask must be bool (B, N) = {tuple(x.shape[:2])} for a grid of {grid[0]} x {grid[1]} patches, "
+                    f"got {mask.dtype} {tuple(mask.shape)}"
+                )
+            token = x.new_zeros(()) if self.mask_token is None else self.mask_token.to(x.dtype)
+            x = torch.where(mask.unsqueeze(2), token, x)
+        return x if box is None else mix_tokens(x, box, grid)
 
     if TYPE_CHECKING:
         __call__: Forward
