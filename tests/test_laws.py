@@ -7,7 +7,8 @@ from families import DRIVABLE, MERGEABLE, WHOLE_BLOCKS, create, images
 from timm.models.vision_transformer import Attention, Block
 
 import timm_tokens
-from timm_tokens import TokenViT, apply_dtem_merging, blocks, pooling, rotary
+from timm_tokens import TokenViT, apply_dtem_merging, blocks, rotary
+from timm_tokens.classification import pool_and_classify, pools_by_size
 from timm_tokens.ops import size_bias
 
 every_family = pytest.mark.parametrize("family", DRIVABLE)
@@ -71,8 +72,8 @@ def test_a_token_of_size_two_equals_the_token_twice(family):
         tokens = halves.feed(block, tokens)
         twice = block(twice, **twice_rope)
     close(tokens, twice[:, :-1])
-    if pooling.pools_by_size(base):
-        close(pooling.head(base, base.norm(tokens), size), base.forward_head(base.norm(twice)))
+    if pools_by_size(base):
+        close(pool_and_classify(base, base.norm(tokens), size), base.forward_head(base.norm(twice)))
 
 
 @every_mergeable

@@ -1,7 +1,7 @@
 """How timm's Vision Transformers are driven from outside; only this module and its neighbours know their internals.
 
 A model is driven as stem -> for each block: attend, feed -> norm -> head. `embed` is the stem; `attend` and `feed` are
-the two halves of a block, so that tokens can change in between; `pooling.head` pools tokens of several patches.
+the two halves of a block, so that tokens can change in between; `classification` pools tokens of several patches.
 What a block does is looked up by its class's forward function, not by its class: a subclass with a forward of its own
 does something else, and is refused. A test compares every driven model with the model itself.
 """
@@ -111,8 +111,7 @@ def name(module: nn.Module) -> str:
 def embed(base: ViT, images: Tensor, edit: Edit = None) -> Embedded:
     """Patches, position embedding, prefix tokens, patch dropout, norm: everything before the first block."""
     # FSDP2 gives what it wraps a method `unshard`
-    replaced = "forward" in base.__dict__ or "forward_features" in base.__dict__
-    if replaced or hasattr(type(base), "unshard") or base._compiled_call_impl is not None:
+    if is_replaced(base) or "forward_features" in base.__dict__ or hasattr(type(base), "unshard"):
         raise TypeError(
             f"{name(base)} was wrapped by FSDP, compiled or given another forward, but it is called module by module, "
             "past that; wrap or compile the TokenViT instead of its base"

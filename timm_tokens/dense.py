@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens import blocks
+from timm_tokens.driver import encode
 from timm_tokens.vit import TokenViT
 
 
@@ -56,15 +57,8 @@ def _class_token_scores(model: Any, images: Tensor) -> Tensor:
             f"{type(model).__name__} reads a class token, and can't be asked what it would read from one cell: "
             f"{error}; or use a model that pools a map, such as a conv net or a Swin"
         ) from error
-    before = vit.forward_intermediates(
-        images,
-        indices=[len(model.blocks) - 2],
-        return_prefix_tokens=True,
-        stop_early=True,
-        output_fmt="NLC",
-        intermediates_only=True,
-    )
-    patches, prefix = before[0]
+    stream, _ = encode(vit, images, depth=len(model.blocks) - 1)
+    prefix, patches = stream.x.tensor_split([model.num_prefix_tokens], dim=1)
     # Every cell with its own copy of the prefix, (B, N, C) -> (B * N, P + 1, C), and all look at the cell alone.
     tokens = torch.cat([prefix[:, None].expand(-1, patches.shape[1], -1, -1), patches[:, :, None]], dim=2)
     mask = tokens.new_full((tokens.shape[2],) * 2, float("-inf"))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_tokens import blocks, last_block, pooling
+from timm_tokens import blocks, last_block
+from timm_tokens.classification import pools_by_size
 from timm_tokens.ops.schedule import schedule, token_counts
 from timm_tokens.parts import TokenMerger
 from timm_tokens.timm_types import Block, Wrapped
@@ -71,7 +72,7 @@ class Costs:
         return self.stem + sum(inside) + self.head_flops(tokens[-1])
 
     def _head_flops(self, tokens: int) -> int:
-        pooled, width = tokens if pooling.pools_by_size(self.base) else self.num_tokens, self.base.embed_dim
+        pooled, width = tokens if pools_by_size(self.base) else self.num_tokens, self.base.embed_dim
         if self.head is None:
             return count(self.base.forward_head, pooled, width)
         own, classify = self.head.cls, self.base.forward_head
