@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from timm_tokens import blocks, hooks, last_block, rotary, tracing
 from timm_tokens.ops.matching import Matching
 from timm_tokens.ops.relaxed import RelaxedMatching
-from timm_tokens.parts import TokenMerger
 from timm_tokens.parts.merger import Merged, unmerge_all
 from timm_tokens.timm_types import Block, Wrapped
 
@@ -132,7 +131,7 @@ def run_block(
     """Run block i of `encode`: the tokens after it, and what it merged, None if nothing."""
     x, num_aux, effective, size, rows, numbers = stream
     merger, prefix = model.merger, model.base.num_prefix_tokens
-    attention = _attention(model, stream, rope, prefix, merger)
+    attention = _attention(model, stream, rope)
     r = 0 if merger is None else merger.count(i, effective, prefix)
     if merger is None or not r or (prefix_only and not last_block.is_watched(merger, i)):
         options = {**attention, **limits}
@@ -143,23 +142,17 @@ def run_block(
         return Stream(x, num_aux, effective, size, rows, numbers), None
     if limits:
         _refuse(limits, "merged", f", and block {i} merges {r}; set model.merger.r = 0, or call model.base")
-    x, (_, size, effective, matching) = _merging(merger, i, block, stream, attention, r, prefix, prefix_only)
+    x, (_, size, effective, matching) = _merging(model, i, block, stream, attention, r, prefix_only)
     rows = None if rope is None else _kept_rows(rows, matching, prefix)
     return Stream(x, num_aux, effective, size, rows, numbers), matching
 
 
 def _merging(
-    merger: TokenMerger,
-    i: int,
-    block: Block,
-    stream: Stream,
-    attention: dict[str, Tensor],
-    r: int,
-    prefix: int,
-    prefix_only: bool,
+    model: Wrapped, i: int, block: Block, stream: Stream, attention: dict[str, Tensor], r: int, prefix_only: bool
 ) -> tuple[Tensor, Merged]:
     """What the block makes of the stream's tokens with a merge between its halves, and the merge."""
     (read, attend, feed), (_, num_aux, effective, size, _, numbers) = blocks.halves(block), stream
+    merger, prefix = model.merger, model.base.num_prefix_tokens
 
     merges: list[Merged] = []
 
@@ -182,19 +175,17 @@ def _refuse(limits: Limits, kind: str, advice: str) -> None:
     raise ValueError(f"{' and '.join(limits)} can't say what {kind} tokens may attend to{advice}")
 
 
-def _attention(
-    model: Wrapped, stream: Stream, rope: Tensor | None, prefix: int, merger: TokenMerger | None
-) -> dict[str, Tensor]:
+def _attention(model: Wrapped, stream: Stream, rope: Tensor | None) -> dict[str, Tensor]:
     """The arguments by which a block's attention learns of rotary positions, sizes and auxiliary tokens."""
     x, num_aux, _, size, rows, _ = stream
     # no bias while all sizes are 1: keeps the flash kernel
-    bias = None if merger is None or size is None else merger.bias(size, x.dtype)
+    bias = None if size is None else model.merger.bias(size, x.dtype)
     arguments = {}
     if rope is not None:
         rope = rotary.rope_rows(rope, rows)
         arguments["rope"] = rotary.unrotated(rope, num_aux) if num_aux else rope
     if num_aux:
-        mask = model.aux.mask(x, prefix)
+        mask = model.aux.mask(x, model.base.num_prefix_tokens)
         bias = mask if bias is None else mask + nn.functional.pad(bias, (0, num_aux))
     if bias is not None:
         arguments["attn_mask"] = bias
