@@ -49,12 +49,14 @@ class TimmProtocol(nn.Module):
     set_input_size, get_patch_size = map(_of_base, ("set_input_size", "get_patch_size"))
     set_grad_checkpointing, load_pretrained = map(_of_base, ("set_grad_checkpointing", "load_pretrained"))
     fix_init_weight = _of_base("fix_init_weight")
+    # timm records here how a model was built and resized. The base keeps that record and the merger keeps its own, so
+    # both are read from there when they are asked for, and what timm sets on the wrapper is already known.
+    _model_args = property(lambda self: self.model_args, lambda self, args: None)
+    _traits = property(lambda self: _under_base(getattr(self.base, "_traits", {})), lambda self, traits: None)
     __prepare_scriptable__, _slow_forward = tracing.refuse_scripting, tracing.traced_forward
 
     def _init_protocol(self) -> None:
-        cfg = dict(getattr(self.base, "pretrained_cfg", None) or {})
-        if cfg.get("first_conv"):
-            cfg["first_conv"] = under_base(cfg["first_conv"])
+        cfg = _under_base(getattr(self.base, "pretrained_cfg", None) or {})
         self.pretrained_cfg = self.default_cfg = cfg | {"architecture": "token_vit", "classifier": self.classifiers}
         self.register_load_state_dict_pre_hook(loading.before_loading)
         self.register_load_state_dict_post_hook(loading.after_loading)
@@ -133,25 +135,6 @@ class TimmProtocol(nn.Module):
         """The parts by name, None where the model has none."""
         return {"aux": self.aux, "merger": self.merger, "head": self.head}
 
-    # timm records here how a model was built and resized. The base keeps that record and the merger keeps its own, so
-    # both are read from there when they are asked for, and what timm sets on the wrapper is already known.
-    @property
-    def _model_args(self) -> dict[str, Any]:
-        return self.model_args
-
-    @_model_args.setter
-    def _model_args(self, args: dict[str, Any]) -> None:
-        pass
-
-    @property
-    def _traits(self) -> dict[str, Any]:
-        traits = dict(getattr(self.base, "_traits", {}))
-        return traits | ({"first_conv": under_base(traits["first_conv"])} if traits.get("first_conv") else {})
-
-    @_traits.setter
-    def _traits(self, traits: dict[str, Any]) -> None:
-        pass
-
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         """The classifier of the class token: the head's own, or the base's; two of them for distilled models."""
         return self.base.get_classifier() if self.head is None or self.head.cls is None else self.head.cls
@@ -186,10 +169,8 @@ class TimmProtocol(nn.Module):
         attn_mask: Tensor | None = None,
     ) -> list[Any]:
         """`forward_intermediates` as DINO names it: tokens (B, N, C) of n blocks, with `reshape` maps (B, C, H, W)."""
-        options = dict(return_prefix_tokens=return_prefix_tokens, norm=norm, attn_mask=attn_mask)
-        return self.forward_intermediates(
-            x, n, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True, **options
-        )
+        options = dict(norm=norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True, attn_mask=attn_mask)
+        return self.forward_intermediates(x, n, return_prefix_tokens=return_prefix_tokens, **options)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initialise all weights anew: the base's by timm's rules, then the parts'; a merger starts as the base's keys.
@@ -240,6 +221,12 @@ def _set_distilled(set_base: Callable[[bool], None], head: nn.Module | None, ena
 def under_base(names: Any) -> Any:
     """Names of the base's modules as the wrapper has them."""
     return f"base.{names}" if isinstance(names, str) else tuple(f"base.{name}" for name in names)
+
+
+def _under_base(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of timm's about the base, with the names of first convolutions as the wrapper has them."""
+    convs = record.get("first_conv")
+    return {**record, "first_conv": under_base(convs)} if convs else dict(record)
 
 
 def _patterns_under_base(patterns: Any) -> Any:
