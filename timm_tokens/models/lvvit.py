@@ -12,6 +12,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import VisionTransformer, build_model_with_cfg, clean_state_dict, generate_default_cfgs, register_model
+from timm.models.vision_transformer import _cfg as _vit_cfg
 from torch import Tensor
 
 from timm_tokens.loading import PUBLISHED_HEAD, whole_name
@@ -30,19 +31,14 @@ _NOT_KEPT = ("num_classes", "in_chans", "global_pool", "img_size", "device", "dt
 
 
 def _cfg(file: str, size: int = 224, crop_pct: float = 1.0) -> dict[str, Any]:
-    return dict(
+    return _vit_cfg(
         url=f"https://github.com/zihangJiang/TokenLabeling/releases/download/{file}",
-        num_classes=1000,
         input_size=(3, size, size),
-        pool_size=None,
-        fixed_input_size=True,
         crop_pct=crop_pct,
-        interpolation="bicubic",
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
         first_conv="base.patch_embed.conv1",
         classifier=("base.head", "head.tokens"),
-        license="apache-2.0",
     )
 
 
