@@ -25,13 +25,10 @@ class AuxTokens(nn.Module):
 
     Args:
         embed_dim: C, dimension of the model's tokens.
-        num_cls: k_a, auxiliary class tokens: learned vectors, appended after all other tokens.
-        num_pooled: k_p, pooled tokens; see `AdaptivePool`.
-        kernel_size: Side of the pooling's convolution.
-        pool_weight: Whether pooling weights are per token, or per token and channel; see `AdaptivePool`.
-        pool_norm: How pooling weights are normalised; see `AdaptivePool`.
-        aux_sees_cls: Whether auxiliary class tokens attend to the class token and the other prefix tokens.
-        aux_sees_aux: Whether they attend to each other; each always attends to itself and to the patches.
+        num_cls: k_a, auxiliary class tokens: learned vectors, appended after all other tokens. Each attends to itself
+            and to the patches.
+
+    The other arguments are those of `timm_tokens.add_aux_tokens`; see `AdaptivePool` for the pooling.
 
     Raises:
         TypeError: If a count is no int. ValueError: if a value is out of range.

@@ -34,13 +34,9 @@ class TokenMerger(nn.Module):
 
     Args:
         base: The timm ViT whose tokens are merged; only its shapes and its keys are read, it is not kept.
-        r: Tokens to merge in each block, as in `timm_tokens.ops.schedule`.
-        embed_dim: E, dimension of the embedding; None: a head's dimension, and twice that from 1024 channels on.
-        metric: What tokens are compared by: "learned", the embeddings; "keys", the attention's keys averaged over
-            heads, which needs no training and merges outright in training too.
-        candidates: Partners considered for each token in training.
-        tau1: Temperature of the similarities in training. tau2: temperature of the choice of pairs.
-        prop_attn: Whether a token counts as many times as it has members in the attention.
+        metric: "learned" or "keys"; the latter merges outright in training too.
+
+    The other arguments are those of `timm_tokens.apply_dtem_merging`; E is embed_dim.
 
     Raises:
         TypeError: If a number has the wrong type. ValueError: if a value is out of range.
@@ -62,11 +58,8 @@ class TokenMerger(nn.Module):
     ) -> None:
         super().__init__()
         check_choices(("learned", "keys"), metric=metric)
-        _check_positive("candidates", candidates, int)
-        _check_positive("tau1", tau1, float)
-        _check_positive("tau2", tau2, float)
-        if embed_dim is not None:
-            _check_positive("embed_dim", embed_dim, int)
+        _check_positive(int, candidates=candidates, **({} if embed_dim is None else {"embed_dim": embed_dim}))
+        _check_positive(float, tau1=tau1, tau2=tau2)
         self.depth = len(base.blocks)
         self.metric, self.candidates, self.tau1, self.tau2, self.prop_attn = metric, candidates, tau1, tau2, prop_attn
         head_dim = base.blocks[0].attn.head_dim
@@ -209,8 +202,9 @@ def unmerge_all(trace: Sequence[Any], x: Tensor) -> Tensor:
     return x
 
 
-def _check_positive(name: str, value: float, kind: type) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, kind)):
-        raise TypeError(f"{name} must be {'an int' if kind is int else 'a number'}, got {value!r}")
-    if not value > 0:
-        raise ValueError(f"{name} must be greater than 0, got {value}")
+def _check_positive(kind: type, **numbers: float) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise TypeError(f"{name} must be {'an int' if kind is int else 'a number'}, got {value!r}")
+        if not value > 0:
+            raise ValueError(f"{name} must be greater than 0, got {value}")
