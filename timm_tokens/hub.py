@@ -133,12 +133,7 @@ model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
 
 
 def merger_card(
-    model: nn.Module,
-    repo_id: str,
-    *,
-    data: str | None = None,
-    table: Rows | None = None,
-    license: str | None = None,
+    model: nn.Module, repo_id: str, *, data: str | None = None, table: Rows | None = None, license: str | None = None
 ) -> ModelCard:
     """The model card of a merger, of what `push_merger_to_hub` takes."""
     model = unwrap_model(model)

@@ -180,13 +180,9 @@ def locate(source: str | PathLike[str]) -> Path:
 
 def _details(source: Any, metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     """The JSON entries of a merger's metadata."""
-    found = []
-    for name, needed in (
-        ("config", {"r", "metric"}),
-        ("shape", {"depth", "embed_dim", "num_heads"}),
-        ("digest", set()),
-        ("notes", set()),
-    ):
+    found, needs = [], {"config": {"r", "metric"}, "shape": {"depth", "embed_dim", "num_heads"}}
+    for name in ("config", "shape", "digest", "notes"):
+        needed = needs.get(name, set())
         try:
             value = json.loads(metadata.get(name, "{}"))
         except ValueError as error:

@@ -57,7 +57,8 @@ def find_weights(checkpoint: Any, model: nn.Module, key: str | None = None) -> d
     target = _Target(model)
     found = list(target.places(checkpoint, () if key else _OWN))
     if key is not None:
-        found = [place for place in found if place.is_under(key)] or [place for place in found if place.has(key)]
+        under = [place for place in found if f"{place.name}.".startswith(f"{key}.")]
+        found = under or [place for place in found if f".{key}." in f".{place.name}."]
     best = max(found, key=lambda place: place.share, default=None)
     if best is None:
         raise ValueError(_nothing(checkpoint, key))
@@ -71,26 +72,16 @@ def find_weights(checkpoint: Any, model: nn.Module, key: str | None = None) -> d
 
 
 class _Place(NamedTuple):
-    """Somewhere in a checkpoint: the keys that lead to a state dict, a prefix of names in it, and what has that prefix.
-
-    Attributes:
-        share: Share of the model's weights that is among them.
-    """
+    """A place in a checkpoint: the keys that lead to a state dict, a prefix of names, and the weights that have it."""
 
     path: tuple[str, ...]
     prefix: str
     weights: dict[str, Tensor]
-    share: float
+    share: float  # of the model's weights that is among them
 
     @property
     def name(self) -> str:
         return ".".join((*self.path, *self.prefix.split(".")[:-1]))
-
-    def is_under(self, key: str) -> bool:
-        return f"{self.name}.".startswith(f"{key}.")
-
-    def has(self, key: str) -> bool:
-        return f".{key}." in f".{self.name}."
 
 
 class _Target:

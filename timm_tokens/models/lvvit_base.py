@@ -34,11 +34,7 @@ class ConvStem(PatchEmbed):
         self.proj = conv(width, embed_dim, patch_size // 2, stride=patch_size // 2)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Take images of another size; patches stay as they are.
-
-        Raises:
-            ValueError: If another patch size is asked for.
-        """
+        """Take images of another size; patches stay as they are."""
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             raise ValueError(f"this stem's patch size is {self.patch_size} and can't be changed, got {patch_size}")
         super().set_input_size(img_size=img_size)
@@ -91,13 +87,7 @@ class Divide(nn.Module):
 
 
 def lvvit_base(*, skip_lam: float = 1.0, stem_width: int = 64, **options: Any) -> VisionTransformer:
-    """LV-ViT without its dense head: a timm VisionTransformer whose weights are named as the published ones.
-
-    Args:
-        skip_lam: What both residual branches of a block are divided by.
-        stem_width: Channels of the stem's convolutions.
-        options: Further arguments of timm's VisionTransformer.
-    """
+    """LV-ViT without its dense head: a timm VisionTransformer whose weights are named as the published ones."""
     defaults = {"mlp_ratio": 3.0, "qkv_bias": False, "norm_layer": partial(LayerNorm, eps=1e-5)}
     layers = {"embed_layer": partial(ConvStem, stem_width), "block_fn": partial(ScaledBlock, skip_lam=skip_lam)}
     arguments: dict[str, Any] = defaults | options | layers

@@ -34,10 +34,6 @@ def build(
         pretrained_cfg: A tag of the base's weights; or, from timm, the description of a whole checkpoint.
         pretrained_cfg_overlay: Replacements in it, such as dict(file="weights.safetensors") for the base's weights.
         kwargs: The parts, as for `with_parts`, and timm's arguments for the base, such as img_size.
-
-    Raises:
-        TypeError: If the base can't be driven, or its name is no string. ValueError: if an argument of a part is out
-            of range.
     """
     if not isinstance(base, str):
         raise TypeError(f'base must be the name of a timm ViT, such as "vit_small_patch16_224", got {base!r}')
@@ -75,12 +71,8 @@ def with_parts(
 ) -> TokenViT:
     """A TokenViT around the plain ViT that make(**base_args) gives.
 
-    Args:
-        aux: Arguments of `timm_tokens.add_aux_tokens`, or None.
-        merger: Arguments of `timm_tokens.apply_dtem_merging`, or None.
-        head: Arguments of `timm_tokens.token_label_head`, or None.
-        mask_token: Whether to have a learned token for masked patches.
-        base_num_classes: Classes of the base's own classifier, where the head's are others; None: num_classes.
+    `aux`, `merger` and `head` are arguments of `add_aux_tokens`, `apply_dtem_merging` and `token_label_head`;
+    `base_num_classes` are those of the base's own classifier, where the head's are others.
     """
     if base_num_classes is not None:
         head = {"num_classes": base_args.get("num_classes")} | (head or {})

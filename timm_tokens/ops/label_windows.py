@@ -27,11 +27,7 @@ class Windows(NamedTuple):
 def crop_windows(boxes: Tensor, flip: Tensor | None, grid: tuple[int, int], size: tuple[int, int]) -> Windows:
     """Windows of RoIAlign (torchvision's, `aligned=False`, adaptive sampling), a product of rows and columns.
 
-    Args:
-        boxes: (B, 4) top, left, height, width as fractions of the image.
-        flip: (B,) bool, mirror the columns of the crop; None for no image.
-        grid: H, W of the label map.
-        size: Rows and columns of tokens.
+    The boxes, and which are flipped, are as in `crop_token_labels`; `grid` is the label map's, `size` the tokens'.
     """
     (top, left, height, width), (H, W), (rows, cols) = boxes.float().unbind(-1), grid, size
     first_y, weight_y = _align_axis(top, height, H, rows)
@@ -47,13 +43,8 @@ def crop_windows(boxes: Tensor, flip: Tensor | None, grid: tuple[int, int], size
 
 
 def warp_windows(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Windows:
-    """Windows of the same average under an affine map; for an upright map they are those of `crop_windows`.
-
-    Args:
-        maps: (B, 3, 3), from (row, column, 1) in the view to the same in the image, both in fractions.
-        grid: H, W of the label map.
-        size: Rows and columns of tokens.
-    """
+    """Windows of the same average under an affine map, as in `warp_token_labels`; for an upright map they are those of
+    `crop_windows`."""
     (H, W), (rows, cols) = grid, size
     origin, down, right, length_down, length_right = _view_in_cells(maps, H, W)
     down, right = down / rows, right / cols  # the edges of one token
