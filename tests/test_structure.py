@@ -22,7 +22,7 @@ ALLOWED = {  # what may import what, inside the package
     "hooks": set(),
     "tracing": set(),
     "meta_copy": set(),
-    "keys": {"hooks"},
+    "keys": {"hooks", "outputs"},
     "parts": {"parts", "ops", "blocks", "hooks", "keys"},
     "flops": {"parts", "ops", "blocks", "classification", "last_block"},
     "loading": {"blocks"},

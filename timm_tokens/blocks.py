@@ -78,12 +78,7 @@ _SUPPORTED = (
 
 
 def check(base: ViT, merging: bool) -> None:
-    """Refuse a model that can't be driven exactly.
-
-    Raises:
-        TypeError: If the model, one of its blocks or their attention is not known here, or (merging) if a block
-            computes attention and MLP in parallel, which leaves no place to merge tokens.
-    """
+    """Refuse a model that can't be driven exactly, or (merging) whose blocks leave no place to merge tokens."""
     if getattr(type(base), "forward_features", None) not in _MODELS:
         inside = getattr(base, "blocks", None)
         block = f" (blocks: {name(inside[0])})" if isinstance(inside, (nn.Sequential, nn.ModuleList)) else ""

@@ -51,14 +51,12 @@ def _classify(base: ViT, classifier: nn.Module | None, x: Tensor, size: Tensor |
         x, size = unmerge_all(trace, x), None
     if classifier is None:
         return pool_and_classify(base, x, size)
-    logits: Tensor = classifier(pool_and_classify(base, x, size, pre_logits=True))
-    return logits
+    return classifier(pool_and_classify(base, x, size, pre_logits=True))
 
 
 def _patches(base: ViT, x: Tensor) -> Tensor:
     """The patch tokens of (B, P + N, C) as a classifier of tokens wants them: normed also where timm norms last."""
-    patches: Tensor = base.fc_norm(x[:, base.num_prefix_tokens :])
-    return patches
+    return base.fc_norm(x[:, base.num_prefix_tokens :])
 
 
 def pool_and_classify(base: ViT, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:

@@ -66,10 +66,6 @@ def encode(
         limits: What each token may attend to, from `limited`.
         logits_only: Whether only the base's class logits are wanted: the prefix tokens are returned alone where those
             need no other.
-
-    Raises:
-        ValueError: If there are limits, and tokens that they don't tell about: merged or auxiliary ones.
-        RuntimeError: If torch.onnx.export(..., dynamo=False) traces a merger.
     """
     base = model.base
     x, ropes = blocks.embed(base, images, edit)

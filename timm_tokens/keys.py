@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from timm_tokens.hooks import before, is_ordinary, is_plain, sees_calls
+from timm_tokens.outputs import evaluating
 from timm_tokens.timm_types import Attention
 
 
@@ -51,8 +52,7 @@ def _keys(attn: Attention, y: Tensor) -> Tensor:
     """The keys of all heads, before their norm, by the calls that the attention makes: (B, N, heads * head_dim)."""
     if attn.qkv is None:
         return attn.k_proj(y)
-    bias = _bias_apart(attn)
-    reads_weight = bias is not None and not attn.qkv_bias_separate  # past the module, as this then must
+    bias, reads_weight = _bias_apart(attn)
     keys = (linear(y, attn.qkv.weight) if reads_weight else attn.qkv(y)).chunk(3, dim=-1)[1]
     return keys if bias is None else keys + bias
 
@@ -61,8 +61,7 @@ def _weights(attn: Attention) -> tuple[Tensor, Tensor | None] | None:
     """The weight and bias that make the keys; None where reading them is not the same as calling the module."""
     if attn.qkv is None:
         return (attn.k_proj.weight, attn.k_proj.bias) if is_plain(attn.k_proj) else None
-    qkv, bias = attn.qkv, _bias_apart(attn)
-    reads_weight = bias is not None and not attn.qkv_bias_separate
+    qkv, (bias, reads_weight) = attn.qkv, _bias_apart(attn)
     if not (is_ordinary(qkv.weight) if reads_weight else is_plain(qkv)):
         return None
     if bias is None and qkv.bias is not None:
@@ -70,22 +69,16 @@ def _weights(attn: Attention) -> tuple[Tensor, Tensor | None] | None:
     return qkv.weight.chunk(3)[1], bias
 
 
-def _bias_apart(attn: Attention) -> Tensor | None:
-    """The bias that EvaAttention keeps apart from its layers; a missing attribute takes long to look up."""
+def _bias_apart(attn: Attention) -> tuple[Tensor | None, bool]:
+    """The bias that EvaAttention keeps apart from its layers, and whether it then reads a weight past its module."""
     if type(attn) in (timm.layers.Attention, timm.layers.AttentionRope, timm.layers.DiffAttention):
-        return None
-    bias: Tensor | None = getattr(attn, "k_bias", None)
-    return bias
+        return None, False  # a missing attribute takes long to look up
+    bias = getattr(attn, "k_bias", None)
+    return bias, bias is not None and not attn.qkv_bias_separate
 
 
 def _probed(attn: Attention, unit: Tensor) -> tuple[Tensor, Tensor]:
     """The affine map that makes the keys, from the keys of 0 and of the unit vectors (C, C), without dropout."""
-    training = [module for module in attn.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
+    with evaluating(attn):
         keys = _keys(attn, torch.cat([torch.zeros_like(unit[:1]), unit]).unsqueeze(0))[0]  # (1 + C, heads * head_dim)
-    finally:
-        for module in training:
-            module.training = True
     return (keys[1:] - keys[0]).T, keys[0]

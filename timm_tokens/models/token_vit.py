@@ -100,13 +100,10 @@ def _is_own(base: str) -> bool:
 
 def cfgs(variants: dict[str, str]) -> dict[str, Any]:
     """timm's default_cfgs for variants {name: base}: each has all pretrained tags of its base."""
-    tags = {
-        name: [tagged.split(".", 1)[1] for tagged in timm.list_pretrained(f"{base}.*")]
-        for name, base in variants.items()
-    }
-    return generate_default_cfgs(
-        {f"{name}.{tag}": wrapped_cfg(f"{base}.{tag}") for name, base in variants.items() for tag in tags[name]}
-    )
+    found: dict[str, Any] = {}
+    for name, base in variants.items():
+        found |= {tagged.replace(base, name, 1): wrapped_cfg(tagged) for tagged in timm.list_pretrained(f"{base}.*")}
+    return generate_default_cfgs(found)
 
 
 def fit_position_embedding(state_dict: dict[str, Tensor], model: TokenViT, described: bool = True) -> dict[str, Tensor]:
