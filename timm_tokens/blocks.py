@@ -21,14 +21,8 @@ from torch import Tensor, nn
 from timm_tokens import rotary
 from timm_tokens.timm_types import Block, ViT
 
+Embedded: TypeAlias = tuple[Tensor, list[Tensor] | None]  # tokens (B, N, C), each block's rotary embedding if any
 Edit: TypeAlias = Callable[[Tensor], Tensor] | None  # of patches (B, N, C), before they get their position embedding
-
-
-class Embedded(NamedTuple):
-    """What the stem gives: tokens (B, N, C), prefix first, and each block's rotary embedding (None without RoPE)."""
-
-    x: Tensor
-    ropes: list[Tensor] | None
 
 
 class Halves(NamedTuple):
@@ -104,7 +98,7 @@ def name(module: nn.Module) -> str:
 
 
 def embed(base: ViT, images: Tensor, edit: Edit = None) -> Embedded:
-    """Patches, position embedding, prefix tokens, patch dropout, norm: everything before the first block."""
+    """Patches, position embedding, prefix tokens (first), patch dropout, norm: everything before the first block."""
     # FSDP2 gives what it wraps a method `unshard`
     if is_replaced(base) or "forward_features" in base.__dict__ or hasattr(type(base), "unshard"):
         raise TypeError(
@@ -120,8 +114,8 @@ def embed(base: ViT, images: Tensor, edit: Edit = None) -> Embedded:
         x, rope = base._pos_embed(x)
         x = base.norm_pre(x)
         mixed = getattr(base, "rope_mixed", False)
-        return Embedded(x, rotary.per_block(rope, len(base.blocks), mixed))
-    return Embedded(base.norm_pre(base.patch_drop(base._pos_embed(x))), None)
+        return x, rotary.per_block(rope, len(base.blocks), mixed)
+    return base.norm_pre(base.patch_drop(base._pos_embed(x))), None
 
 
 def _embed_naflex(base: ViT, images: Tensor, edit: Edit) -> Embedded:
@@ -134,7 +128,7 @@ def _embed_naflex(base: ViT, images: Tensor, edit: Edit) -> Embedded:
     ropes = rotary.per_block(stem["rope_embeds"], len(base.blocks), base.rope_is_mixed)
     if ropes is not None and keep is not None and base.rope_is_mixed:  # timm's own loop over the blocks does this
         ropes = [rotary.rope_rows(rope, keep) for rope in ropes]
-    return Embedded(x, ropes)
+    return x, ropes
 
 
 def _edit_naflex(base: ViT, x: Tensor, grid: tuple[int, int], edit: Callable[[Tensor], Tensor]) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from timm_tokens import blocks, hooks, last_block, rotary, tracing
 from timm_tokens.ops.matching import Matching
 from timm_tokens.ops.relaxed import RelaxedMatching
+from timm_tokens.parts import AuxTokens
 from timm_tokens.parts.merger import Merged, unmerge_all
-from timm_tokens.timm_types import Block, Wrapped
+from timm_tokens.timm_types import Block, ViT, Wrapped
 
 Trace: TypeAlias = list[Matching | RelaxedMatching]  # what was merged, in order
 OnBlock: TypeAlias = Callable[[int, Tensor, Trace], None] | None
@@ -45,6 +46,15 @@ class Stream(NamedTuple):
         return x[:, :main], x[:, main:]
 
 
+class Setting(NamedTuple):
+    """What all blocks of a pass have in common; looked up once, as Python's time counts at batch size 1."""
+
+    prefix: int  # P
+    merger: Any  # a TokenMerger or None
+    aux: AuxTokens | None
+    limits: Limits
+
+
 def limited(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
     """The arguments by which timm's blocks learn what each token may attend to; none where it may attend to all."""
     if attn_mask is not None and is_causal:
@@ -69,35 +79,34 @@ def encode(
     """
     base = model.base
     x, ropes = blocks.embed(base, images, edit)
-    stream = _start(model, x, aux, limits)
+    setting = Setting(base.num_prefix_tokens, model.merger, model.aux if aux else None, limits)
+    stream = _start(setting, x)
     trace: Trace = []
     watched = hooks.has_own(base.blocks) and not limits and on_block is None and blocks.calls_them_at_once(base)
-    run = partial(_run_blocks, model, ropes, trace, limits, on_block, depth, logits_only and not watched)
+    run = partial(_run_blocks, base, setting, ropes, trace, on_block, depth, logits_only and not watched)
     return (hooks.around(base.blocks, run, stream) if watched else run(stream)), trace
 
 
 def _run_blocks(
-    model: Wrapped,
+    base: ViT,
+    setting: Setting,
     ropes: list[Tensor] | None,
     trace: Trace,
-    limits: Limits,
     on_block: OnBlock,
     depth: int | None,
     logits_only: bool,
     stream: Stream,
 ) -> Stream:
     """The tokens after the blocks of `encode`; what was merged is added to the trace."""
-    base, merger = model.base, model.merger
-    recompute = base.grad_checkpointing
+    recompute, merger = base.grad_checkpointing, setting.merger
     watching = merger.unmerged if merger is not None and merger.watched else None
     short = logits_only and watching is None and last_block.needs_prefix_alone(base)
     last = len(base.blocks) - 1 if short else None
-    # At batch size 1, Python and small operations take most of the time: nothing is looked up twice in this loop.
     for i, block in enumerate(base.blocks):
         if i == depth:
             break
         rope = None if ropes is None else ropes[i]
-        arguments = (model, i, block, stream, rope, limits, i == last)
+        arguments = (setting, i, block, stream, rope, i == last)
         stream, matching = checkpoint(run_block, *arguments) if recompute else run_block(*arguments)
         if matching is not None:
             trace.append(matching)
@@ -108,26 +117,26 @@ def _run_blocks(
     return stream
 
 
-def _start(model: Wrapped, x: Tensor, aux: bool, limits: Limits) -> Stream:
+def _start(setting: Setting, x: Tensor) -> Stream:
     """The tokens that enter the first block: those of the stem, (B, N, C), and auxiliary ones."""
-    (b, n), numbers = x.shape[:2], None
-    if model.merger is not None:
+    (b, n), numbers, aux = x.shape[:2], None, setting.aux
+    if setting.merger is not None:
         tracing.refuse_old_onnx()
         numbers = torch.arange(b * n, device=x.device)
-    if not aux or model.aux is None or model.aux.tokens is None:
+    if aux is None or aux.tokens is None:
         return Stream(x, 0, effective=n, numbers=numbers)
-    if limits:
-        _refuse(limits, "auxiliary", "; call with aux=False")
-    return Stream(model.aux.append(x), model.aux.num_cls, effective=n, numbers=numbers)
+    if setting.limits:
+        _refuse(setting.limits, "auxiliary", "; call with aux=False")
+    return Stream(aux.append(x), aux.num_cls, effective=n, numbers=numbers)
 
 
 def run_block(
-    model: Wrapped, i: int, block: Block, stream: Stream, rope: Tensor | None, limits: Limits, prefix_only: bool = False
+    setting: Setting, i: int, block: Block, stream: Stream, rope: Tensor | None, prefix_only: bool = False
 ) -> tuple[Stream, Matching | RelaxedMatching | None]:
     """Run block i of `encode`: the tokens after it, and what it merged, None if nothing."""
     x, num_aux, effective, size, rows, numbers = stream
-    merger, prefix = model.merger, model.base.num_prefix_tokens
-    attention = _attention(model, stream, rope)
+    prefix, merger, _, limits = setting
+    attention = _attention(setting, stream, rope)
     r = 0 if merger is None else merger.count(i, effective, prefix)
     if merger is None or not r or (prefix_only and not last_block.is_watched(merger, i)):
         options = {**attention, **limits}
@@ -138,18 +147,17 @@ def run_block(
         return Stream(x, num_aux, effective, size, rows, numbers), None
     if limits:
         _refuse(limits, "merged", f", and block {i} merges {r}; set model.merger.r = 0, or call model.base")
-    x, (_, size, effective, matching) = _merging(model, i, block, stream, attention, r, prefix_only)
+    x, (_, size, effective, matching) = _merging(setting, i, block, stream, attention, r, prefix_only)
     rows = None if rope is None else _kept_rows(rows, matching, prefix)
     return Stream(x, num_aux, effective, size, rows, numbers), matching
 
 
 def _merging(
-    model: Wrapped, i: int, block: Block, stream: Stream, attention: dict[str, Tensor], r: int, prefix_only: bool
+    setting: Setting, i: int, block: Block, stream: Stream, attention: dict[str, Tensor], r: int, prefix_only: bool
 ) -> tuple[Tensor, Merged]:
     """What the block makes of the stream's tokens with a merge between its halves, and the merge."""
     (read, attend, feed), (_, num_aux, effective, size, _, numbers) = blocks.halves(block), stream
-    merger, prefix = model.merger, model.base.num_prefix_tokens
-
+    prefix, merger, *_ = setting
     merges: list[Merged] = []
 
     def forward(x: Tensor, **attention: Tensor) -> Tensor:
@@ -171,17 +179,17 @@ def _refuse(limits: Limits, kind: str, advice: str) -> None:
     raise ValueError(f"{' and '.join(limits)} can't say what {kind} tokens may attend to{advice}")
 
 
-def _attention(model: Wrapped, stream: Stream, rope: Tensor | None) -> dict[str, Tensor]:
+def _attention(setting: Setting, stream: Stream, rope: Tensor | None) -> dict[str, Tensor]:
     """The arguments by which a block's attention learns of rotary positions, sizes and auxiliary tokens."""
     x, num_aux, _, size, rows, _ = stream
     # no bias while all sizes are 1: keeps the flash kernel
-    bias = None if size is None else model.merger.bias(size, x.dtype)
+    bias = None if size is None else setting.merger.bias(size, x.dtype)
     arguments = {}
     if rope is not None:
         rope = rotary.rope_rows(rope, rows)
         arguments["rope"] = rotary.unrotated(rope, num_aux) if num_aux else rope
-    if num_aux:
-        mask = model.aux.mask(x, model.base.num_prefix_tokens)
+    if setting.aux is not None and num_aux:
+        mask = setting.aux.mask(x, setting.prefix)
         bias = mask if bias is None else mask + nn.functional.pad(bias, (0, num_aux))
     if bias is not None:
         arguments["attn_mask"] = bias

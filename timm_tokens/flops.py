@@ -49,7 +49,7 @@ class Costs:
         self.base, self.head, self.prefix = base, head, base.num_prefix_tokens
         rows, columns = blocks.grid_size(base, image_size)
         self.num_tokens = self.prefix + rows * columns
-        self.stem = count(lambda images: blocks.embed(base, images).x, base.in_chans, *image_size)
+        self.stem = count(lambda images: blocks.embed(base, images)[0], base.in_chans, *image_size)
         self.head_flops = cache(self._head_flops)
         self.prefix_alone = head is None and last_block.needs_prefix_alone(base)
         counted: dict[Any, BlockCost] = {}  # most ViTs repeat one block, which then is counted once

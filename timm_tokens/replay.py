@@ -7,7 +7,7 @@ from torch import Tensor
 
 from timm_tokens import blocks, features
 from timm_tokens.classification import class_logits
-from timm_tokens.driver import Stream, Trace, run_block
+from timm_tokens.driver import Setting, Stream, Trace, run_block
 from timm_tokens.outputs import Outputs
 from timm_tokens.vit import TokenViT
 
@@ -45,10 +45,11 @@ class Replay:
     def _run(self, states: list[State], ropes: list[Tensor] | None) -> list[State]:
         """The states before each block and after the last, given the first of them."""
         base, states = self.model.base, list(states)
+        setting = Setting(base.num_prefix_tokens, self.model.merger, aux=None, limits={})
         for i in range(len(states) - 1, len(base.blocks)):
             stream, trace = states[-1]
             rope = None if ropes is None else ropes[i]
-            stream, matching = run_block(self.model, i, base.blocks[i], stream, rope, {})
+            stream, matching = run_block(setting, i, base.blocks[i], stream, rope)
             states.append((stream, trace if matching is None else [*trace, matching]))
         return states
 

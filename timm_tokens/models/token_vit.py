@@ -27,7 +27,6 @@ def build(
     """Create a TokenViT through timm's own builder.
 
     Args:
-        variant: The registered name.
         pretrained: Load weights: the base's own, or those of a whole TokenViT where timm found such a checkpoint
             (`local-dir:`, `hf-hub:`).
         base: Any timm ViT's name, with or without a tag; or a model's of this package, which then gets the parts.
