@@ -17,7 +17,7 @@ from timm_tokens.timm_types import Block, ViT, Wrapped
 
 Trace: TypeAlias = list[Matching | RelaxedMatching]  # what was merged, in order
 OnBlock: TypeAlias = Callable[[int, Tensor, Trace], None] | None
-Limits: TypeAlias = Mapping[str, Any]  # from `limited`
+Limits: TypeAlias = Mapping[str, Any]  # what each token may attend to, from `limited`
 UNLIMITED: Limits = {}
 
 
@@ -69,11 +69,9 @@ def encode(
     """Run the first blocks of a TokenViT: the tokens of images (B, 3, H, W), and what was merged on the way.
 
     Args:
-        edit: Changes the patches (B, N, C) before they get their position embedding.
         aux: Whether auxiliary tokens travel beside the model's own, if it has any.
         on_block: Called after each block with its index, the tokens, and the merges so far.
         depth: How many blocks to run; None: all.
-        limits: What each token may attend to, from `limited`.
         logits_only: Whether only the base's class logits are wanted: the prefix tokens are returned alone where those
             need no other.
     """

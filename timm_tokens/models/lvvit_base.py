@@ -16,13 +16,8 @@ from torch import Tensor, nn
 
 
 class ConvStem(PatchEmbed):
-    """Patch embedding after three convolutions at half resolution: (B, 3, H, W) -> (B, N, C).
-
-    Args:
-        width: Channels of the convolutions.
-        patch_size: Side of a patch in pixels of the image, even.
-        options: Further arguments of timm's PatchEmbed.
-    """
+    """Patch embedding, of an even patch size, after three convolutions of `width` channels at half resolution:
+    (B, 3, H, W) -> (B, N, C)."""
 
     def __init__(self, width: int = 64, *, patch_size: int = 16, in_chans: int = 3, embed_dim: int, **options: Any):
         super().__init__(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **options)

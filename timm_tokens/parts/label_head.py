@@ -31,10 +31,9 @@ class TokenLabelHead(nn.Module):
 
     Args:
         embed_dim: C, dimension of the tokens.
-        num_classes: K.
         own_classifier: None, or the dimension of the base's pooled features, to classify them here.
-        pool: "max" or "avg" over the tokens' logits.
-        pool_weight: Weight of the pooled logits in inference.
+
+    The other arguments are those of `timm_tokens.token_label_head`.
 
     Raises:
         TypeError, ValueError: If a value has the wrong type or is out of range.

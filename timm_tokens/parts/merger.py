@@ -124,15 +124,8 @@ class TokenMerger(nn.Module):
         num_prefix_tokens: int,
         numbers: Tensor | None = None,
     ) -> Matching | Tensor:
-        """What block `index` merges: pairs of tokens, or (relaxed) which part of each goes to which.
-
-        Args:
-            y: (B, N, C) what the block's attention reads.
-            r: How many tokens to merge away, from `count`.
-            effective: Number of active tokens: N, or less after relaxed merges.
-            num_prefix_tokens: Leading tokens that don't merge.
-            numbers: As in `timm_tokens.ops.bipartite_match`.
-        """
+        """What block `index` merges, of y (B, N, C) that its attention reads, and r from `count`: pairs of tokens, or
+        (relaxed) which part of each goes to which; arguments as in `timm_tokens.ops`."""
         if not self.relaxed:
             return bipartite_match(self.compared_by(index, block, y), r, num_prefix_tokens, numbers)
         y = y.detach()  # the embedding learns from the task but never changes what the trunk learns
@@ -143,13 +136,8 @@ class TokenMerger(nn.Module):
     def forward(
         self, choice: Matching | Tensor, x: Tensor, size: Tensor | None, r: int, effective: int, num_prefix_tokens: int
     ) -> Merged:
-        """Merge, in the middle of a block, what was chosen.
-
-        Args:
-            choice: From `choose`, which took the same r, effective and num_prefix_tokens.
-            x: (B, N, C) tokens after the block's attention.
-            size: (B, N) float32 sizes, None while all are 1.
-        """
+        """Merge, in the middle of a block, what `choose` chose with the same r, effective, num_prefix_tokens: tokens x
+        (B, N, C) after the block's attention, of float32 sizes (B, N), None while all are 1."""
         if isinstance(choice, Matching):
             return Merged(*merge(choice, x, size), effective - r, choice)
         size = torch.ones(x.shape[:2], device=x.device) if size is None else size
