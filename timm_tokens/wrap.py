@@ -190,16 +190,13 @@ def _base_without(model: nn.Module, part: str, problem: str) -> ViT:
 
 def _with_part(model: nn.Module, mask_token: bool = False, **part: nn.Module) -> TokenViT:
     """A TokenViT with the model's parts and one more, on the model's device, in its type and its mode."""
-    had = model if isinstance(model, TokenViT) else None
-    base = model if had is None else had.base
-    parts: dict[str, Any] = ({} if had is None else had.parts) | part
-    blocks.check(base, merging=parts.get("merger") is not None)
+    had = model if isinstance(model, TokenViT) else TokenViT(model)
     for new in part.values():
-        new.to(**blocks.placement(base))
-    built = TokenViT(base, **parts, mask_token=mask_token)
-    if had is not None:
-        built._frozen = had._frozen
-        built.mask_token = built.mask_token if had.mask_token is None else had.mask_token
+        new.to(**blocks.placement(had.base))
+    parts: dict[str, Any] = had.parts | part
+    built = TokenViT(had.base, **parts, mask_token=mask_token)
+    built._frozen = had._frozen
+    built.mask_token = built.mask_token if had.mask_token is None else had.mask_token
     return built.train(model.training)
 
 
