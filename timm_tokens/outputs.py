@@ -25,11 +25,8 @@ def classifies(model: nn.Module) -> bool:
 
 
 def outputs(model: nn.Module, images: Tensor, logits: bool) -> Outputs:
-    """Class logits (B, K) of images (B, 3, H, W); or, without `logits`, the class token (B, C) and patches (B, N, C).
-
-    Args:
-        model: A TokenViT, or DDP around one.
-    """
+    """What a TokenViT, or DDP around one, makes of images (B, 3, H, W): class logits (B, K); or, without `logits`, the
+    class token (B, C) and patches (B, N, C)."""
     if logits:
         return model(images)
     tokens: Any = model(images, tokens=True, aux=False)

@@ -5,7 +5,7 @@ cells. The window has the same number of cells for every box, so no shape depend
 """
 
 import math
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,12 +16,8 @@ _CEIL_SLACK = 1e-4
 # How much further than in an upright view of the whole image a warped token may reach: rotated by 45 degrees, 1.41.
 _WARP_REACH = 1.5
 
-
-class Windows(NamedTuple):
-    """Cells seen by each of N tokens: `cells` (B, N, S) int64, row * W + column, and `weights` (B, N, S) float32."""
-
-    cells: Tensor
-    weights: Tensor
+# The cells that each of N tokens sees, (B, N, S) int64, row * W + column, and their weights (B, N, S) float32.
+Windows: TypeAlias = tuple[Tensor, Tensor]
 
 
 def crop_windows(boxes: Tensor, flip: Tensor | None, grid: tuple[int, int], size: tuple[int, int]) -> Windows:
@@ -39,7 +35,7 @@ def crop_windows(boxes: Tensor, flip: Tensor | None, grid: tuple[int, int], size
     y = _taps(first_y, weight_y)[:, :, None, :, None]
     x = _taps(first_x, weight_x)[:, None, :, None, :]
     weights = weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]
-    return Windows((y * W + x).flatten(3).flatten(1, 2), weights.flatten(3).flatten(1, 2))
+    return (y * W + x).flatten(3).flatten(1, 2), weights.flatten(3).flatten(1, 2)
 
 
 def warp_windows(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Windows:
@@ -65,7 +61,7 @@ def warp_windows(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> 
     # Products and sums, not a matmul, which autocast rounds to bfloat16 and a GPU perhaps to TF32.
     weights = torch.stack([(tent[..., None] * on * tents_x).sum(2) for tent in tents_y.unbind(-1)], 2)  # (B, N, T, T)
     y, x = _taps(first_y, tents_y)[..., :, None], _taps(first_x, tents_x)[..., None, :]
-    return Windows((y * W + x).flatten(2), weights.flatten(2))
+    return (y * W + x).flatten(2), weights.flatten(2)
 
 
 def _view_in_cells(maps: Tensor, H: int, W: int) -> tuple[Tensor, ...]:

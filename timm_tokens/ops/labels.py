@@ -144,10 +144,11 @@ def _exact_dtype(values: Tensor) -> torch.dtype:
 
 def _scores(values: Tensor, indices: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     """Classes and weighted scores (B, N, S) that each token collects; a class may come from several cells."""
+    cells, weights = windows
     image = torch.arange(values.shape[0], device=values.device)[:, None, None]
     values, indices = (x.flatten(2).transpose(1, 2) for x in (values, indices))  # (B, top, H, W) -> (B, H * W, top)
-    scores = values[image, windows.cells] * windows.weights[..., None]  # (B, N, cells, top)
-    return indices[image, windows.cells].flatten(2).long(), scores.flatten(2)
+    scores = values[image, cells] * weights[..., None]  # (B, N, cells, top)
+    return indices[image, cells].flatten(2).long(), scores.flatten(2)
 
 
 def _softmax(scores: Tensor, first: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -124,8 +124,8 @@ class TokenMerger(nn.Module):
         num_prefix_tokens: int,
         numbers: Tensor | None = None,
     ) -> Matching | Tensor:
-        """What block `index` merges, of y (B, N, C) that its attention reads, and r from `count`: pairs of tokens, or
-        (relaxed) which part of each goes to which; arguments as in `timm_tokens.ops`."""
+        """What block `index` merges: pairs of tokens, or (relaxed) which part of each goes to which. The block's
+        attention reads y (B, N, C); r is from `count`, and the rest as in `timm_tokens.ops`."""
         if not self.relaxed:
             return bipartite_match(self.compared_by(index, block, y), r, num_prefix_tokens, numbers)
         y = y.detach()  # the embedding learns from the task but never changes what the trunk learns
@@ -136,8 +136,8 @@ class TokenMerger(nn.Module):
     def forward(
         self, choice: Matching | Tensor, x: Tensor, size: Tensor | None, r: int, effective: int, num_prefix_tokens: int
     ) -> Merged:
-        """Merge, in the middle of a block, what `choose` chose with the same r, effective, num_prefix_tokens: tokens x
-        (B, N, C) after the block's attention, of float32 sizes (B, N), None while all are 1."""
+        """Merge, in the middle of a block, what `choose` chose with the same r, effective and num_prefix_tokens, of
+        tokens x (B, N, C) after the block's attention and their float32 sizes (B, N), None while all are 1."""
         if isinstance(choice, Matching):
             return Merged(*merge(choice, x, size), effective - r, choice)
         size = torch.ones(x.shape[:2], device=x.device) if size is None else size
