@@ -93,10 +93,19 @@ def warp_token_labels(
     What the view shows from outside the image (the corners of a rotation) scores 0: all classes are equally likely.
 
     Args:
+        values: (B, top, H, W) finite scores before the softmax, of any floating dtype and any size.
+        indices: (B, top, H, W) integer classes of the scores in [0, K), distinct within a cell.
         maps: (B, 3, 3), from (row, column, 1) in the view to the same in the image; rows and columns as fractions, from
             0 at the top left corner to 1. Compose them with `@`; `crop_maps` makes those of crops and flips.
+        num_classes: K.
+        size: Patch tokens per side, or (rows, columns).
+        dense: Return probabilities (B, K, 1 + N) in place of the sparse form.
 
-    The other arguments, what is returned and what is raised are as in `crop_token_labels`.
+    Returns:
+        As `crop_token_labels`.
+
+    Raises:
+        ValueError: a shape, dtype or size does not fit.
     """
     size = _check(values, indices, num_classes, size)
     if maps.shape != (len(values), 3, 3):

@@ -150,7 +150,9 @@ def relaxed_merge(
         r: Tokens to merge; at most half of the effective ones after the prefix are.
         effective: Number of active tokens, prefix included: N at first.
         num_prefix_tokens: Leading tokens that take no part.
-        tau1, tau2, candidates: As in `relaxed_top_k`.
+        tau1: Temperature of the similarities.
+        tau2: Temperature of the choice of pairs.
+        candidates: Partners considered for each token.
 
     Returns:
         Tokens (B, N, C) and sizes (B, N), the effective ones sorted by size, and the new effective count.

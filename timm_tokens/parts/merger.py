@@ -124,8 +124,15 @@ class TokenMerger(nn.Module):
         num_prefix_tokens: int,
         numbers: Tensor | None = None,
     ) -> Matching | Tensor:
-        """What block `index` merges: pairs of tokens, or (relaxed) which part of each goes to which. The block's
-        attention reads y (B, N, C); r is from `count`, and the rest as in `timm_tokens.ops`."""
+        """What block `index` merges: pairs of tokens, or (relaxed) which part of each goes to which.
+
+        Args:
+            y: (B, N, C) what the block's attention reads.
+            r: How many tokens to merge away, from `count`.
+            effective: Number of active tokens: N, or less after relaxed merges.
+            num_prefix_tokens: Leading tokens that don't merge.
+            numbers: As in `timm_tokens.ops.bipartite_match`.
+        """
         if not self.relaxed:
             return bipartite_match(self.compared_by(index, block, y), r, num_prefix_tokens, numbers)
         y = y.detach()  # the embedding learns from the task but never changes what the trunk learns
@@ -136,8 +143,13 @@ class TokenMerger(nn.Module):
     def forward(
         self, choice: Matching | Tensor, x: Tensor, size: Tensor | None, r: int, effective: int, num_prefix_tokens: int
     ) -> Merged:
-        """Merge, in the middle of a block, what `choose` chose with the same r, effective and num_prefix_tokens, of
-        tokens x (B, N, C) after the block's attention and their float32 sizes (B, N), None while all are 1."""
+        """Merge, in the middle of a block, what was chosen.
+
+        Args:
+            choice: From `choose`, which took the same r, effective and num_prefix_tokens.
+            x: (B, N, C) tokens after the block's attention.
+            size: (B, N) float32 sizes, None while all are 1.
+        """
         if isinstance(choice, Matching):
             return Merged(*merge(choice, x, size), effective - r, choice)
         size = torch.ones(x.shape[:2], device=x.device) if size is None else size

@@ -43,8 +43,9 @@ class MTETask(TokenTask):
         heads: "kind": a head for each kind of token; "shared": one for all.
         batch_norm: Whether the heads of DINO and iBOT have batch norm, as MoBY's always do. Not so in the papers, but
             where a run is short it keeps the images apart, see docs/mte.md.
-        aux_target, include_global, global_weight: What auxiliary tokens learn from, and how much that counts; see
-            `MTELoss`.
+        aux_target: What auxiliary tokens learn from; see `MTELoss`.
+        include_global: Whether the global token is a member of the ensemble; see `MTELoss`.
+        global_weight: Weight of the global token in the loss; see `MTELoss`.
         aux_on_local: Whether the student's local crops have auxiliary tokens, too, where they cost most.
         global_crops: How many crops, the first, the teacher sees.
         tau_teacher: From and to, in a line over the first tau_epochs.
