@@ -13,7 +13,7 @@ from torch import Tensor
 from timm_tokens.fewshot.nets import DEPTH, Run, drop_out, unit
 from timm_tokens.ops.finite import check_finite
 from timm_tokens.ops.intrinsic_dim import local_intrinsic_dimensionality
-from timm_tokens.ops.ranges import check_positive, check_weights
+from timm_tokens.ops.ranges import check_not_negative, check_positive
 
 
 class Adapted(NamedTuple):
@@ -89,7 +89,7 @@ class ESFR:
         if self.neighbours < 3:
             raise ValueError(f"neighbours = {self.neighbours} must be at least 3, the point itself included")
         check_positive(lr=self.lr)
-        check_weights(support_weight=self.support_weight)  # 0 leaves the labels unused
+        check_not_negative(support_weight=self.support_weight)  # 0 leaves the labels unused
 
     def episodes_at_once(self, features: Tensor) -> int:
         """How many episodes of features (..., D) run at once: `chunk_size`, or as their weights leave room for."""

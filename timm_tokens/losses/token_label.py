@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_tokens.ops import SparseLabels, mix_ratio, sparse_cross_entropy
-from timm_tokens.ops.ranges import check_weights
+from timm_tokens.ops.ranges import check_not_negative
 
 
 class DenseOutput(Protocol):
@@ -49,7 +49,7 @@ class TokenLabelLoss(nn.Module):
         super().__init__()
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-        check_weights(dense_weight=dense_weight, cls_weight=cls_weight)
+        check_not_negative(dense_weight=dense_weight, cls_weight=cls_weight)
         self.dense_weight, self.cls_weight = dense_weight, cls_weight
         self.ground_truth, self.smoothing = ground_truth, smoothing
 

@@ -40,8 +40,8 @@ def check_within(low: float = 0.0, high: float = 1.0, **numbers: float | Sequenc
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
 
 
-def check_weights(**numbers: float) -> None:
-    """Refuse weights that are negative or not finite."""
+def check_not_negative(**numbers: float) -> None:
+    """Refuse numbers that are negative or not finite."""
     for name, value in numbers.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must not be negative, got {value}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from timm_tokens.ops.ranges import check_counts, check_positive, check_weights, check_within
+from timm_tokens.ops.ranges import check_counts, check_not_negative, check_positive, check_within
 from timm_tokens.probing._checks import check_pair
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -45,7 +45,7 @@ class Classifiers:
         weight_decay: float = 0.0, smoothing: float = 0.0,
     ):  # fmt: skip
         check_positive(**{f"lrs[{i}]": lr for i, lr in enumerate(lrs)})
-        check_weights(weight_decay=weight_decay)
+        check_not_negative(weight_decay=weight_decay)
         check_within(momentum=momentum)
         self.weight = weight[:, None].repeat(1, len(lrs), 1)  # (D, L, K)
         self.bias = weight.new_zeros(len(lrs), weight.shape[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens.losses import MIRALoss
-from timm_tokens.ops.ranges import check_counts, check_weights
+from timm_tokens.ops.ranges import check_counts, check_not_negative
 from timm_tokens.tasks.heads import Prototypes, mira_head
 from timm_tokens.tasks.schedules import cosine, over_the_run
 from timm_tokens.tasks.task import TokenTask
@@ -95,7 +95,7 @@ class MIRATask(TokenTask):
             raise ValueError(f"publish must be 'student' or 'teacher', got {publish!r}")
         _check(backbone, beta, momentum)
         check_counts(num_prototypes=num_prototypes, hidden=hidden, width=width, global_crops=global_crops)
-        check_weights(frozen_epochs=frozen_epochs)
+        check_not_negative(frozen_epochs=frozen_epochs)
         encoder = ProjectedBackbone(backbone, hidden, width, crop_by_crop)
         super().__init__(ClusteringStudent(encoder, Prototypes(width, num_prototypes)), seed=seed)
         self.teacher = use_batch_statistics(frozen_copy(encoder))

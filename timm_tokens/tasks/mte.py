@@ -14,7 +14,7 @@ from timm_tokens import blocks
 from timm_tokens.data import random_ratio_masks
 from timm_tokens.distributed import batch_mean
 from timm_tokens.losses import DINOLoss, IBOTPatchLoss, MoBYLoss, MTELoss, MTETerms
-from timm_tokens.ops.ranges import check_counts, check_positive, check_spans, check_weights, check_within
+from timm_tokens.ops.ranges import check_counts, check_not_negative, check_positive, check_spans, check_within
 from timm_tokens.tasks.baselines import BASELINES, make_student, token_backbone
 from timm_tokens.tasks.schedules import cosine, linear, over_the_run
 from timm_tokens.tasks.task import TokenTask
@@ -86,7 +86,7 @@ class MTETask(TokenTask):
     ) -> None:  # fmt: skip
         counts = {"num_prototypes": num_prototypes, "hidden": hidden, "width": width, "global_crops": global_crops}
         check_counts(**{name: count for name, count in counts.items() if count is not None}, queue_size=queue_size)
-        check_weights(tau_epochs=tau_epochs, frozen_epochs=frozen_epochs, patch_weight=patch_weight)
+        check_not_negative(tau_epochs=tau_epochs, frozen_epochs=frozen_epochs, patch_weight=patch_weight)
         check_positive(**{f"tau_teacher[{i}]": tau for i, tau in enumerate(tau_teacher)})
         _check_masks(mask_ratio, mask_prob, patch_center)
         check_within(momentum=momentum or 1.0)
