@@ -1,6 +1,7 @@
 """The direction of imports: a reader can take each layer for itself."""
 
 import ast
+import re
 import statistics
 from pathlib import Path
 
@@ -144,3 +145,15 @@ def test_files_and_functions_stay_short():
     assert {str(file): count for file, count in lines.items() if count > 250} == {}
     assert [function for function in functions if function[0] > 45] == []
     assert statistics.median(lines.values()) <= 90 and statistics.median(count for count, *_ in functions) <= 8
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_docstrings_have_a_line_for_each_argument(file):
+    """Of two on a line the reference pages show the first alone."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        documented = isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
+        section = re.search(r"^Args:\n((?:    .*\n?|\n)*)", documented or "", re.MULTILINE)
+        entries = re.findall(r"^    (?! )(.*)", section[1], re.MULTILINE) if section else []
+        for entry in entries:
+            two = re.search(r"[.;] (?!None|False|True)\w+: ", entry)
+            assert re.match(r"\*?\w+: ", entry) and not two, f"{node.name}: {entry}"

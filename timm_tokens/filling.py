@@ -30,7 +30,9 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], *, classifier: bool = 
         missing, unexpected = model.load_state_dict(given, strict=False)
     except RuntimeError as error:
         detail = str(error).splitlines()[1:2] or [str(error)]
-        raise ValueError(f"it doesn't fit the model: {detail[0].strip()}") from error
+        counts = [len(x) for n, x in given.items() if n.startswith(heads) and x.shape != shapes.get(n)]
+        hint = f" It classifies {counts[0]} classes: num_classes={counts[0]} makes a model that fits." if counts else ""
+        raise ValueError(f"it doesn't fit the model: {detail[0].strip()}{hint}") from error
     if not classifier:
         missing = [name for name in missing if not name.removeprefix("base.").startswith(heads)]
     for names, what in ((missing, "it lacks {}"), (unexpected, "it has {} that the model does not know")):

@@ -25,7 +25,10 @@ def option(
     Args:
         default: None: the help says what happens then. Left out: the option must be given.
         help: Says what the option does, and what it does without it where the default is None.
-        at_least, above, at_most, below: The range of its numbers.
+        at_least: The least of its numbers.
+        above: What its numbers exceed.
+        at_most: The largest of its numbers.
+        below: What its numbers stay under.
         infinite: Whether infinity is a number that makes sense.
         ascending: Whether several numbers must not fall, as the ends of a range.
         words: For the command line: `choices`, `metavar`, `flag` (another spelling), `aliases` (older spellings,

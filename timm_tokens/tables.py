@@ -14,7 +14,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]], formats: Sequen
     Args:
         head: Names of the columns.
         rows: A value for each column.
-        formats: How the values of each column are written, as `format` takes it; empty: as text.
+        formats: How the values of each column are written, as `format` takes it; empty for text.
     """
     formats = formats or [""] * len(head)
     cells = [["" if x is None else format(x, kind) for x, kind in zip(row, formats, strict=True)] for row in rows]

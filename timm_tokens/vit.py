@@ -38,7 +38,9 @@ class TokenViT(TimmProtocol):
 
     Args:
         base: A timm VisionTransformer, Eva or NaFlexVit.
-        aux: Auxiliary tokens, or None. merger: merges tokens, or None. head: the token-label head, or None.
+        aux: Auxiliary tokens, or None.
+        merger: Merges tokens, or None.
+        head: The token-label head, or None.
         mask_token: Whether to have a learned token (1, C) that stands for masked patches, at `.mask_token`.
 
     Raises:

@@ -40,7 +40,7 @@ def find_weights(checkpoint: Any, model: nn.Module, key: str | None = None) -> d
     """The weights of a model in a checkpoint, by the model's own names.
 
     What timm converts in the checkpoints of others is converted: position embeddings of other sizes, OpenAI's names.
-    What follows the same prefix and is not the model's is there, too, so that a strict load can tell; but not the
+    Entries with the same prefix that are not the model's are kept, so that a strict load reports them; but not the
     decoders and mask tokens of pre-training.
 
     Args:

@@ -40,8 +40,8 @@ def apply_dtem_merging(
         candidates: Partners that relaxed merging considers for each token in training.
         tau1: Temperature of the similarities in relaxed merging.
         tau2: Temperature of the choice of pairs in relaxed merging.
-        prop_attn: Whether a token counts as many times as it has members in the attention.
-        flops_ratio: Largest share of the base's FLOPs, instead of r; the smallest r that reaches it is set.
+        prop_attn: Whether a token counts in the attention once for each of its members.
+        flops_ratio: Largest share of the FLOPs without merging, instead of r; the smallest r that reaches it is set.
         weights: A trained merger: a file from `save_merger`, a training run's folder, or "hf-hub:user/name[@revision]".
             It brings its own settings and r; r and flops_ratio override its r.
 
@@ -102,7 +102,8 @@ def add_aux_tokens(
 
     Args:
         model: A timm ViT, or a TokenViT without auxiliary tokens.
-        num_cls: k_a, auxiliary class tokens. num_pooled: k_p, adaptively pooled tokens.
+        num_cls: k_a, auxiliary class tokens.
+        num_pooled: k_p, adaptively pooled tokens.
         kernel_size: Side of the convolution that makes the pooling weights, odd.
         pool_weight: "spatial": one map of pooling weights per token; "channel": one per token and channel.
         pool_norm: "softmax": pooling weights sum to 1; "none": they are the convolution's output.
@@ -116,8 +117,7 @@ def add_aux_tokens(
         TypeError: If the model can't be driven (the message names its block class), or a count is no int.
         ValueError: If the model has auxiliary tokens already, or a value is out of range.
 
-    Source: MTE (arXiv 2411.15787). For backbones without attention, or with several stages, use
-    `timm_tokens.parts.AdaptivePool` on their last feature map.
+    Source: MTE (arXiv 2411.15787). Conv nets and others with a map: see `timm_tokens.parts.AdaptivePool`.
     """
     base = _base_without(model, "aux", "has auxiliary tokens already")
     blocks.check(base, merging=False)
@@ -201,7 +201,7 @@ def _with_part(model: nn.Module, mask_token: bool = False, **part: nn.Module) ->
 
 
 def smallest_r(model: TokenViT, flops_ratio: float) -> int:
-    """The smallest constant r with which the model needs at most this share of the base's FLOPs."""
+    """The smallest constant r with which the model needs at most this share of its FLOPs without merging."""
     if not 0 < flops_ratio <= 1:
         raise ValueError(f"flops_ratio must lie in (0, 1], got {flops_ratio}")
     costs, depth = model.costs(), len(model.base.blocks)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import timm_tokens
-from timm_tokens.cli import COMMANDS, call, main
+from timm_tokens.cli import COMMANDS, CommandError, call, main
 from timm_tokens.cli.bench import timing
 
 # PIL keeps a handle of a corrupt file open until it is collected
@@ -100,7 +100,8 @@ def test_bench_says_where_fewer_tokens_merge_than_asked_for(capsys):
 
 
 def test_bench_of_training_steps_trains_what_it_says():
-    rows = call("bench", model="test_vit", r=[4], batch_size=[2], rounds=1, train=True, memory=False, img_size=96)
+    options = dict(model="test_vit", batch_size=[2], rounds=1, train=True, memory=False, img_size=96)
+    rows = call("bench", r=[0, 4], **options)  # where nothing merges there are no embeddings to train
     assert [(row.step, row.r, row.ideal) for row in rows] == [
         ("full", None, None),
         ("modular", 4, None),
@@ -112,6 +113,8 @@ def test_bench_of_training_steps_trains_what_it_says():
     timing.make_step(machine, timing.Setting("modular", 2, 4), model)()
     moved = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"merger"}
+    with pytest.raises(CommandError, match="merging by keys has none: leave out --train"):
+        call("bench", metric="keys", **options)
 
 
 def test_bench_measures_memory_in_a_process_of_its_own():

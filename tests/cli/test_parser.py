@@ -72,7 +72,7 @@ def test_values(more, values):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("a", r"--out is missing: image to write"),
+        ("a", r"OUT is missing: image to write"),
         ("a b", r"--kernel is missing: kind of blur"),
         ("a b c --kernel box", "unrecognized arguments: c"),
         ("a b --kernel box --image c", "IMAGE is given twice: a and --image c"),

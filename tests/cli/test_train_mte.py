@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from timm_tokens.cli import main
+from timm_tokens.cli import CommandError, call, main
 
 # timm's ImageDataset leaves the closing of its files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -90,3 +90,9 @@ def test_a_registered_model_brings_its_tokens(images):
 def test_what_does_not_fit_is_refused(images, options, message, capsys):
     assert run(images, options)[0] == 2
     assert message in capsys.readouterr().err
+
+
+def test_model_kwargs_win_over_what_the_objective_needs(images, tmp_path):
+    given = dict(data_dir=images, out=tmp_path / "run", model="test_vit", img_size=32, local_crops=1, local_size=16)
+    with pytest.raises(CommandError, match=r"Input height \(16\) doesn't match model \(32\)"):
+        call("train mte", **given, model_kwargs={"dynamic_img_size": False}, steps=1, batch_size=4, workers=0)

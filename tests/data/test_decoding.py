@@ -72,6 +72,8 @@ def test_an_image_is_turned_once():
     exif[0x112] = 6
     once = decode_image(encoded(photo(), "PNG", exif=exif))
     assert once.info == {} and to_rgb(once).tobytes() == once.tobytes()
+    given = Image.open(encoded(photo(), "PNG", exif=exif))
+    assert to_rgb(given).size == (24, 32) and given.size == (32, 24)  # the data set's own image stays as it is
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -97,11 +97,11 @@ def test_who_waits_for_whom(monkeypatch, capsys, tmp_path):
         return watch.first_line()
 
     assert watched(load=1.0, step=0.1) == (
-        "loader 2 images/s (2 workers), steps 80 images/s: the steps wait for the loader, 80% of the time: more "
-        "workers may help"
+        "loader 2 images/s (2 workers), steps 80 images/s: the loader is slower, and the steps wait for images "
+        "80% of the time: more workers may help"
     )
     assert watched(load=0.1, step=0.8) == (
-        "loader 20 images/s (2 workers), steps 10 images/s: the loader waits for the steps, which wait 0% of the time"
+        "loader 20 images/s (2 workers), steps 10 images/s: the steps are slower, and wait for images 0% of the time"
     )
     assert pace.Pace(8, 0).first_line() is None
     monkeypatch.setattr(pace, "world_size", lambda: 3)

@@ -26,7 +26,7 @@ def explained(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except CommandError:
+    except (CommandError, BrokenPipeError):
         raise
     except Exception as error:
         if not isinstance(error, _mendable()):

@@ -1,6 +1,6 @@
 """Measure few-shot accuracy on a model's features, with and without ESFR (arXiv 2106.11486).
 
-    timm-tokens fewshot --model vit_small_patch14_dinov2 --pretrained --data-dir images
+    timm-tokens fewshot --model vit_small_patch14_dinov2 --pretrained --data-dir images/train
     timm-tokens fewshot --features features.safetensors --shots 1 5 10
     timm-tokens fewshot --model resnet18 --pretrained --data-dir mini --split-file test.csv
 

@@ -60,7 +60,8 @@ def parse(command: str, of: type[Options], argv: Sequence[str], description: str
 
 
 def _print_and_exit(text: str) -> NoReturn:
-    print(text)
+    with explained():
+        print(text, flush=True)
     raise SystemExit(0)
 
 
@@ -71,7 +72,8 @@ def build(of: type[Options], values: dict[str, Any]) -> Options:
         raise CommandError(f"there is no option {name!r}: there are {', '.join(sorted(known))}")
     for name, each in known.items():
         if required(each) and values.get(name) is None:
-            raise CommandError(f"{flag(each)} is missing: {each.metadata['help']}")
+            name = each.name.upper() if each.metadata.get("positional") else flag(each)
+            raise CommandError(f"{name} is missing: {each.metadata['help']}")
     with explained(flags(of)):
         return of(**values)
 

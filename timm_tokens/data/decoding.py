@@ -72,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """What `decode_image` makes of an image that Pillow has opened; errors are Pillow's, of many kinds."""
     image.load()
     with suppress(Exception):  # a broken EXIF block says nothing about the pixels
-        ImageOps.exif_transpose(image, in_place=True)
+        image = ImageOps.exif_transpose(image)
     pixels = _opaque(_eight_bit(image))
     pixels.info = {}  # the EXIF block among it, so that nothing turns the image again
     return pixels

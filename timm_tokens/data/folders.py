@@ -70,7 +70,7 @@ def open_folder(root: str | Path, class_map: dict[str, int] | None = None) -> Im
 
         images = open_folder("images/train")
         images = images.without(unreadable(images))
-        print(*images.notes(), sep="\n")
+        print(images.notes())
         images.transform = timm.data.create_transform(224)
 
     Args:

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from timm_tokens.drawing.style import LINES, figure, show
@@ -102,5 +103,6 @@ def mark_pieces(axes: Axes, group: Tensor) -> int:
         split += 1
         for part in parts:
             y, x = (piece == part).nonzero()[0].add(0.5).tolist()
-            axes.text(x / columns, y / rows, str(split), ha="center", va="center", color="white", fontsize=5)
+            text = axes.text(x / columns, y / rows, str(split), ha="center", va="center", color="white", fontsize=5)
+            text.set_path_effects([withStroke(linewidth=1, foreground="black")])  # also on white patches
     return split

@@ -52,7 +52,7 @@ class IBOTPatchLoss(nn.Module):
             student: Logits of the views that were masked, (B, N, K) or (M, K) each.
             teacher: Logits of the same views, whole; as many, without gradient.
             masks: (B, N) bool each, True where a patch is masked. Masks on the CPU with logits (M, K) on another
-                device are best: Nothing then waits for the device to know M.
+                device are best: nothing then waits for the device to know M.
         """
         if not len(student) == len(teacher) == len(masks) > 0:
             raise ValueError(

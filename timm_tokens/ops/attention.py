@@ -85,7 +85,8 @@ def aux_attention_mask(
     Args:
         num_tokens: N, the model's own tokens, P = num_prefix_tokens of them first that are no patches.
         num_aux: A, auxiliary tokens.
-        sees_prefix: Auxiliary tokens also see the prefix tokens. sees_aux: they also see each other.
+        sees_prefix: Auxiliary tokens also see the prefix tokens.
+        sees_aux: Auxiliary tokens also see each other.
 
     Returns:
         (1, 1, N + A, N + A), queries by keys: 0 where the key is seen, -inf where not.

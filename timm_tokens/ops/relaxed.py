@@ -36,7 +36,8 @@ def relaxed_top_k(scores: Tensor, k: int, *, tau1: float = 0.1, tau2: float = 0.
     Args:
         scores: (B, |A|, |B|) similarities.
         k: How many (row, column) pairs to choose.
-        tau1: Temperature of the scores. tau2: temperature of each of the k choices.
+        tau1: Temperature of the scores.
+        tau2: Temperature of each of the k choices.
         candidates: Columns considered for each row.
 
     Returns:

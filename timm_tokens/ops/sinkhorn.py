@@ -13,7 +13,7 @@ from timm_tokens.distributed import batch_logmeanexp
 
 @torch.no_grad()
 def sinkhorn_assign(logits: Tensor, tau: float = 0.05, iterations: int = 3) -> Tensor:
-    """Assign samples to prototypes, each prototype to an equal share of the batch: the common rival of `mira_assign`.
+    """Assign samples to prototypes, each to an equal share of the batch: the usual alternative to `mira_assign`.
 
     Starting from exp(z / tau), each iteration scales the columns to equal sums over the global batch,
     and then the rows to 1.

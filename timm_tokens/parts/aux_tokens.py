@@ -31,7 +31,8 @@ class AuxTokens(nn.Module):
     The other arguments are those of `timm_tokens.add_aux_tokens`; see `AdaptivePool` for the pooling.
 
     Raises:
-        TypeError: If a count is no int. ValueError: if a value is out of range.
+        TypeError: If a count is no int.
+        ValueError: If a value is out of range.
 
     Source: MTE (arXiv 2411.15787). The paper states the two kinds of tokens, the masking and the large kernel; the
     arguments' defaults beyond that are this package's.
@@ -98,14 +99,16 @@ class AdaptivePool(nn.Module):
         tokens = pool(model.forward_features(images))  # (B, 6, C) from (B, C, H, W)
 
     Args:
-        dim: C. num_pooled: k_p.
+        dim: C.
+        num_pooled: k_p.
         kernel_size: Side of the kernel, odd; 11 sees all of a 6 x 6 map from anywhere.
         pool_weight: "spatial": one weight map per token, whose logarithms have about unit variance at first; "channel":
             each channel has its own weights, nearly even at first. The first did better where it was measured.
         pool_norm: "softmax": weights sum to 1; "none": the convolution's output over the number of positions.
 
     Raises:
-        TypeError: If a count is no int. ValueError: if a value is out of range.
+        TypeError: If a count is no int.
+        ValueError: If a value is out of range.
 
     Source: MTE (arXiv 2411.15787).
     """
@@ -142,8 +145,9 @@ class AdaptivePool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Pooled tokens (B, k_p, C) of a map x (B, C, H, W)."""
         u = self.normed(x)
+        flat, weights = u.flatten(2), self.weights(u).to(u.dtype)
         equation = "bckn,bcn->bkc" if self.per_channel else "bkn,bcn->bkc"
-        return self.out_norm(torch.einsum(equation, self.weights(u).to(u.dtype), u.flatten(2)))
+        return self.out_norm(torch.einsum(equation, weights, flat))
 
     def normed(self, x: Tensor) -> Tensor:
         """A map (B, C, H, W), normed over its channels."""

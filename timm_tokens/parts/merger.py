@@ -39,7 +39,8 @@ class TokenMerger(nn.Module):
     The other arguments are those of `timm_tokens.apply_dtem_merging`; E is embed_dim.
 
     Raises:
-        TypeError: If a number has the wrong type. ValueError: if a value is out of range.
+        TypeError: If a number has the wrong type.
+        ValueError: If a value is out of range.
 
     Source: DTEM (arXiv 2412.10569), section 3.
     """

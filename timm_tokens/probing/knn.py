@@ -36,8 +36,7 @@ def knn_accuracy(
     Raises:
         ValueError: Shapes do not fit, features are not finite, or a k is not in [1, M].
 
-    Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv 1805.01978;
-        k and tau as DINO (arXiv 2104.14294) evaluates.
+    Source: Wu et al. (arXiv 1805.01978), section 3.4; k and tau as DINO (arXiv 2104.14294) evaluates.
     """
     check_pair(train_features, train_labels, features, labels)
     check_positive(temperature=temperature)

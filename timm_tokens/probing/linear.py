@@ -36,7 +36,8 @@ class Classifiers:
     Args:
         weight: Where all of them start, (D, K); the biases start at zero.
         lrs: L learning rates.
-        momentum, nesterov, weight_decay: As of torch.optim.SGD; weights alone decay.
+        momentum: As of torch.optim.SGD, like `nesterov`.
+        weight_decay: Of the weights alone.
         smoothing: Label smoothing.
     """
 

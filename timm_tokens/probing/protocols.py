@@ -57,9 +57,10 @@ class Sweep(Classifiers):
 
     Args:
         protocol: What they are trained by.
-        dim, num_classes: D channels of the features, and K.
+        dim: D, channels of the features.
+        num_classes: K.
         lrs: Learning rates, already scaled to the batch.
-        epochs, steps_per_epoch: How long they are trained.
+        epochs: How long they are trained, in epochs of `steps_per_epoch` steps.
         generator: Draws the first weights, on the CPU: normal with a deviation of 0.01, the same for all.
         device: Where to compute.
     """

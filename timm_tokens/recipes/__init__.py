@@ -1,10 +1,12 @@
-"""The published recipes, one data file each, every value with its source; `timm-tokens train ... --recipe NAME`.
+"""The published recipes, and a short one of our own for each objective: `timm-tokens train ... --recipe NAME`.
+
+Each is a data file in which every value has its source.
 
 A file `<objective>/<name>.yaml` has
 
     title: what it trains, and for how long
     source: paper and code, whose files the values' sources name
-    published: what was reached with it, as published
+    published: what was reached with it, as published; of a short recipe, as measured by this project
     options: {name of an option: [value, source]}
     differs: what of the recipe no option says, if anything
 """
@@ -16,7 +18,7 @@ import yaml
 
 
 class Recipe(NamedTuple):
-    """A published recipe: its options by their names in Python, and where each of their values is written."""
+    """A recipe: its options by their names in Python, and where each of their values is written."""
 
     title: str
     source: str

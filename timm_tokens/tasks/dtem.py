@@ -25,8 +25,8 @@ class DTEMTask(TokenTask):
         task = DTEMTask(model, r=(8, 20))
         task(images)["loss"].backward()  # no labels
 
-    With target="distill" the teacher is the model itself without merging, as it is when the task is made. Where it
-    classifies, their logits are compared, else its class token and its patches, un-merged (see `outputs.classifies`).
+    With target="distill" the teacher is the model itself without merging, as it is when the task is made. Where the
+    model classifies, logits are compared, else class tokens and un-merged patches (see `outputs.classifies`).
 
     Args:
         model: A TokenViT with a merger, which is trained in place; it is `product`.

@@ -60,10 +60,10 @@ class MIRATask(TokenTask):
         num_prototypes: K.
         hidden: Width of the projector's hidden layers.
         width: D.
-        global_crops: How many crops, the first, the teacher sees.
+        global_crops: How many crops the teacher sees: the first ones.
         beta: Strength of the information, from and to, along half a cosine; each in [0, 1).
         momentum: Momentum of the teacher's average at the start and at the end, following half a cosine.
-        frozen_epochs: For so long the prototypes do not learn.
+        frozen_epochs: Epochs at the start in which prototypes are frozen.
         crop_by_crop: Whether crops are encoded one by one, as in the paper's code, so that batch norms see one crop of
             each image at a time. It is slower; otherwise crops of one size are encoded together.
         publish: What comes out: "student", or "teacher", its moving average, which is what the paper's code evaluates.

@@ -47,7 +47,7 @@ class MTETask(TokenTask):
         include_global: Whether the global token is a member of the ensemble; see `MTELoss`.
         global_weight: Weight of the global token in the loss; see `MTELoss`.
         aux_on_local: Whether the student's local crops have auxiliary tokens, too, where they cost most.
-        global_crops: How many crops, the first, the teacher sees.
+        global_crops: How many crops the teacher sees: the first ones.
         tau_teacher: From and to, in a line over the first tau_epochs.
         momentum: Momentum of the teacher at the start and at the end, following a cosine; None: the objective's, to 1.
         frozen_epochs: Epochs at the start in which prototypes are frozen.

@@ -134,7 +134,8 @@ class MultiCropEncoder(nn.Module):
         Args:
             num_global: How many crops are global.
             aux_on_local: Whether local crops have auxiliary tokens too.
-            mask: (num_global B, N) of the global crops; patches: (M,) of them; see `TokenEncoder`.
+            mask: (num_global B, N) of the global crops; see `TokenEncoder`.
+            patches: (M,) of the global crops; see `TokenEncoder`.
         """
         batches = list if self.crop_by_crop else of_one_size
         whole = [self.encoder(x, mask=mask, patches=patches) for x in batches(crops[:num_global])]

@@ -57,7 +57,9 @@ class Fidelity:
     the mean cosine of class token and un-merged patches ("cosine").
 
     Args:
-        dataset, batch_size, workers: As for `Accuracy`; the classes are not used.
+        dataset: As for `Accuracy`; the classes are not used.
+        batch_size: Images at a time.
+        workers: Processes that load images.
     """
 
     def __init__(self, dataset: Any, batch_size: int = 64, workers: int = 0):

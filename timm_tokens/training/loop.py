@@ -67,7 +67,7 @@ def train(
         collate: Makes a batch (input, target) of a list of items; None: torch's default.
         evaluate: Metrics of the product, called on all processes. The best model has the highest first one.
         augment: Called with the input of each batch, on the CPU, and the device; returns the input that the task gets,
-            such as `DeviceCrops` makes it. It draws nothing: randomness belongs into the items, whose seeds are kept.
+            such as `DeviceCrops` makes it. It draws nothing: randomness belongs in the items, whose seeds are kept.
 
     Raises:
         FloatingPointError: The loss, or a weight, is infinite or NaN; names the last good checkpoint.

@@ -65,8 +65,8 @@ class Pace:
         self.told = True
         loader, step = (x * world_size() for x in (self.work.rate(), self.steps * self.images / self.stepped))
         share = self.waited / (self.waited + self.stepped)
-        who = f"the loader waits for the steps, which wait {share:.0%} of the time"
+        who = f"the steps are slower, and wait for images {share:.0%} of the time"
         if loader < step:
-            who = f"the steps wait for the loader, {share:.0%} of the time: more workers may help"
+            who = f"the loader is slower, and the steps wait for images {share:.0%} of the time: more workers may help"
         workers = f"{self.workers or 'no'} worker{'s' if self.workers != 1 else ''}"
         return f"loader {loader:.4g} images/s ({workers}), steps {step:.4g} images/s: {who}"

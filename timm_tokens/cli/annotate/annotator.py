@@ -74,7 +74,9 @@ class AnnotatorOptions(WeightOptions):
     folder_classes: bool = option(
         False, "use only the classes that the folders are named after (such as n01440764), in the folders' order"
     )
-    top_k: int = option(5, "number of classes to keep per cell, the most likely ones")
+    top_k: int | None = option(
+        None, "number of classes to keep per cell, the most likely ones (default: 5, or all where there are fewer)"
+    )
     dtype: str = option("float32", "data type of mixed precision; float32 uses none", choices=DTYPES, group="Machine")
 
 
@@ -100,10 +102,11 @@ def make_annotator(options: AnnotatorOptions, device: str, folders: list[str] | 
         raise CommandError(f"{name} can't annotate images of {height} x {width} pixels: {error}") from error
     kept = None if folders is None else _numbers(folders, model.num_classes)
     grid, dtype = (shape[1], shape[2]), getattr(torch, options.dtype)
-    annotator = Annotator(model, input_transform(config), config, grid, options.top_k, dtype, kept)
-    if not 1 <= options.top_k <= annotator.num_classes:
-        raise CommandError(f"--top-k must lie in [1, {annotator.num_classes}], the classes, got {options.top_k}")
-    return annotator
+    count = model.num_classes if kept is None else len(kept)
+    top = min(5, count) if options.top_k is None else options.top_k
+    if not 1 <= top <= count:
+        raise CommandError(f"--top-k must lie in [1, {count}], the classes, got {top}")
+    return Annotator(model, input_transform(config), config, grid, top, dtype, kept)
 
 
 def _numbers(folders: list[str], count: int) -> tuple[int, ...]:

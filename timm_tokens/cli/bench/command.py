@@ -21,6 +21,7 @@ from tqdm import tqdm
 from timm_tokens.cli.bench.timing import MachineOptions, Setting, build, describe, make_step, peak_memory, timed
 from timm_tokens.cli.common import checks
 from timm_tokens.cli.config import write_config
+from timm_tokens.cli.errors import CommandError
 from timm_tokens.merger_file import read_merger
 from timm_tokens.options import option
 from timm_tokens.tables import markdown, write_csv
@@ -67,6 +68,8 @@ class Options(MachineOptions):
 def run(options: Options) -> list[Row]:
     """Measure, print the table, and write it with a plot under `out`; of each batch size the base's row comes first."""
     options = replace(options, device=checks.device(options.device))
+    if options.train and _metric(options) == "keys":
+        raise CommandError("--train times how embeddings learn, and merging by keys has none: leave out --train")
     if options.out is not None:
         checks.folder(options.out)
         checks.plot(True, "or leave --out out")
@@ -83,6 +86,10 @@ def run(options: Options) -> list[Row]:
     return rows
 
 
+def _metric(options: Options) -> str | None:
+    return options.metric if options.merger is None else read_merger(options.merger).config["metric"]
+
+
 def _counts(options: Options) -> list[int | tuple[int, ...]]:
     """What the blocks merge in turn: as the merger was saved, and what is asked for."""
     if options.merger is None:
@@ -95,7 +102,7 @@ def settings(r: Sequence[int | tuple[int, ...]], batch: int, train: bool, droppe
     """The base first, then every r: in training in both ways, otherwise merged, and (dropped) with as many dropped."""
     yield Setting("full" if train else "forward", batch, None)
     steps = ("modular", "end-to-end") if train else ("forward", "dropped") if dropped else ("forward",)
-    yield from (Setting(step, batch, value) for value in r for step in steps if value or step != "dropped")
+    yield from (Setting(step, batch, value) for value in r for step in steps if value or step == "forward")
 
 
 def _measure(options: Options, chosen: list[Setting]) -> list[Row]:

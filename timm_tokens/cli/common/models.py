@@ -47,7 +47,7 @@ def make_model(options: ModelOptions, *, classifier: bool = False, any_size: boo
     path = options.checkpoint
     kwargs |= {"pretrained": options.pretrained and path is None} | arguments(options)
     sizes: dict[str, Any] = {} if options.img_size is None else {"img_size": options.img_size}
-    sizes |= {"dynamic_img_size": True} if any_size else {}
+    sizes |= {"dynamic_img_size": True} if any_size and "dynamic_img_size" not in kwargs else {}
     model = _create_sized(options.model, sizes, kwargs)
     if path is not None:
         checkpoints.load(model, path, options.checkpoint_key, classifier=classifier)

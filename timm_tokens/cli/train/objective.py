@@ -55,7 +55,7 @@ class TrainOptions(ModelOptions, SplitOptions, DeviceOptions, Settings):
     """What all objectives have."""
 
     recipe: str | None = option(
-        None, "published recipe whose values become the defaults; --list-recipes shows them (default: none)",
+        None, "published or short recipe whose values become the defaults; --list-recipes shows them (default: none)",
         group="Training",
     )  # fmt: skip
     model: str = option(help="name of a model in timm or in this package")
