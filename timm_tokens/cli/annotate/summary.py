@@ -13,25 +13,15 @@ from timm_tokens.ops import SparseLabels, crop_token_labels, others_share
 
 
 class Summary(NamedTuple):
-    """What a label store holds for a data set.
+    """What a label store holds for a data set; agreement and confidence are None where folders are not the model's
+    classes. The top class has the largest mean probability over the cells, of the classes that are kept."""
 
-    Attributes:
-        images: In the data set.
-        annotated: By this run; the others had a map before, or could not be read.
-        labelled: Images with a map.
-        agreement: Share of them whose map's top class is the folder's, None where folders are not the model's classes.
-            The top class is that with the largest mean probability over the cells, of the classes that are kept.
-        confidence: Mean probability of the folder's class in the whole image's class target, None likewise.
-            Where it is low, the cells disagree, and training learns little from a label.
-        others: Mean probability of all classes together that a cell does not keep, None without a map.
-    """
-
-    images: int
-    annotated: int
-    labelled: int
-    agreement: float | None
-    confidence: float | None
-    others: float | None
+    images: int  # in the data set
+    annotated: int  # by this run; the others had a map before, or could not be read
+    labelled: int  # images with a map
+    agreement: float | None  # share of them whose map's top class is the folder's
+    confidence: float | None  # mean probability of the folder's class in the class target; if low, the cells disagree
+    others: float | None  # mean probability of all classes together that a cell does not keep, None without a map
 
 
 def describe(summary: Summary, annotator: Annotator) -> str:

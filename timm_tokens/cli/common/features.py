@@ -86,19 +86,12 @@ _READERS = {".npz": (_read_numpy, "NumPy"), ".pt": (_read_torch, "torch"), ".pth
 
 
 class Source(NamedTuple):
-    """A model whose features are wanted.
+    """A model whose features are wanted."""
 
-    Attributes:
-        make: Makes it, without a classifier; called when the features are not in the cache.
-        about: All that decides its weights, as plain text.
-        weights: Where they come from, to be read.
-        img_size: Side of the images; None: the model's own.
-    """
-
-    make: Callable[[], nn.Module]
-    about: dict[str, str]
-    weights: str
-    img_size: int | None = None
+    make: Callable[[], nn.Module]  # makes it, without a classifier; called when the features are not in the cache
+    about: dict[str, str]  # all that decides its weights, as plain text
+    weights: str  # where they come from, in words
+    img_size: int | None = None  # side of the images; None: the model's own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,16 +16,12 @@ from timm_tokens.stopping import outlast_signals
 
 
 class Batch(NamedTuple):
-    """Transformed images (B, C, h, w), their numbers in the data set and classes, and why others can't be read.
-
-    Attributes:
-        unread: The reasons, by the numbers of the images in the data set.
-    """
+    """Transformed images (B, C, h, w), their numbers in the data set and classes, and why others can't be read."""
 
     numbers: list[int]
     images: Tensor | None
     labels: list[int]
-    unread: dict[int, str]
+    unread: dict[int, str]  # the reasons, by the numbers of the images in the data set
 
     def __len__(self) -> int:
         return len(self.labels) + len(self.unread)

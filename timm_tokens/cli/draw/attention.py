@@ -28,19 +28,12 @@ from timm_tokens.vit import TokenViT
 
 
 class Looks(NamedTuple):
-    """Where tokens look, over the patch grid, and how alike they end up.
+    """Where tokens look, over the patch grid, and how alike they end up; None of tokens that the model lacks."""
 
-    Attributes:
-        cls: (B, H, W) the class token's attention, averaged over heads; None without class token.
-        aux_cls: (B, k_a, H, W) the auxiliary class tokens'; None without.
-        pooled: (B, k_p, H, W) the pooling weights, averaged over channels; None without pooled tokens.
-        cosine: (B, T, T) cosines between the global token, the auxiliary class tokens and the pooled tokens.
-    """
-
-    cls: Tensor | None
-    aux_cls: Tensor | None
-    pooled: Tensor | None
-    cosine: Tensor
+    cls: Tensor | None  # (B, H, W) the class token's attention, averaged over heads
+    aux_cls: Tensor | None  # (B, k_a, H, W) the auxiliary class tokens'
+    pooled: Tensor | None  # (B, k_p, H, W) the pooling weights, averaged over channels
+    cosine: Tensor  # (B, T, T) between the global token, the auxiliary class tokens and the pooled tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,21 +25,13 @@ Extract = Callable[[Tensor], Tensor]
 
 
 class Evaluation(NamedTuple):
-    """What a protocol gave.
+    """What a protocol gave."""
 
-    Attributes:
-        name: The protocol's.
-        features: Which features were used, in words.
-        accuracy: By learning rate, after each epoch, of the validation images.
-        images: How many there were to train on, and to validate on.
-        notes: Lines about images that were left out.
-    """
-
-    name: str
-    features: str
-    accuracy: dict[float, list[float]]
-    images: tuple[int, int]
-    notes: list[str]
+    name: str  # the protocol's
+    features: str  # which were used, in words
+    accuracy: dict[float, list[float]]  # of validation images by learning rate, after each epoch
+    images: tuple[int, int]  # to train on, and to validate on
+    notes: list[str]  # lines about images that were left out
 
     def best(self) -> tuple[float, int, float]:
         """The learning rate, the epoch from 1, and the accuracy of the best classifier, chosen on the same images."""

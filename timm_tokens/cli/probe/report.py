@@ -13,23 +13,14 @@ from timm_tokens.tables import markdown, write_csv
 
 
 class Report(NamedTuple):
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        images: Numbers of training and of validation images.
-        knn: Accuracy by number of neighbours.
-        linear: The linear probe's result.
-        nmi: NMI of the assignments by the first token, the first two, and so on; None without a run of MTE.
-        tokens: Their names.
-        notes: Lines about images that were left out.
-    """
-
-    images: tuple[int, int]
-    knn: dict[int, float]
+    images: tuple[int, int]  # to train on, and to validate on
+    knn: dict[int, float]  # accuracy by number of neighbours
     linear: LinearResult
-    nmi: list[float] | None = None
-    tokens: tuple[str, ...] = ()
-    notes: Sequence[str] = ()
+    nmi: list[float] | None = None  # by the first token, the first two, and so on; None without a run of MTE
+    tokens: tuple[str, ...] = ()  # their names
+    notes: Sequence[str] = ()  # lines about images that were left out
 
 
 def table(report: Report) -> str:

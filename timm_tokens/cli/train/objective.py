@@ -34,19 +34,13 @@ from timm_tokens.training.settings import FREE
 
 
 class Objective(NamedTuple):
-    """What `timm_tokens.training.train` needs beside its settings, see there, and what happens when it has trained.
-
-    Attributes:
-        finish: Called with the result, on the first process, when the others have ended.
-        augment: What is left of the augmentation for the device; see `train`.
-        push: Uploads the result to a repository of the hub; None: the model is uploaded.
-    """
+    """What `timm_tokens.training.train` needs beside its settings, see there, and what happens when it has trained."""
 
     task: TokenTask
     dataset: Dataset
     evaluate: Evaluate | None = None
-    finish: Callable[[Result], None] | None = None
-    push: Callable[[Result, str], None] | None = None
+    finish: Callable[[Result], None] | None = None  # on the first process, when the others have ended
+    push: Callable[[Result, str], None] | None = None  # uploads to a repository of the hub; None: the model is uploaded
     augment: Augment | None = None
 
 
