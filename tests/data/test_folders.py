@@ -68,6 +68,8 @@ def test_class_maps_and_classes_of_several_folders(folder):
     reader = FolderReader(folder, {"b": 7})
     assert {label for _, label in reader.samples} == {7}
     assert reader.left_out == {"of none of the classes": ["a/2.png", "a/10.JPG"]}
+    (folder / "names.txt").write_text("z\nb\n")
+    assert set(open_folder(folder, str(folder / "names.txt")).targets) == {1}
     for part in ("first", "second"):
         (folder / "c" / part / "x²1²").mkdir(parents=True)  # digits to Python, but no numbers
         Image.new("L", (8, 8)).save(folder / "c" / part / "x²1²" / "1.png")

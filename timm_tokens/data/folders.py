@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import ImageDataset, get_img_extensions, set_img_extensions
+from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
@@ -40,7 +41,7 @@ class FolderReader(ReaderImageFolder):
         joined: Names of the folders, relative to the root, of each class that several folders have the name of.
     """
 
-    def __init__(self, root: str | Path, class_map: dict[str, int] | None = None):
+    def __init__(self, root: str | Path, class_map: dict[str, int] | str | None = None):
         self.root = str(root)
         left_out: dict[str, list[str]] = defaultdict(list)
         folders: dict[str, set[str]] = defaultdict(set)
@@ -53,7 +54,8 @@ class FolderReader(ReaderImageFolder):
             names = [name for name in names if dirname(name)]
         classes = {name: basename(dirname(name)) for name in names}
         found = sorted({*classes.values()}, key=_natural)
-        self.class_to_idx = class_map or {name: i for i, name in enumerate(found)}
+        numbers = load_class_map(class_map, self.root) if class_map else None
+        self.class_to_idx = numbers or {name: i for i, name in enumerate(found)}
         left_out["of none of the classes"] += [name for name in names if classes[name] not in self.class_to_idx]
         names = sorted((name for name in names if classes[name] in self.class_to_idx), key=_natural)
         self.left_out = {why: sorted(which, key=_natural) for why, which in left_out.items() if which}
@@ -65,7 +67,7 @@ class FolderReader(ReaderImageFolder):
         self.joined = {name: sorted(which) for name, which in folders.items() if len(which) > 1}
 
 
-def open_folder(root: str | Path, class_map: dict[str, int] | None = None) -> Images:
+def open_folder(root: str | Path, class_map: dict[str, int] | str | None = None) -> Images:
     """Images in class folders, or in a tar of class folders, without a transform.
 
         images = open_folder("images/train")
@@ -75,8 +77,8 @@ def open_folder(root: str | Path, class_map: dict[str, int] | None = None) -> Im
 
     Args:
         root: The folder, or the tar.
-        class_map: Numbers by class name; images of other classes are left out. None: the classes found, in
-            natural order.
+        class_map: Numbers by class name, or a file of names as timm's `load_class_map` reads it; images of other
+            classes are left out. None: the classes found, in natural order.
 
     Raises:
         FileNotFoundError: There is no such folder, or no image in it.
