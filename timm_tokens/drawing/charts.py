@@ -21,8 +21,9 @@ def draw_accuracy(points: Series, labels: Sequence[str], ylabel: str = "accuracy
     _lines(axes, points)
     for i, label in enumerate(labels):
         highest = max((series[i] for series in points.values()), key=lambda point: point[1])
-        axes.annotate(label, highest, (-4, 5), textcoords="offset points", ha="right", fontsize=8)
-    axes.margins(x=0.14, y=0.15)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}  # for lines that pass behind it
+        axes.annotate(label, highest, (0, 7), textcoords="offset points", ha="center", fontsize=8, bbox=box)
+    axes.margins(x=0.1, y=0.15)
     low, high = axes.get_ylim()
     room = max(0.0, 4 - (high - low)) / 2  # so that tenths of a point don't look like much
     axes.set_ylim(low - room, high + room)
