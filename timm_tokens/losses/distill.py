@@ -10,20 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_tokens.ops.precision import at_least_float32
+
 
 def logit_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) in nats of the classes' probabilities, (..., K) -> (...), in float32 or better."""
-    student, teacher = (_wide(x).log_softmax(dim=-1) for x in (student, teacher))
+    student, teacher = (at_least_float32(x).log_softmax(dim=-1) for x in (student, teacher))
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """1 - cosine of features, (..., C) -> (...) in [0, 2], in float32 or better."""
-    return 1 - F.cosine_similarity(_wide(student), _wide(teacher), dim=-1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return 1 - F.cosine_similarity(at_least_float32(student), at_least_float32(teacher), dim=-1)
 
 
 class DistillLoss(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from timm_tokens.ops.matching import flat_rows, split_positions, take
+from timm_tokens.ops.precision import at_least_float32
 from timm_tokens.ops.ranges import check_counts
 
 
@@ -91,7 +92,7 @@ def token_gram(target: Tensor) -> Tensor:
         raise ValueError(f"target must have shape (B, N, C), got {tuple(target.shape)}")
     if not target.is_floating_point():
         raise TypeError(f"target must be floating-point, got {target.dtype}")
-    target = _at_least_float32(target)
+    target = at_least_float32(target)
     with torch.autocast(target.device.type, enabled=False):  # half precision would confuse similar tokens
         return target @ target.mT
 
@@ -147,7 +148,7 @@ def group_means(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     In float32 at least. Differentiable in x.
     """
     sizes = group_sums(torch.ones(*groups.shape, 1, device=x.device), groups, num_groups)  # (B, G, 1)
-    return group_sums(_at_least_float32(x), groups, num_groups) / sizes.clamp_min(1)
+    return group_sums(at_least_float32(x), groups, num_groups) / sizes.clamp_min(1)
 
 
 def morph(x: Tensor, groups: Tensor) -> Tensor:
@@ -172,10 +173,6 @@ def morph(x: Tensor, groups: Tensor) -> Tensor:
         raise TypeError(f"groups must be int64, got {groups.dtype}; morph_groups gives them")
     n = x.shape[1]
     return take(group_means(x, groups, n).to(x.dtype), groups)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def check_rounds(rounds: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from timm_tokens.distributed import batch_logmeanexp
+from timm_tokens.ops.precision import at_least_float32
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def sinkhorn_assign(logits: Tensor, tau: float = 0.05, iterations: int = 3) -> T
         raise ValueError(f"tau must be a positive number, got {tau}")
     if iterations < 0:
         raise ValueError(f"iterations must not be negative, got {iterations}")
-    log_q = (logits if logits.dtype == torch.float64 else logits.float()) / tau
+    log_q = at_least_float32(logits) / tau
     most = torch.finfo(log_q.dtype).max / 4  # logits may be finite, and leave their type's range over tau
     log_q.clamp_(-most, most)
     for _ in range(iterations):  # in logarithms, where no prototype and no sample can underflow to 0 / 0

@@ -37,7 +37,7 @@ class Classifiers:
         weight: Where all of them start, (D, K); the biases start at zero.
         lrs: L learning rates.
         momentum: As of torch.optim.SGD, like `nesterov`.
-        weight_decay: Of the weights alone.
+        weight_decay: Decay of the weights; the biases have none.
         smoothing: Label smoothing.
     """
 

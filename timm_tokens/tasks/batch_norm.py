@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tokens.distributed import all_reduce_sum_with_gradient, world_size
+from timm_tokens.ops.precision import at_least_float32
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -23,8 +24,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
             )
         if not self.training or world_size() == 1:
             return super().forward(x)
-        wide = x if x.dtype == torch.float64 else x.float()
-        return self._normalise(wide.transpose(1, -1)).transpose(1, -1).to(x.dtype)
+        return self._normalise(at_least_float32(x).transpose(1, -1)).transpose(1, -1).to(x.dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions will do."""

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -68,7 +68,8 @@ class Options(MachineOptions):
 def run(options: Options) -> list[Row]:
     """Measure, print the table, and write it with a plot under `out`; of each batch size the base's row comes first."""
     options = replace(options, device=checks.device(options.device))
-    if options.train and _metric(options) == "keys":
+    saved = {} if options.merger is None else read_merger(options.merger).config
+    if options.train and saved.get("metric", options.metric) == "keys":
         raise CommandError("--train times how embeddings learn, and merging by keys has none: leave out --train")
     if options.out is not None:
         checks.folder(options.out)
@@ -77,8 +78,9 @@ def run(options: Options) -> list[Row]:
         torch.set_num_threads(options.threads)
     print(describe(options))
     rows: list[Row] = []
+    counts = _counts(options.r, saved.get("r"))
     for batch in options.batch_size:
-        rows += _measure(options, list(settings(_counts(options), batch, options.train, options.dropped)))
+        rows += _measure(options, list(settings(counts, batch, options.train, options.dropped)))
     print(table(rows))
     if options.out is not None:
         write_config(options.out, "bench", options)
@@ -86,16 +88,11 @@ def run(options: Options) -> list[Row]:
     return rows
 
 
-def _metric(options: Options) -> str | None:
-    return options.metric if options.merger is None else read_merger(options.merger).config["metric"]
-
-
-def _counts(options: Options) -> list[int | tuple[int, ...]]:
-    """What the blocks merge in turn: as the merger was saved, and what is asked for."""
-    if options.merger is None:
-        return [*options.r]
-    saved = read_merger(options.merger).config["r"]
-    return [*options.r] if saved in options.r else [saved if isinstance(saved, int) else tuple(saved), *options.r]
+def _counts(asked: Sequence[int], saved: Any) -> list[int | tuple[int, ...]]:
+    """What the blocks merge in turn: as the merger was saved, if there is one, and what is asked for."""
+    if saved is None or saved in asked:
+        return [*asked]
+    return [saved if isinstance(saved, int) else tuple(saved), *asked]
 
 
 def settings(r: Sequence[int | tuple[int, ...]], batch: int, train: bool, dropped: bool = False) -> Iterator[Setting]:
